@@ -1,0 +1,50 @@
+"""Compressed full-matrix preconditioners with error feedback (EFCP) for PyTorch and Hugging Face Transformers.
+
+Nothing here imports transformers or numba until it is used: the names that need them are resolved on first access.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from .memory import estimate_memory
+from .optimizer import EFCP
+from .variants import SparseMFAC
+
+if TYPE_CHECKING:
+    from .factory import OPTIMIZERS, create_optimizer
+    from .trainer import EFCPTrainer
+    from .training_args import EFCPTrainingArguments
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "EFCP",
+    "OPTIMIZERS",
+    "EFCPTrainer",
+    "EFCPTrainingArguments",
+    "SparseMFAC",
+    "create_optimizer",
+    "estimate_memory",
+]
+
+_LAZY = {
+    "OPTIMIZERS": "factory",
+    "create_optimizer": "factory",
+    "EFCPTrainer": "trainer",
+    "EFCPTrainingArguments": "training_args",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a name that needs transformers when it is first asked for (PEP 562)."""
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))
