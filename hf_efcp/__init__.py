@@ -38,7 +38,17 @@ _LAZY = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import a name that needs transformers when it is first asked for (PEP 562)."""
+    """Import a name that needs transformers when it is first asked for (PEP 562).
+
+    Args:
+        name: The name.
+
+    Returns:
+        What it names.
+
+    Raises:
+        AttributeError: There is no such name.
+    """
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)

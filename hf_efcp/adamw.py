@@ -1,0 +1,55 @@
+"""The AdamW step for parameters that are excluded from preconditioning (embeddings, a new head)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.optim.adamw import adamw
+
+BETAS = (0.9, 0.999)
+EPS = 1e-8
+STATE = ("step", "exp_avg", "exp_avg_sq")
+
+
+def allocate(param: torch.Tensor, device: torch.device | str) -> dict[str, torch.Tensor]:
+    """AdamW's state of one parameter, as `torch.optim.AdamW` keeps it.
+
+    Args:
+        param: The parameter.
+        device: Where; "meta" gives the shapes without the memory.
+
+    Returns:
+        The two moments and the step counter.
+    """
+    return {
+        "step": torch.zeros((), dtype=torch.float32, device="meta" if device == "meta" else "cpu"),
+        "exp_avg": torch.zeros_like(param, device=device),
+        "exp_avg_sq": torch.zeros_like(param, device=device),
+    }
+
+
+def step(params: list[torch.Tensor], states: list[dict[str, Any]], *, lr: float, weight_decay: float) -> None:
+    """One step of AdamW, with PyTorch's own kernel and default betas and eps.
+
+    Args:
+        params: Parameters that have a gradient.
+        states: Their states, from `allocate`.
+        lr: Learning rate.
+        weight_decay: Decoupled weight decay.
+    """
+    adamw(
+        params,
+        [param.grad for param in params if param.grad is not None],
+        [state["exp_avg"] for state in states],
+        [state["exp_avg_sq"] for state in states],
+        [],
+        [state["step"] for state in states],
+        amsgrad=False,
+        beta1=BETAS[0],
+        beta2=BETAS[1],
+        lr=lr,
+        weight_decay=weight_decay,
+        eps=EPS,
+        maximize=False,
+    )

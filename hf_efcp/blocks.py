@@ -1,0 +1,73 @@
+"""How a flattened parameter is cut into blocks, and how many entries each block keeps."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+MAX_BLOCK_SIZE = 65536  # an index inside a block has to fit uint16
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A run of equal blocks of one flattened parameter.
+
+    A parameter has at most two: its full blocks, and the shorter tail block.
+
+    Args:
+        start: First entry of the piece in the flattened parameter.
+        blocks: Number of blocks.
+        length: Entries in each block (the paper's `B_d`).
+        kept: Entries that Top-k keeps of each block, `ceil(density * length)`.
+        offset: Entries kept by the pieces before this one, in one row.
+    """
+
+    start: int
+    blocks: int
+    length: int
+    kept: int
+    offset: int
+
+    @property
+    def numel(self) -> int:
+        """Entries of the parameter that the piece covers."""
+        return self.blocks * self.length
+
+    @property
+    def row(self) -> int:
+        """Entries that one row of the window stores for the piece."""
+        return self.blocks * self.kept
+
+    def of(self, flat: torch.Tensor) -> torch.Tensor:
+        """The piece of a flat tensor, as a view of shape `(blocks, length)`."""
+        return flat[self.start : self.start + self.numel].view(self.blocks, self.length)
+
+
+@lru_cache(maxsize=4096)
+def cut(numel: int, block_size: int, density: float) -> tuple[Piece, ...]:
+    """Cut a flattened parameter into blocks of `block_size` entries and a shorter tail.
+
+    Args:
+        numel: Entries of the parameter.
+        block_size: Entries of a block.
+        density: Fraction `k / d` that each block keeps, in (0, 1].
+
+    Returns:
+        The pieces, in order; none for an empty parameter.
+    """
+    blocks, tail = divmod(numel, block_size)
+    pieces = []
+    if blocks:
+        pieces.append(Piece(0, blocks, block_size, math.ceil(density * block_size), 0))
+    if tail:
+        offset = sum(piece.row for piece in pieces)
+        pieces.append(Piece(blocks * block_size, 1, tail, math.ceil(density * tail), offset))
+    return tuple(pieces)
+
+
+def index_dtype(block_size: int) -> torch.dtype:
+    """The smallest unsigned dtype that holds an index inside a block."""
+    return torch.uint8 if block_size <= 256 else torch.uint16

@@ -1,0 +1,162 @@
+"""What is refused, and the words for it. Every check runs before anything has changed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+
+PARAMETER_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_group(group: Mapping[str, Any], shared: Mapping[str, Any]) -> None:
+    """Refuse hyperparameters of a group that are out of range or that differ where they may not.
+
+    Args:
+        group: The group, complete.
+        shared: Settings that belong to the optimizer as a whole.
+
+    Raises:
+        ValueError: One of them is wrong.
+    """
+    for name in ("lr", "weight_decay"):
+        if not (math.isfinite(group[name]) and group[name] >= 0.0):
+            raise ValueError(f"{name} must be a finite number of at least 0, got {group[name]}")
+    if not 0.0 <= group["momentum"] < 1.0:
+        raise ValueError(f"momentum must be in [0, 1), got {group['momentum']}")
+    for name, value in shared.items():
+        if group[name] != value:
+            raise ValueError(
+                f"{name} belongs to the one preconditioner over all parameter groups: it is {value}, but a group says "
+                f"{group[name]}. Give it to the optimizer, or change it in every group"
+            )
+
+
+def check_parameter(param: torch.Tensor, name: Callable[[torch.Tensor], str]) -> None:
+    """Refuse a parameter whose dtype cannot be stepped.
+
+    Args:
+        param: The parameter.
+        name: Tells what to call it, when it comes to that.
+
+    Raises:
+        TypeError: Its dtype is not one of `PARAMETER_DTYPES`.
+    """
+    if param.dtype not in PARAMETER_DTYPES:
+        expected = ", ".join(str(dtype) for dtype in PARAMETER_DTYPES)
+        raise TypeError(f"parameters must be one of {expected}; {name(param)} is {param.dtype}: convert or freeze it")
+
+
+def check_gradient(param: torch.Tensor, name: Callable[[torch.Tensor], str]) -> None:
+    """Refuse a gradient that would poison the window.
+
+    Args:
+        param: A parameter, with or without a gradient.
+        name: Tells what to call it, when it comes to that.
+
+    Raises:
+        TypeError: The gradient is sparse.
+        ValueError: The gradient has NaN or infinity.
+    """
+    grad = param.grad
+    if grad is None:
+        return
+    if grad.layout != torch.strided:
+        raise TypeError(
+            f"the gradient of {name(param)} is sparse ({grad.layout}); EFCP needs dense gradients: use sparse=False in the "
+            "embedding, or exclude the parameter"
+        )
+    # The sum is fifty times cheaper than looking at every entry, and only a finite one proves something.
+    if not math.isfinite(grad.sum()) and not bool(torch.isfinite(grad).all()):
+        wrong = grad.numel() - int(torch.isfinite(grad).sum())
+        raise ValueError(
+            f"the gradient of {name(param)} has {wrong} entries of {grad.numel()} that are NaN or infinite; nothing was "
+            "changed. Skip this step (zero_grad), lower the learning rate or clip the gradients"
+        )
+
+
+def check_one_device(params: Iterable[torch.Tensor]) -> torch.device:
+    """Refuse parameters on more than one device.
+
+    Args:
+        params: The parameters.
+
+    Returns:
+        Their device; the CPU when there are none.
+
+    Raises:
+        ValueError: There are several.
+    """
+    devices = {(param.device.type, param.device.index or 0): param.device for param in params}
+    if len(devices) > 1:
+        names = ", ".join(str(device) for device in devices.values())
+        raise ValueError(
+            f"all parameters of one optimizer must be on one device, got {names}: its preconditioner is one matrix "
+            "over all of them. Move the model to one device"
+        )
+    return next(iter(devices.values()), torch.device("cpu"))
+
+
+def check_settings(saved_groups: list[dict[str, Any]], groups: list[dict[str, Any]], structure: Iterable[str]) -> None:
+    """Refuse a checkpoint whose parameter groups were made by another optimizer or with other settings.
+
+    Args:
+        saved_groups: `param_groups` of the checkpoint.
+        groups: `param_groups` of this optimizer.
+        structure: Names of the settings that decide the shapes of the state.
+
+    Raises:
+        ValueError: They do not fit, with the mismatch named.
+    """
+    if [len(group["params"]) for group in saved_groups] != [len(group["params"]) for group in groups]:
+        raise ValueError(
+            "the checkpoint has parameter groups of "
+            f"{[len(group['params']) for group in saved_groups]} parameters, this optimizer of "
+            f"{[len(group['params']) for group in groups]}: build it from the same model with the same groups"
+        )
+    for saved, group in zip(saved_groups, groups, strict=True):
+        missing = sorted(group.keys() - saved.keys() - {"initial_lr", "param_names"})
+        if missing:
+            raise ValueError(f"the checkpoint is of another optimizer: its groups lack {', '.join(missing)}")
+        for name in structure:
+            if saved[name] != group[name]:
+                raise ValueError(
+                    f"the checkpoint was made with {name}={saved[name]}, this optimizer has {name}={group[name]}: its "
+                    "state has another shape. Build the optimizer with the checkpoint's settings, or start afresh"
+                )
+
+
+def check_tensors(
+    saved: Mapping[str, Any], expected: Mapping[str, torch.Tensor], optional: set[str], name: str
+) -> None:
+    """Refuse a saved state whose tensors are not those that the optimizer would have made.
+
+    Args:
+        saved: State of one parameter in the checkpoint.
+        expected: The state it should have; only shapes and dtypes count.
+        optional: Names that may be present or absent.
+        name: What to call the parameter.
+
+    Raises:
+        ValueError: A tensor is missing, unknown, or has another shape or dtype.
+    """
+    wrong = ((saved.keys() ^ expected.keys()) - optional) | {
+        key
+        for key in saved.keys() & expected.keys()
+        if not isinstance(saved[key], torch.Tensor)
+        or (saved[key].shape, saved[key].dtype) != (expected[key].shape, expected[key].dtype)
+    }
+    if wrong:
+        key = min(wrong)
+        raise ValueError(
+            f"the checkpoint's state of {name} does not fit: {key} is {_describe(saved.get(key))}, expected "
+            f"{_describe(expected.get(key))}"
+        )
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"{value.dtype} of shape {tuple(value.shape)}"
+    return "absent" if value is None else type(value).__name__

@@ -1,0 +1,82 @@
+"""Compressors: accumulator -> row, with error feedback. They know nothing of parameters, learning rates or damping."""
+
+from __future__ import annotations
+
+from dataclasses import Field, dataclass
+from typing import Any, ClassVar, Protocol
+
+import torch
+
+from .blocks import MAX_BLOCK_SIZE
+from .kernels import Kernels
+from .windows import Row, SparseWindow, Window
+
+
+class Compressor(Protocol):
+    """What `EFCP` needs of a compressor: a frozen dataclass whose fields are its settings.
+
+    The fields are written into every parameter group, and so into checkpoints; one with other settings is refused.
+    """
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+    def window(self, num_grads: int) -> Window:
+        """The window that stores this compressor's rows."""
+
+    def compress(self, gradient: torch.Tensor, error: torch.Tensor, row: Row, kernels: Kernels) -> None:
+        """`a = error + gradient; row = C(a); error = a - row`, in place."""
+
+
+@dataclass(frozen=True)
+class TopK:
+    """Block-wise Top-k: every block of consecutive entries keeps its entries of largest magnitude.
+
+    `a = e + g`, `row = TopK(a)`, `e = a - row` (EFCP, arXiv 2306.06098, algorithm 1, with Top-k in blocks as in the
+    authors' later library). Among equal magnitudes the lowest index wins, on every backend.
+
+    Args:
+        density: Fraction `k / d` that is kept, in (0, 1]; a block of n entries keeps `ceil(density * n)`.
+        block_size: Entries of a block (`B_d`), 1 to 65,536. Never derived from the hardware: results depend on it.
+        value_dtype: How kept values are stored, float32 or bfloat16. What rounding takes away stays in the error.
+
+    Raises:
+        ValueError: A value outside its range, or a dtype that cannot be stored.
+        TypeError: `block_size` is not an int.
+    """
+
+    density: float = 0.01
+    block_size: int = 4096
+    value_dtype: torch.dtype = torch.bfloat16
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.density <= 1.0:
+            raise ValueError(f"density is the fraction of entries kept, in (0, 1]; got {self.density}")
+        if not isinstance(self.block_size, int) or isinstance(self.block_size, bool):
+            raise TypeError(f"block_size must be an int, got {self.block_size!r}")
+        if not 1 <= self.block_size <= MAX_BLOCK_SIZE:
+            raise ValueError(f"block_size must be between 1 and {MAX_BLOCK_SIZE}, got {self.block_size}")
+        if self.value_dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"value_dtype must be torch.float32 or torch.bfloat16, got {self.value_dtype}")
+
+    def window(self, num_grads: int) -> SparseWindow:
+        """The window that stores this compressor's rows.
+
+        Args:
+            num_grads: Its capacity `m`.
+
+        Returns:
+            A window with the same blocks.
+        """
+        return SparseWindow(num_grads, self.density, self.block_size, self.value_dtype)
+
+    def compress(self, gradient: torch.Tensor, error: torch.Tensor, row: Row, kernels: Kernels) -> None:
+        """`a = error + gradient; row = TopK(a); error = a - row`, in place and in one pass.
+
+        Args:
+            gradient: In the parameter's shape, float32, contiguous, finite.
+            error: In the parameter's shape, float32, contiguous; updated.
+            row: Where the row goes: views into the window.
+            kernels: The backend.
+        """
+        for piece, indices, values in row:
+            kernels.accumulate_topk(piece.of(gradient.view(-1)), piece.of(error.view(-1)), indices, values)

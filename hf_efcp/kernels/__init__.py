@@ -1,0 +1,90 @@
+"""The inner loops, twice: plain torch for any device, numba for the CPU. One table says which is used.
+
+Every backend is a module with the three functions of `Kernels`, and the same bits in the window for the same input.
+"""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from functools import lru_cache
+from typing import Protocol, cast
+
+import torch
+
+BACKENDS = ("auto", "reference", "numba")
+_MODULES = {"reference": "reference", "numba": "cpu"}
+
+
+class Kernels(Protocol):
+    """What a backend provides. Tensors are pieces of one parameter: see `hf_efcp.blocks.Piece`."""
+
+    NAME: str
+
+    def accumulate_topk(
+        self, gradient: torch.Tensor, error: torch.Tensor, indices: torch.Tensor, values: torch.Tensor
+    ) -> None:
+        """`error += gradient`; move the largest entries of each block from `error` to `indices` and `values`."""
+
+    def dots(self, indices: torch.Tensor, values: torch.Tensor, newest: int, rows: int, length: int) -> torch.Tensor:
+        """Inner products of row `newest` with the first `rows` rows."""
+
+    def combine(
+        self, indices: torch.Tensor, values: torch.Tensor, coefficients: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        """`out = sum_i coefficients[i] * row_i`."""
+
+
+def choose(backend: str, device: torch.device) -> Kernels:
+    """The kernels for a backend's name and a device.
+
+    Args:
+        backend: "auto" (numba on the CPU, the reference elsewhere), "reference" or "numba".
+        device: Where the parameters are.
+
+    Returns:
+        The module that implements `Kernels`.
+
+    Raises:
+        ValueError: Unknown backend, or "numba" for parameters that are not on the CPU.
+        ImportError: "numba" was asked for and is not installed.
+    """
+    check_name(backend)
+    if backend == "auto":
+        backend = "numba" if device.type == "cpu" and _numba_or_warn() else "reference"
+    if backend == "numba" and device.type != "cpu":
+        raise ValueError(f'backend="numba" runs on the CPU, but the parameters are on {device}: use backend="auto"')
+    try:
+        return cast(Kernels, importlib.import_module(f".{_MODULES[backend]}", __name__))
+    except ImportError as error:
+        raise ImportError(
+            f'backend="numba" could not be loaded ({error}): pip install numba, or use backend="reference"'
+        ) from error
+
+
+def check_name(backend: str) -> None:
+    """Refuse a name that is not in `BACKENDS`.
+
+    Args:
+        backend: The name.
+
+    Raises:
+        ValueError: It is none of them.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+
+
+@lru_cache(maxsize=1)
+def _numba_or_warn() -> bool:
+    """Whether numba can be imported; cached, so that its absence is reported once."""
+    try:
+        importlib.import_module("numba")
+    except ImportError as error:
+        warnings.warn(
+            f"numba could not be imported ({error}); EFCP runs its plain torch kernels, which are many times slower "
+            'on the CPU. "pip install numba" mends it, backend="reference" silences this.',
+            stacklevel=2,
+        )
+        return False
+    return True

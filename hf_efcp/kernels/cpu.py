@@ -1,0 +1,194 @@
+"""numba kernels for the CPU: the twins of `reference.py`, block by block.
+
+One block of the dense vector stays in the first-level cache while all rows of the window stream past it. Everything
+that is compiled is in this file, because numba's cache on disk notices changes of this file only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic, overload
+
+from . import pool
+
+NAME = "numba"
+
+_LARGEST = np.float32(torch.finfo(torch.bfloat16).max)  # see reference.py
+_RANGE = 1 << 16  # entries of the dense vector in one task; partial sums are kept per task
+# Sums may be reordered, but NaN and infinity keep their meaning.
+_FASTMATH = {"reassoc", "contract"}
+
+
+def _jit(function: Callable[..., Any]) -> Callable[..., Any]:
+    try:
+        return njit(nogil=True, cache=True, fastmath=_FASTMATH)(function)
+    except RuntimeError:  # no directory that the cache could be written to
+        return njit(nogil=True, fastmath=_FASTMATH)(function)
+
+
+@intrinsic
+def _float_of_bits(typing_context, bits):
+    """Reinterpret an int32 as a float32."""
+
+    def codegen(context, builder, signature, arguments):
+        return builder.bitcast(arguments[0], ir.FloatType())
+
+    return types.float32(types.int32), codegen
+
+
+@intrinsic
+def _bits_of_float(typing_context, value):
+    """Reinterpret a float32 as an int32."""
+
+    def codegen(context, builder, signature, arguments):
+        return builder.bitcast(arguments[0], ir.IntType(32))
+
+    return types.int32(types.float32), codegen
+
+
+def _decode(stored):
+    """A stored value as float32: bfloat16 travels as the int16 of its bits."""
+    raise NotImplementedError("compiled code only")
+
+
+@overload(_decode)
+def _decode_overload(stored):
+    if stored == types.int16:
+        return lambda stored: _float_of_bits(np.int32(stored) << np.int32(16))
+    return lambda stored: stored
+
+
+def _encode(value, like):
+    """A float32 as it is stored in an array such as `like`; bfloat16 rounds to nearest, ties to even, as torch does."""
+    raise NotImplementedError("compiled code only")
+
+
+@overload(_encode)
+def _encode_overload(value, like):
+    if like.dtype == types.int16:
+
+        def bfloat16_bits(value, like):
+            bits = np.int64(_bits_of_float(value)) & 0xFFFFFFFF
+            return np.int16((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16)
+
+        return bfloat16_bits
+    return lambda value, like: value
+
+
+@_jit
+def _threshold(keys, kept):
+    """The `kept`-th largest key, and how many keys that are equal to it still fit."""
+    # Bit by bit from the top: thirty passes that only count vectorise, which a sort or a heap does not.
+    threshold = np.int32(0)
+    for bit in range(30, -1, -1):
+        candidate = np.int32(threshold | np.int32(1 << bit))
+        count = np.int32(0)
+        for i in range(keys.shape[0]):
+            count += np.int32(keys[i] >= candidate)
+        if count >= kept:
+            threshold = candidate
+            if count == kept:
+                return threshold, kept
+    above = 0
+    for i in range(keys.shape[0]):
+        above += keys[i] > threshold
+    return threshold, kept - above
+
+
+@_jit
+def _accumulate_topk(gradient, error, indices, values, begin, end):
+    length = gradient.shape[1]
+    kept = indices.shape[1]
+    keys = np.empty(length, np.int32)
+    for block in range(begin, end):
+        g = gradient[block]
+        e = error[block]
+        for i in range(length):
+            a = min(max(e[i] + g[i], -_LARGEST), _LARGEST)
+            e[i] = a
+            keys[i] = _bits_of_float(a) & np.int32(0x7FFFFFFF)
+        threshold, ties = _threshold(keys, kept)
+        position = 0
+        for i in range(length):
+            if keys[i] >= threshold:
+                if keys[i] == threshold:
+                    if ties == 0:
+                        continue
+                    ties -= 1
+                stored = _encode(e[i], values)
+                indices[block, position] = i
+                values[block, position] = stored
+                e[i] -= _decode(stored)
+                position += 1
+
+
+@_jit
+def _dots(indices, values, newest, rows, length, begin, end, partial):
+    kept = indices.shape[2]
+    dense = np.zeros(length, np.float32)
+    for block in range(begin, end):
+        for j in range(kept):
+            dense[indices[block, newest, j]] = _decode(values[block, newest, j])
+        for row in range(rows):
+            index = indices[block, row]
+            value = values[block, row]
+            total = 0.0
+            for j in range(kept):
+                total += np.float64(_decode(value[j])) * np.float64(dense[index[j]])
+            partial[row] += total
+        for j in range(kept):
+            dense[indices[block, newest, j]] = 0.0
+
+
+@_jit
+def _combine(indices, values, coefficients, begin, end, out):
+    kept = indices.shape[2]
+    length = out.shape[1]
+    dense = np.empty(length, np.float64)
+    for block in range(begin, end):
+        dense[:] = 0.0
+        for row in range(coefficients.shape[0]):
+            index = indices[block, row]
+            value = values[block, row]
+            c = coefficients[row]
+            for j in range(kept):
+                dense[index[j]] += c * np.float64(_decode(value[j]))
+        for i in range(length):
+            out[block, i] = np.float32(dense[i])
+
+
+def accumulate_topk(gradient: torch.Tensor, error: torch.Tensor, indices: torch.Tensor, values: torch.Tensor) -> None:
+    """See `reference.accumulate_topk`; accumulation, selection, storing and the new error in one pass a block."""
+    g, e, index, value = _array(gradient), _array(error), _array(indices), _array(values)
+    pool.run(lambda _, begin, end: _accumulate_topk(g, e, index, value, begin, end), g.shape[0], _step(g.shape[1]))
+
+
+def dots(indices: torch.Tensor, values: torch.Tensor, newest: int, rows: int, length: int) -> torch.Tensor:
+    """See `reference.dots`; partial sums per range of blocks, added in the order of the ranges."""
+    index, value = _array(indices), _array(values)
+    blocks, step = index.shape[0], _step(length)
+    partial = np.zeros((-(-blocks // step), rows))
+    pool.run(lambda i, begin, end: _dots(index, value, newest, rows, length, begin, end, partial[i]), blocks, step)
+    return torch.from_numpy(partial.sum(axis=0))
+
+
+def combine(indices: torch.Tensor, values: torch.Tensor, coefficients: torch.Tensor, out: torch.Tensor) -> None:
+    """See `reference.combine`; one block of the sum is a float64 buffer in the first-level cache."""
+    index, value, c, dense = _array(indices), _array(values), _array(coefficients), _array(out)
+    pool.run(lambda _, begin, end: _combine(index, value, c, begin, end, dense), index.shape[0], _step(dense.shape[1]))
+
+
+def _array(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
+    """The tensor's memory as an array; numpy has no bfloat16, which goes as the int16 of its bits."""
+    return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def _step(length: int) -> int:
+    """Blocks of a task."""
+    return max(1, _RANGE // length)

@@ -1,0 +1,61 @@
+"""Runs a kernel over ranges of blocks on a few threads.
+
+Threads of our own, and not numba's parallel mode: its OpenMP layer does not survive the fork of a DataLoader worker.
+The kernels release the GIL. How the blocks are cut into ranges never depends on the number of threads, so that the
+bits of a result do not either.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+_executor: ThreadPoolExecutor | None = None
+
+
+def run(work: Callable[[int, int, int], None], blocks: int, step: int) -> None:
+    """Call `work(index, begin, end)` for every range of at most `step` blocks, on `torch.get_num_threads()` threads.
+
+    Args:
+        work: Called once for each range, in any order, from any thread.
+        blocks: Number of blocks in all.
+        step: Blocks of a range.
+    """
+    ranges = -(-blocks // step)
+    counter = itertools.count()
+
+    def drain() -> None:
+        while (index := next(counter)) < ranges:
+            work(index, index * step, min((index + 1) * step, blocks))
+
+    helpers = min(torch.get_num_threads(), ranges) - 1
+    futures = [_pool().submit(drain) for _ in range(helpers)]
+    try:
+        drain()
+    finally:
+        # Also when our own range failed: nobody may write into a tensor after the caller has gone on.
+        errors = [future.exception() for future in futures]
+    for error in errors:
+        if error is not None:
+            raise error
+
+
+def _pool() -> ThreadPoolExecutor:
+    global _executor
+    if _executor is None:
+        _executor = ThreadPoolExecutor(max_workers=os.cpu_count() or 1, thread_name_prefix="hf_efcp")
+    return _executor
+
+
+def _forget() -> None:
+    """A forked child has none of the threads: it starts its own when it needs them."""
+    global _executor
+    _executor = None
+
+
+if hasattr(os, "register_at_fork"):  # absent on Windows, which does not fork
+    os.register_at_fork(after_in_child=_forget)

@@ -1,0 +1,99 @@
+"""Plain torch kernels: the ground truth for every other backend, and what runs on devices without one of their own.
+
+Blocks are processed in chunks, so that the temporaries (int64 indices, float64 products) stay at a few megabytes
+however large the window is.
+"""
+
+from __future__ import annotations
+
+import torch
+
+NAME = "reference"
+
+_CHUNK = 1 << 19  # entries of a temporary
+# The accumulator saturates at the largest bfloat16: what is stored never rounds to infinity, and e + g cannot overflow.
+_LARGEST = torch.finfo(torch.bfloat16).max
+
+
+def accumulate_topk(gradient: torch.Tensor, error: torch.Tensor, indices: torch.Tensor, values: torch.Tensor) -> None:
+    """`a = error + gradient`, `indices, values = Top-k(a)` per block, `error = a - values`, all in place.
+
+    The order is by magnitude, and the lowest index first among equals; the entries kept are stored by ascending index.
+    What leaves the error is the value as stored, so that rounding to `values.dtype` is fed back as well.
+
+    Args:
+        gradient: `(blocks, length)`, float32, finite.
+        error: `(blocks, length)`, float32; updated.
+        indices: `(blocks, kept)`, uint8 or uint16, any strides; written.
+        values: `(blocks, kept)`, float32 or bfloat16, any strides; written.
+    """
+    blocks, length = gradient.shape
+    kept = indices.shape[1]
+    reversed_index = torch.arange(length - 1, -1, -1, device=gradient.device)
+    for part in _chunks(blocks, length):
+        accumulator = (error[part] + gradient[part]).clamp_(-_LARGEST, _LARGEST)
+        # One unique integer key per entry: torch.topk promises no order among equal values.
+        keys = (accumulator.abs().view(torch.int32).long() << 16) | reversed_index
+        chosen = torch.topk(keys, kept, dim=1, sorted=False).indices.sort(dim=1).values
+        stored = accumulator.gather(1, chosen).to(values.dtype)
+        error[part] = accumulator.scatter_add_(1, chosen, -stored.to(torch.float32))
+        indices[part].copy_(chosen.to(indices.dtype))
+        values[part].copy_(stored)
+
+
+def dots(indices: torch.Tensor, values: torch.Tensor, newest: int, rows: int, length: int) -> torch.Tensor:
+    """The new column of the Gram matrix: `<row_newest, row_i>` for the first `rows` rows, over one piece.
+
+    Args:
+        indices: `(blocks, m, kept)`, uint8 or uint16.
+        values: `(blocks, m, kept)`, float32 or bfloat16.
+        newest: Position of the newest row.
+        rows: Number of rows that were ever written.
+        length: Entries of a block.
+
+    Returns:
+        `(rows,)`, accumulated in float64 (float32 where the device has no float64).
+    """
+    blocks, _, kept = indices.shape
+    wide = _widest(values.device)
+    total = torch.zeros(rows, dtype=wide, device=values.device)
+    for part in _chunks(blocks, rows * kept):
+        count = part.stop - part.start
+        index = indices[part, :rows].to(torch.int64).view(count, rows * kept)
+        value = values[part, :rows].to(wide)
+        row = torch.zeros(count, length, dtype=wide, device=values.device)
+        row.scatter_(1, indices[part, newest].to(torch.int64), values[part, newest].to(wide))
+        total += (row.gather(1, index).view(count, rows, kept) * value).sum(dim=(0, 2))
+    return total
+
+
+def combine(indices: torch.Tensor, values: torch.Tensor, coefficients: torch.Tensor, out: torch.Tensor) -> None:
+    """`out = G^T c` over one piece: the rows of the window, weighted and added.
+
+    Args:
+        indices: `(blocks, m, kept)`, uint8 or uint16.
+        values: `(blocks, m, kept)`, float32 or bfloat16.
+        coefficients: `c`, `(rows,)`, float64, for the first `rows` rows.
+        out: `(blocks, length)`, float32; overwritten. The sum is float64 (float32 where the device has no float64).
+    """
+    blocks, _, kept = indices.shape
+    rows = coefficients.shape[0]
+    wide = _widest(values.device)
+    weights = coefficients.to(values.device, wide)[:, None]
+    for part in _chunks(blocks, rows * kept):
+        count = part.stop - part.start
+        index = indices[part, :rows].to(torch.int64).view(count, rows * kept)
+        weighted = (values[part, :rows].to(wide) * weights).view(count, rows * kept)
+        total = torch.zeros(count, out.shape[1], dtype=wide, device=values.device)
+        out[part] = total.scatter_add_(1, index, weighted).to(out.dtype)
+
+
+def _chunks(blocks: int, entries: int) -> list[slice]:
+    """Slices over the blocks that keep `entries` a block below the size of a temporary."""
+    step = max(1, _CHUNK // max(1, entries))
+    return [slice(start, min(start + step, blocks)) for start in range(0, blocks, step)]
+
+
+def _widest(device: torch.device) -> torch.dtype:
+    """The dtype that sums are accumulated in: float64, but Apple's GPUs have none."""
+    return torch.float32 if device.type == "mps" else torch.float64

@@ -1,0 +1,66 @@
+"""The named optimizers: one compressor, one preconditioner, and defaults that were measured together."""
+
+from __future__ import annotations
+
+import torch
+from torch.optim.optimizer import ParamsT
+
+from .compressors import TopK
+from .optimizer import EFCP
+from .preconditioners import MFAC
+
+
+class SparseMFAC(EFCP):
+    """M-FAC over a window of Top-k gradients with error feedback: EFCP's sparse variant (arXiv 2306.06098).
+
+    `u = (lambda I + (1/m) sum_i row_i row_i^T)^-1 row_t`; see `EFCP` for the step and for what groups may set.
+
+    The length of an update is about `m / |row|`, at most `0.5 sqrt(m / lambda)`: scaling the gradients by s divides it
+    by s. A learning rate therefore belongs to one `num_grads`, one `damp` and one gradient clipping; the default was
+    measured with clipping at 1.0 and a warm-up of 10 % of the steps (the error starts empty, so early rows are small
+    and early updates large).
+
+    Bytes per parameter: `num_grads * density * (index + value)` for the window (10 at the defaults: 2 + 2 bytes an
+    entry), 4 for the error, 4 for momentum unless it is 0, and `8 num_grads^2` in all for the Gram matrix.
+
+    Args:
+        params: Parameters or groups.
+        lr: Learning rate.
+        num_grads: Capacity `m` of the window, in gradients.
+        density: Fraction `k / d` of each block that enters the window, in (0, 1].
+        damp: Dampening `lambda`, at least 0.
+        block_size: Entries `B_d` of a Top-k block, 1 to 65,536.
+        value_dtype: How the window stores values, float32 or bfloat16.
+        momentum: Heavy-ball factor of the update, in [0, 1).
+        weight_decay: Decoupled weight decay, at least 0.
+        backend: "auto", "reference" or "numba".
+
+    Raises:
+        ValueError: A value outside its range.
+        TypeError: `num_grads` or `block_size` is not an int, or a parameter has a dtype that is not supported.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 5e-4,
+        *,
+        num_grads: int = 256,
+        density: float = 0.01,
+        damp: float = 1e-5,
+        block_size: int = 4096,
+        value_dtype: torch.dtype = torch.bfloat16,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            compressor=TopK(density, block_size, value_dtype),
+            preconditioner=MFAC(damp),
+            num_grads=num_grads,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            backend=backend,
+        )

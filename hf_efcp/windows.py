@@ -1,0 +1,185 @@
+"""Windows: ring buffers that hold the last `m` rows of one parameter. They know nothing of damping or learning rates.
+
+A window object holds no data: it says how the plain tensors in `optimizer.state[param]` are laid out and read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from .blocks import Piece, cut, index_dtype
+from .kernels import Kernels
+
+State = dict[str, torch.Tensor]
+# One row of a sparse window, piece by piece: the piece, its indices and its values, both `(blocks, kept)` views.
+Row = list[tuple[Piece, torch.Tensor, torch.Tensor]]
+
+_SLAB = 1 << 20  # entries of an update that exist at a time
+
+
+class Window(Protocol):
+    """What `EFCP` needs of a window. `shape` is the shape of the parameter."""
+
+    def allocate(self, shape: torch.Size, device: torch.device | str) -> State:
+        """Tensors for `m` rows of zeros, by their names in the state."""
+
+    def row(self, state: State, shape: torch.Size, position: int) -> Row:
+        """Views of the row at a position, to write into."""
+
+    def clear(self, state: State, shape: torch.Size, position: int) -> None:
+        """Make the row at a position zero."""
+
+    def check(self, state: State, shape: torch.Size, name: str) -> None:
+        """Refuse loaded tensors, of the right shapes, whose content cannot be a window."""
+
+    def dots(self, state: State, shape: torch.Size, newest: int, rows: int, kernels: Kernels) -> torch.Tensor:
+        """Inner products of row `newest` with the first `rows` rows: this parameter's part of a Gram column."""
+
+    def combine(
+        self, state: State, shape: torch.Size, coefficients: torch.Tensor, kernels: Kernels
+    ) -> Iterator[tuple[slice, torch.Tensor]]:
+        """`G^T c`, slab by slab: where it goes in the flattened parameter, and its entries in float32."""
+
+
+@dataclass(frozen=True)
+class SparseWindow:
+    """The last `m` Top-k rows of a parameter, as block-relative indices and values.
+
+    Stored block-major, `(blocks, m, kept)`, in two flat tensors (`indices`: uint8 up to blocks of 256, else uint16;
+    `values`: `value_dtype`), the tail block behind the full ones: one block of the dense vector stays in the
+    first-level cache while all rows of the block stream past it.
+
+    Bytes: `m * sum over blocks of ceil(density * length) * (index + value)`.
+
+    Args:
+        num_grads: Capacity `m`.
+        density: Fraction kept of each block.
+        block_size: Entries of a block.
+        value_dtype: How values are stored.
+    """
+
+    num_grads: int
+    density: float
+    block_size: int
+    value_dtype: torch.dtype
+
+    def allocate(self, shape: torch.Size, device: torch.device | str) -> State:
+        """Tensors for `m` rows of zeros.
+
+        Args:
+            shape: Shape of the parameter.
+            device: Where; "meta" gives the shapes without the memory.
+
+        Returns:
+            `{"indices": ..., "values": ...}`, both of `m * kept` entries.
+        """
+        entries = self.num_grads * sum(piece.row for piece in self._pieces(shape))
+        return {
+            "indices": torch.zeros(entries, dtype=index_dtype(self.block_size), device=device),
+            "values": torch.zeros(entries, dtype=self.value_dtype, device=device),
+        }
+
+    def row(self, state: State, shape: torch.Size, position: int) -> Row:
+        """Views of the row at a position, to write into.
+
+        Args:
+            state: The parameter's tensors.
+            shape: Shape of the parameter.
+            position: Row, 0 to `m - 1`.
+
+        Returns:
+            The pieces with their indices and values, `(blocks, kept)` each.
+        """
+        return [
+            (piece, indices[:, position], values[:, position]) for piece, indices, values in self._views(state, shape)
+        ]
+
+    def clear(self, state: State, shape: torch.Size, position: int) -> None:
+        """Make the row at a position zero.
+
+        Args:
+            state: The parameter's tensors.
+            shape: Shape of the parameter.
+            position: Row, 0 to `m - 1`.
+        """
+        for _, indices, values in self.row(state, shape, position):
+            indices.zero_()
+            values.zero_()
+
+    def check(self, state: State, shape: torch.Size, name: str) -> None:
+        """Refuse loaded tensors whose indices point outside their block: the kernels would follow them.
+
+        Args:
+            state: Tensors of the right shapes.
+            shape: Shape of the parameter.
+            name: What to call the parameter.
+
+        Raises:
+            ValueError: An index is as large as its block.
+        """
+        for piece, indices, _ in self._views(state, shape):
+            step = max(1, _SLAB // (self.num_grads * piece.kept))
+            for begin in range(0, piece.blocks, step):
+                largest = int(indices[begin : begin + step].to(torch.int32).amax())
+                if largest >= piece.length:
+                    raise ValueError(
+                        f"the window of {name} is damaged: it has the index {largest} in a block of {piece.length} "
+                        "entries. Load another checkpoint"
+                    )
+
+    def dots(self, state: State, shape: torch.Size, newest: int, rows: int, kernels: Kernels) -> torch.Tensor:
+        """This parameter's part of the new Gram column, `<row_newest, row_i>` for `i < rows`.
+
+        Args:
+            state: The parameter's tensors.
+            shape: Shape of the parameter.
+            newest: Position of the newest row.
+            rows: Number of rows that were ever written.
+            kernels: The backend.
+
+        Returns:
+            `(rows,)`, float64, on the CPU.
+        """
+        total = torch.zeros(rows, dtype=torch.float64)
+        for piece, indices, values in self._views(state, shape):
+            total += kernels.dots(indices, values, newest, rows, piece.length).to("cpu", torch.float64)
+        return total
+
+    def combine(
+        self, state: State, shape: torch.Size, coefficients: torch.Tensor, kernels: Kernels
+    ) -> Iterator[tuple[slice, torch.Tensor]]:
+        """`G^T c`, slab by slab, so that no temporary of the parameter's size exists.
+
+        Args:
+            state: The parameter's tensors.
+            shape: Shape of the parameter.
+            coefficients: `c`, `(rows,)`, float64.
+            kernels: The backend.
+
+        Yields:
+            Where the slab goes in the flattened parameter, and its entries in float32.
+        """
+        for piece, indices, values in self._views(state, shape):
+            step = max(1, _SLAB // piece.length)
+            for begin in range(0, piece.blocks, step):
+                end = min(begin + step, piece.blocks)
+                out = torch.empty(end - begin, piece.length, dtype=torch.float32, device=values.device)
+                kernels.combine(indices[begin:end], values[begin:end], coefficients, out)
+                start = piece.start + begin * piece.length
+                yield slice(start, start + out.numel()), out.view(-1)
+
+    def _pieces(self, shape: torch.Size) -> tuple[Piece, ...]:
+        return cut(shape.numel(), self.block_size, self.density)
+
+    def _views(self, state: State, shape: torch.Size) -> Row:
+        """The window piece by piece, `(blocks, m, kept)` each."""
+        views = []
+        for piece in self._pieces(shape):
+            span = slice(self.num_grads * piece.offset, self.num_grads * (piece.offset + piece.row))
+            size = (piece.blocks, self.num_grads, piece.kept)
+            views.append((piece, state["indices"][span].view(size), state["values"][span].view(size)))
+        return views
