@@ -65,15 +65,15 @@ def check_gradient(param: torch.Tensor, name: Callable[[torch.Tensor], str]) -> 
         return
     if grad.layout != torch.strided:
         raise TypeError(
-            f"the gradient of {name(param)} is sparse ({grad.layout}); EFCP needs dense gradients: use sparse=False in the "
-            "embedding, or exclude the parameter"
+            f"the gradient of {name(param)} is sparse ({grad.layout}); EFCP needs dense gradients: use sparse=False in "
+            "the embedding, or leave the parameter to another optimizer"
         )
     # The sum is fifty times cheaper than looking at every entry, and only a finite one proves something.
     if not math.isfinite(grad.sum()) and not bool(torch.isfinite(grad).all()):
         wrong = grad.numel() - int(torch.isfinite(grad).sum())
         raise ValueError(
-            f"the gradient of {name(param)} has {wrong} entries of {grad.numel()} that are NaN or infinite; nothing was "
-            "changed. Skip this step (zero_grad), lower the learning rate or clip the gradients"
+            f"the gradient of {name(param)} has {wrong} entries of {grad.numel()} that are NaN or infinite; nothing "
+            "was changed. Skip this step (zero_grad), lower the learning rate or clip the gradients"
         )
 
 
@@ -153,6 +153,24 @@ def check_tensors(
         raise ValueError(
             f"the checkpoint's state of {name} does not fit: {key} is {_describe(saved.get(key))}, expected "
             f"{_describe(expected.get(key))}"
+        )
+
+
+def check_keeper(states: list[dict[str, Any]]) -> None:
+    """Refuse windows that come without their Gram matrix, or with several.
+
+    Args:
+        states: The saved states of all parameters.
+
+    Raises:
+        ValueError: It is not exactly one state that holds the Gram matrix and the number of rows.
+    """
+    windows = [state for state in states if "error" in state]
+    keepers = [state for state in windows if "gram" in state and isinstance(state.get("pushed"), int)]
+    if windows and len(keepers) != 1:
+        raise ValueError(
+            f"the checkpoint holds {len(keepers) or 'no'} Gram matrix with a number of rows for its windows, expected "
+            "one: it is incomplete. Load another checkpoint"
         )
 
 

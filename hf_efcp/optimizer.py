@@ -207,6 +207,7 @@ class EFCP(torch.optim.Optimizer):
                 if saved := state_dict["state"].get(key):
                     self._check_saved(saved, saved_group, param)
                     loaded.append((param, saved))
+        checks.check_keeper([saved for _, saved in loaded])
         super().load_state_dict({**state_dict, "state": {}})
         for param, saved in loaded:
             self.state[param] = {

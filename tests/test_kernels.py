@@ -1,0 +1,195 @@
+"""Kernels: every backend against plain loops, and the backends against each other to the bit."""
+
+import math
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+from naive import top_k
+
+from hf_efcp import kernels
+from hf_efcp.blocks import cut, index_dtype
+from hf_efcp.kernels import cpu, reference
+
+BACKENDS = [reference, cpu]
+LARGEST = torch.finfo(torch.bfloat16).max
+DTYPES = [torch.float32, torch.bfloat16]
+# Few distinct values make ties; the rest are the corners of float32.
+CORNERS = [0.0, -0.0, 1.0, -1.0, 1.5, 1e-45, -1e-40, 1e-38, 3e38, -3e38, 0.1, 1 + 2**-9, 3.4e38]
+ENTRIES = st.one_of(st.sampled_from(CORNERS), st.floats(-10, 10, width=32))
+
+
+@st.composite
+def blocks(draw):
+    """Gradient and error of some blocks, and how many entries are kept."""
+    shape = draw(st.tuples(st.integers(1, 4), st.integers(1, 40)))
+    gradient, error = (draw(arrays.arrays(np.float32, shape, elements=ENTRIES)) for _ in range(2))
+    kept = draw(st.integers(1, shape[1]))
+    return torch.from_numpy(gradient), torch.from_numpy(error), kept
+
+
+def compress(backend, gradient, error, kept, dtype):
+    """One row, written into the middle of a window of three."""
+    count, length = gradient.shape
+    error = error.clone()
+    indices = torch.zeros(count, 3, kept, dtype=index_dtype(length))
+    values = torch.zeros(count, 3, kept, dtype=dtype)
+    backend.accumulate_topk(gradient, error, indices[:, 1], values[:, 1])
+    assert not values[:, ::2].any()
+    assert not indices[:, ::2].to(torch.int64).any()
+    return error, indices[:, 1].to(torch.int64), values[:, 1]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(blocks())
+@settings(deadline=None, max_examples=150)
+def test_compression_keeps_the_largest_and_feeds_back_the_rest(dtype, case):
+    gradient, error, kept = case
+    count, length = gradient.shape
+    accumulator = (gradient + error).clamp(-LARGEST, LARGEST)
+    results = [compress(backend, gradient, error, kept, dtype) for backend in BACKENDS]
+    for rest, indices, values in results:
+        for block in range(count):
+            assert indices[block].tolist() == top_k(accumulator[block], kept / length, length)[:kept]
+        expected = accumulator.gather(1, indices).to(dtype)
+        assert torch.equal(values, expected)
+        assert torch.isfinite(values).all()
+        row = torch.zeros_like(accumulator).scatter_(1, indices, values.float())
+        assert torch.equal(rest, accumulator - row)
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_rounding_takes_stays_in_the_error(backend):
+    gradient = torch.full((1, 4), 1 + 2**-9)
+    error, _, values = compress(backend, gradient, torch.zeros(1, 4), 4, torch.bfloat16)
+    assert values.tolist() == [[1.0] * 4]
+    assert error.tolist() == [[2**-9] * 4]
+
+
+def random_window(seed, count, rows, length, kept, dtype):
+    """A window whose rows have distinct ascending indices, and the same as dense float64 rows."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.rand(count, rows, length, generator=generator).argsort(dim=2)[:, :, :kept].sort(dim=2).values
+    values = torch.randn(count, rows, kept, generator=generator).to(dtype)
+    dense = torch.zeros(count, rows, length, dtype=torch.float64).scatter_(2, order, values.double())
+    return order.to(index_dtype(length)), values, dense.transpose(0, 1).reshape(rows, count * length)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+@given(st.integers(0, 99), st.integers(1, 5), st.integers(1, 9), st.integers(1, 300), st.data())
+@settings(deadline=None, max_examples=60)
+def test_dots_and_combine_equal_dense_products(backend, dtype, seed, count, capacity, length, data):
+    kept = data.draw(st.integers(1, length))
+    rows = data.draw(st.integers(1, capacity))
+    newest = data.draw(st.integers(0, rows - 1))
+    indices, values, dense = random_window(seed, count, capacity, length, kept, dtype)
+    column = backend.dots(indices, values, newest, rows, length)
+    assert column.shape == (rows,)
+    assert column.dtype == torch.float64
+    torch.testing.assert_close(column, dense[:rows] @ dense[newest], rtol=1e-12, atol=1e-12)
+    coefficients = torch.randn(rows, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    out = torch.full((count, length), float("nan"))
+    backend.combine(indices, values, coefficients, out)
+    expected = (coefficients @ dense[:rows]).view(count, length).float()
+    torch.testing.assert_close(out, expected, rtol=2e-7, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_many_blocks_are_cut_into_ranges(backend):
+    """More blocks than one task or one temporary holds."""
+    indices, values, dense = random_window(0, 40, 7, 4096, 600, torch.bfloat16)
+    torch.testing.assert_close(backend.dots(indices, values, 3, 7, 4096), dense @ dense[3], rtol=1e-12, atol=1e-9)
+    coefficients = torch.linspace(-1, 2, 7, dtype=torch.float64)
+    out = torch.empty(40, 4096)
+    backend.combine(indices, values, coefficients, out)
+    torch.testing.assert_close(out.view(-1), (coefficients @ dense).float(), rtol=1e-6, atol=1e-6)
+    gradient = torch.randn(40, 4096, generator=torch.Generator().manual_seed(1))
+    error, chosen, stored = compress(backend, gradient, torch.zeros(40, 4096), 41, torch.float32)
+    assert torch.equal(stored.abs().sort(descending=True).values, gradient.abs().topk(41).values)
+    assert torch.equal(error.scatter(1, chosen, stored), gradient)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_float64_sums_survive_cancellation(backend):
+    """Coefficients of 1e9 that cancel to 1: float32 accumulation would leave nothing."""
+    indices = torch.arange(5).to(torch.uint8).view(1, 1, 5).repeat(1, 3, 1)
+    values = torch.tensor([1.0, 2.0, 3.0, 0.1, -7.0]).view(1, 1, 5).repeat(1, 3, 1)
+    out = torch.empty(1, 5)
+    backend.combine(indices, values, torch.tensor([1e9, -1e9 - 1, 2.0], dtype=torch.float64), out)
+    torch.testing.assert_close(out, values[:, 0], rtol=1e-6, atol=0.0)
+
+
+@given(st.integers(0, 20000), st.integers(1, 5000), st.floats(1e-4, 1.0))
+def test_pieces_cover_a_parameter_once(numel, block_size, density):
+    pieces = cut(numel, block_size, density)
+    assert sum(piece.numel for piece in pieces) == numel
+    assert [piece.start for piece in pieces] == [0, pieces[0].numel][: len(pieces)] if pieces else True
+    for piece in pieces:
+        assert piece.kept == math.ceil(density * piece.length)
+        assert 1 <= piece.kept <= piece.length <= block_size
+        assert piece.offset == sum(before.row for before in pieces if before.start < piece.start)
+
+
+def test_unknown_backend():
+    with pytest.raises(ValueError, match="backend must be one of auto, reference, numba, got 'triton'"):
+        kernels.choose("triton", torch.device("cpu"))
+
+
+def python(code):
+    """Run code in a process of its own."""
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+
+
+def test_missing_numba_falls_back_with_one_warning():
+    done = python("""
+        import sys, warnings
+        sys.modules["numba"] = None  # as if it were not installed
+        import torch
+        from hf_efcp import SparseMFAC
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                param = torch.nn.Parameter(torch.zeros(10))
+                param.grad = torch.ones(10)
+                optimizer = SparseMFAC([param])
+                optimizer.step()
+                optimizer.step()
+                assert param.abs().min() > 0 or param.abs().max() > 0
+                assert optimizer.backend == "reference"
+        print([str(w.message) for w in caught])
+        try:
+            SparseMFAC([param], backend="numba").step()
+        except ImportError as error:
+            print("refused:", error)
+    """)
+    assert done.returncode == 0, done.stderr
+    warned, refused = done.stdout.splitlines()
+    assert warned.count("numba could not be imported") == 1
+    assert 'refused: backend="numba" could not be loaded' in refused
+    assert "pip install numba" in refused
+
+
+def test_an_unwritable_cache_is_no_error():
+    done = python("""
+        from numba.core import caching
+        caching.CacheImpl._locator_classes = []  # what numba finds when no directory can be written to
+        import torch
+        from hf_efcp import SparseMFAC
+        param = torch.nn.Parameter(torch.zeros(10))
+        param.grad = torch.ones(10)
+        optimizer = SparseMFAC([param], lr=1.0)
+        optimizer.step()
+        print(optimizer.backend, int((param != 0).sum()))
+    """)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["numba", "1"]

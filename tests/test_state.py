@@ -1,0 +1,235 @@
+"""State: saved and loaded to the bit, refused when it does not fit, conserved, and of the size that was announced."""
+
+import copy
+import io
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from naive import top_k
+from problems import Regression, flat, set_gradients
+from test_contract import assert_same, train, trained
+from variants import VARIANTS, build, names
+
+from hf_efcp import SparseMFAC, estimate_memory
+
+
+def through_a_file(state_dict):
+    """As Trainer and Accelerate reload an optimizer."""
+    file = io.BytesIO()
+    torch.save(state_dict, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("at", [0, 3, 13])
+def test_resuming_is_bit_equal(name, dtype, at):
+    """Before the first step, while the window fills, and after it wrapped."""
+    problem = Regression(seed=20, width=60)
+
+    def start():
+        params = problem.parameters(dtype)
+        groups = [{"params": params[:1], "weight_decay": 0.1}, {"params": params[1:3], "momentum": 0.8},
+                  {"params": params[3:], "preconditioned": False}]  # fmt: skip
+        return params, build(name, groups)
+
+    params, optimizer = start()
+    train(params, optimizer, problem, at)
+    saved = through_a_file(optimizer.state_dict())
+    middle = copy.deepcopy([param.detach() for param in params])
+    train(params, optimizer, problem, 9, start=at)
+
+    resumed, other = start()
+    for param, value in zip(resumed, middle, strict=True):
+        param.data.copy_(value)
+    other.load_state_dict(saved)
+    assert_same(saved["state"], other.state_dict()["state"])
+    assert_same(saved["param_groups"], other.state_dict()["param_groups"])
+    train(resumed, other, problem, 9, start=at)
+    assert torch.equal(flat(resumed), flat(params))
+    assert_same(other.state_dict(), optimizer.state_dict())
+    assert not torch.equal(flat(resumed), flat(middle))
+
+
+@pytest.mark.parametrize("name", names())
+def test_loading_copies(name):
+    """What was loaded from is not written to by later steps."""
+    problem, params, optimizer = trained(name)
+    other_params = copy.deepcopy(params)
+    other = build(name, other_params)
+    other.load_state_dict(optimizer.state_dict())
+    before = copy.deepcopy(optimizer.state_dict())
+    train(other_params, other, problem, 3)
+    assert_same(before, optimizer.state_dict())
+    assert not torch.equal(flat(params), flat(other_params))
+
+
+@pytest.mark.parametrize("name", names())
+def test_hyperparameters_come_from_the_checkpoint(name):
+    _, params, optimizer = trained(name)
+    for group in optimizer.param_groups:
+        group.update(lr=0.5, damp=0.25)
+    other = build(name, copy.deepcopy(params))
+    other.load_state_dict(optimizer.state_dict())
+    assert (other.param_groups[0]["lr"], other.param_groups[0]["damp"]) == (0.5, 0.25)
+    other.add_param_group({"params": [torch.nn.Parameter(torch.zeros(3))]})
+    assert other.param_groups[1]["damp"] == 0.25
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_grads": 6}, "made with num_grads=5, this optimizer has num_grads=6"),
+        ({"density": 0.5}, "density="),
+        ({"block_size": 128}, "block_size="),
+    ],
+    ids=["num_grads", "density", "block_size"],
+)
+@pytest.mark.parametrize("name", names())
+def test_other_settings_are_refused(name, changes, message):
+    _, params, optimizer = trained(name)
+    refuse(build(name, copy.deepcopy(params), **changes), optimizer.state_dict(), message)
+
+
+def refuse(optimizer, state_dict, message):
+    """Loading raises, and leaves the optimizer as it was."""
+    params = optimizer.param_groups[0]["params"]
+    problem = Regression(seed=11, width=30)
+    if [param.shape for param in params] == [start.shape for start in problem.start]:
+        train(params, optimizer, problem, 2)
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(state_dict)
+    assert_same(before, optimizer.state_dict())
+
+
+def test_other_dtypes_shapes_and_optimizers_are_refused():
+    problem, params, optimizer = trained("sparse_mfac")
+    good = optimizer.state_dict()
+    fresh = problem.parameters
+    refuse(build("sparse_mfac", fresh(), value_dtype=torch.float32), good, "value_dtype=torch.bfloat16, this optimizer")
+    wider = Regression(width=31).parameters()
+    refuse(build("sparse_mfac", wider), good, r"state of parameter 0 of group 0 .* does not fit: error is .*\(30, 5\)")
+    refuse(build("sparse_mfac", params[:2]), good, r"groups of \[4\] parameters, this optimizer of \[2\]")
+    adamw = torch.optim.AdamW(fresh())
+    refuse(build("sparse_mfac", fresh()), adamw.state_dict(), "another optimizer: its groups lack block_size, damp")
+    groups = [{"params": fresh(), "preconditioned": False}]
+    refuse(build("sparse_mfac", groups), good, "made with preconditioned=True")
+
+
+def test_damaged_state_is_refused():
+    problem, _, optimizer = trained("sparse_mfac")
+    good = optimizer.state_dict()
+
+    def spoilt(change):
+        state_dict = copy.deepcopy(good)
+        change(state_dict["state"])
+        return state_dict
+
+    def target():
+        return build("sparse_mfac", problem.parameters())
+
+    cast = spoilt(lambda state: state[1].update(indices=state[1]["indices"].float()))
+    refuse(target(), cast, r"does not fit: indices is torch.float32 of shape .*expected torch.uint8")
+    missing = spoilt(lambda state: state[2].pop("error"))
+    refuse(target(), missing, r"parameter 2 of group 0 .* does not fit: error is absent, expected torch.float32")
+    outside = spoilt(lambda state: state[0]["indices"].fill_(255))
+    refuse(target(), outside, "window of parameter 0 .* is damaged: it has the index 255 in a block of 16")
+    lost = spoilt(lambda state: state[0].pop("gram"))
+    refuse(target(), lost, "holds no Gram matrix")
+    count = spoilt(lambda state: state[0].pop("pushed"))
+    refuse(target(), count, "holds no Gram matrix")
+
+
+@pytest.mark.parametrize("backend", ["reference", "numba"])
+@pytest.mark.parametrize("value_dtype", [torch.float32, torch.bfloat16])
+@given(
+    st.integers(0, 1000),
+    st.integers(1, 70),
+    st.integers(1, 20),
+    st.floats(0.01, 1.0),
+    st.integers(1, 30),
+    st.booleans(),
+)
+@settings(deadline=None, max_examples=25)
+def test_nothing_is_lost(backend, value_dtype, seed, numel, block_size, density, steps, ties):
+    """After any number of steps: the sum of all rows pushed + the error = the sum of all gradients."""
+    generator = torch.Generator().manual_seed(seed)
+    param = torch.nn.Parameter(torch.zeros(numel))
+    optimizer = SparseMFAC(
+        [param], num_grads=30, density=density, block_size=block_size, value_dtype=value_dtype, backend=backend
+    )
+    given_in_all = torch.zeros(numel, dtype=torch.float64)
+    for _ in range(steps):
+        gradient = torch.randn(numel, generator=generator)
+        gradient = gradient.sign() if ties else gradient * 10 ** torch.randn(numel, generator=generator)
+        set_gradients([param], [gradient])
+        optimizer.step()
+        given_in_all += gradient.double()
+    rows = rows_of(optimizer, param)
+    assert (rows[:steps].count_nonzero(dim=1) > 0).all()
+    state = optimizer.state[param]
+    total = rows.sum(dim=0) + state["error"].double()
+    scale = rows.abs().sum(dim=0) + given_in_all.abs() + 1
+    assert ((total - given_in_all).abs() <= steps * 2**-22 * scale).all()
+    # and the Gram matrix is that of the rows as stored
+    torch.testing.assert_close(state["gram"], rows @ rows.T, rtol=1e-11, atol=1e-11)
+
+
+def rows_of(optimizer, param):
+    """The window of one parameter as dense float64 rows."""
+    numel, state = param.numel(), optimizer.state[param]
+    coefficients = torch.eye(optimizer.param_groups[0]["num_grads"], dtype=torch.float64)
+    from hf_efcp.kernels import reference
+
+    rows = torch.zeros(len(coefficients), numel, dtype=torch.float64)
+    for row, unit in zip(rows, coefficients, strict=True):
+        for span, slab in optimizer._window.combine(state, param.shape, unit, reference):
+            row[span] = slab
+    return rows
+
+
+@pytest.mark.parametrize("name", names())
+def test_memory_is_what_was_announced(name):
+    for changes in ({}, {"momentum": 0.9}, {"num_grads": 9, "block_size": 7}):
+        cls, defaults = VARIANTS[name]
+        arguments = {**defaults, **changes}
+        problem = Regression(width=90)
+        params = problem.parameters()
+        params[1].requires_grad_(False)
+        announced = estimate_memory(params, cls, **arguments)
+        optimizer = cls(params, **arguments)
+        assert optimizer.memory()["total"] == 0
+        set_gradients(params, [None if i == 1 else torch.ones_like(param) for i, param in enumerate(params)])
+        optimizer.step()
+        memory = optimizer.memory()
+        assert memory == announced
+        assert list(memory) == ["indices", "values", "error", "momentum", "gram", "total"]
+        assert all(type(value) is int for value in memory.values())
+        tensors = [v for s in optimizer.state_dict()["state"].values() for v in s.values() if torch.is_tensor(v)]
+        assert memory["total"] == sum(t.numel() * t.element_size() for t in tensors)
+        assert memory["error"] == 4 * (90 * 5 + 3 * 90 + 1)
+        assert memory["gram"] == 8 * arguments["num_grads"] ** 2
+        assert memory["momentum"] == (memory["error"] if changes.get("momentum") else 0)
+
+
+def test_memory_of_groups_and_models():
+    model = torch.nn.Linear(4096, 2)
+    assert estimate_memory(model)["indices"] == 256 * (2 * 41 + 1) * 2
+    assert estimate_memory(model) == estimate_memory(model.named_parameters())
+    groups = [{"params": [model.weight]}, {"params": [model.bias], "preconditioned": False}]
+    estimate = estimate_memory(groups, num_grads=8)
+    assert estimate["momentum"] == 2 * 2 * 4 + 4
+    assert set(groups[0]) == {"params"}
+    optimizer = SparseMFAC(groups, num_grads=8)
+    set_gradients([model.weight, model.bias], [torch.ones(2, 4096), torch.ones(2)])
+    optimizer.step()
+    assert optimizer.memory() == estimate
+
+
+def test_top_k_of_the_brute_force_breaks_ties_by_index():
+    """The judge is judged once, by hand."""
+    assert top_k(torch.tensor([1.0, -3.0, 3.0, 2.0, 5.0]), 0.5, 4) == [1, 2, 4]
