@@ -1,0 +1,240 @@
+"""Optimizers by name: their defaults, `optim_args` parsing, parameter groups with exclusions."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .optimizer import EFCP
+from .variants import SparseMFAC
+
+logger = logging.getLogger(__name__)
+
+OPTIMIZERS: dict[str, type[EFCP]] = {
+    "sparse_mfac": SparseMFAC,
+}
+
+
+def efcp_name(name: str) -> str | None:
+    """Return the key of `OPTIMIZERS` that `name` means, or None when it is not one of ours.
+
+    Args:
+        name: An optimizer name; "-" may stand for "_".
+
+    Returns:
+        The key, or None.
+    """
+    key = name.replace("-", "_")
+    return key if key in OPTIMIZERS else None
+
+
+def default_lr(name: str) -> float:
+    """Return the learning rate that the optimizer called `name` takes when none is given.
+
+    Args:
+        name: A key of `OPTIMIZERS`.
+
+    Returns:
+        The default of `lr` in the signature of its class.
+
+    Raises:
+        ValueError: If `name` is not a key of `OPTIMIZERS`.
+    """
+    return float(inspect.signature(OPTIMIZERS[_known(name)]).parameters["lr"].default)
+
+
+def create_optimizer(
+    name: str,
+    model: nn.Module,
+    *,
+    lr: float | None = None,
+    weight_decay: float = 0.0,
+    exclude: str | Sequence[str] = (),
+    exclude_lr: float = 5e-5,
+    **kwargs: Any,
+) -> EFCP:
+    """Create the optimizer called `name` over the trainable parameters of `model`.
+
+    Weight decay goes to the parameters that `transformers.Trainer` would decay: all but biases and norm layers.
+    Excluded parameters are trained as well: not preconditioned, but stepped as AdamW would at `exclude_lr`.
+
+    Args:
+        name: A key of `OPTIMIZERS`; "-" may stand for "_".
+        model: Any module; its parameters with `requires_grad` are optimized.
+        lr: The learning rate of the preconditioned parameters; None takes the optimizer's own default.
+        weight_decay: Decoupled weight decay of the parameters that are decayed, excluded or not.
+        exclude: Regular expression(s), searched for in parameter names: what they match is not preconditioned.
+        exclude_lr: The learning rate of the excluded parameters.
+        **kwargs: Further arguments of the optimizer's class, such as `num_grads` or `density`.
+
+    Returns:
+        The optimizer.
+
+    Raises:
+        TypeError: If `model` is not a module, or an argument is not one of the optimizer's.
+        ValueError: If the name is unknown, nothing is trainable, a pattern is not a regular expression or matches no
+            trainable parameter, or everything is excluded.
+    """
+    name = _known(name)
+    settings = _settings(name)
+    for key in kwargs:
+        if key not in settings:
+            raise TypeError(f"{name} has no argument {key!r}; valid ones: {', '.join(settings)}")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    trainable = {key: p for key, p in model.named_parameters() if p.requires_grad}
+    if not trainable:
+        raise ValueError(f"{type(model).__name__} has no parameter with requires_grad: there is nothing to optimize")
+    excluded = _matching(exclude, list(trainable))
+    if len(excluded) == len(trainable):
+        raise ValueError(f"exclude={exclude!r} matches every trainable parameter: nothing is left to precondition")
+    lr = default_lr(name) if lr is None else lr
+
+    decayed = _decayed(model)
+    groups: list[dict[str, Any]] = []
+    for outside in (False, True):
+        for decay in (True, False):
+            params = [p for key, p in trainable.items() if (key in excluded, key in decayed) == (outside, decay)]
+            group: dict[str, Any] = {"params": params, "weight_decay": weight_decay if decay else 0.0}
+            if outside:
+                group |= {"preconditioned": False, "lr": exclude_lr}
+            if params:
+                groups.append(group)
+
+    factory: Callable[..., EFCP] = OPTIMIZERS[name]
+    optimizer = factory(groups, lr=lr, weight_decay=weight_decay, **kwargs)
+
+    numels = [(key in excluded, p.numel()) for key, p in trainable.items()]
+    logger.info("%s: %s parameters preconditioned at lr %g", name, f"{sum(n for out, n in numels if not out):,}", lr)
+    if excluded:
+        logger.info(
+            "%s: %s parameters in %d tensors excluded, stepped as AdamW at lr %g",
+            name,
+            f"{sum(n for out, n in numels if out):,}",
+            len(excluded),
+            exclude_lr,
+        )
+    return optimizer
+
+
+def parse_optim_args(name: str, text: str | None) -> dict[str, Any]:
+    """Parse Trainer's `optim_args`, such as "num_grads=256,density=0.01,exclude=embeddings", into typed values.
+
+    Commas inside brackets, braces and parentheses do not separate, so that a regular expression can hold them.
+
+    Args:
+        name: A key of `OPTIMIZERS`; "-" may stand for "_".
+        text: Comma-separated `key=value` items; None and "" are no items.
+
+    Returns:
+        Keyword arguments for `create_optimizer`.
+
+    Raises:
+        TypeError: If `text` is neither a string nor None.
+        ValueError: If a key is unknown, given twice or belongs elsewhere, or a value is not of its type.
+    """
+    name = _known(name)
+    if not isinstance(text, str | None):
+        raise TypeError(f"optim_args must be a string such as 'num_grads=256,density=0.01', got {text!r}")
+    parsers = {key: _PARSERS[annotation] for key, annotation in _settings(name).items()}
+    parsers |= {"exclude": ("a regular expression", _regex), "exclude_lr": _PARSERS[float]}
+    hint = f"valid keys of optim_args for {name}: {', '.join(parsers)}"
+
+    parsed: dict[str, Any] = {}
+    for item in filter(None, _split(text or "")):
+        key, equals, value = (part.strip() for part in item.partition("="))
+        if not equals:
+            raise ValueError(f"optim_args: expected key=value, got {item!r} (join regular expressions with |); {hint}")
+        if key in _ELSEWHERE:
+            raise ValueError(f"optim_args: {key} does not belong here, {_ELSEWHERE[key]}; {hint}")
+        if key not in parsers:
+            raise ValueError(f"optim_args: unknown key {key!r}; {hint}")
+        if key in parsed:
+            raise ValueError(f"optim_args: {key} is given twice; {hint}")
+        expected, parse = parsers[key]
+        try:
+            if not value:
+                raise ValueError("it is empty")
+            parsed[key] = parse(value)
+        except ValueError as error:
+            raise ValueError(f"optim_args: {key} must be {expected}, got {value!r}: {error}; {hint}") from None
+    return parsed
+
+
+def _known(name: str) -> str:
+    key = efcp_name(name)
+    if key is None:
+        raise ValueError(f"unknown optimizer {name!r}; expected one of: {', '.join(OPTIMIZERS)}")
+    return key
+
+
+def _settings(name: str) -> dict[str, Any]:
+    # The optimizer's own arguments and their annotated types.
+    parameters = inspect.signature(OPTIMIZERS[name], eval_str=True).parameters
+    return {key: p.annotation for key, p in parameters.items() if key not in _ELSEWHERE}
+
+
+def _decayed(model: nn.Module) -> set[str]:
+    from transformers import Trainer  # slow to import, and needed nowhere else here
+
+    # The method does not use `self`: called unbound, its patterns cannot drift from those of the installed Trainer.
+    return set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
+
+
+def _matching(exclude: str | Sequence[str], names: list[str]) -> set[str]:
+    found: set[str] = set()
+    for pattern in [exclude] if isinstance(exclude, str) else exclude:
+        matches = {name for name in names if re.search(_regex(pattern), name)}
+        if not matches:
+            some = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+            raise ValueError(f"exclude: {pattern!r} matches no trainable parameter; they are named {some}")
+        found |= matches
+    return found
+
+
+def _split(text: str) -> Iterator[str]:
+    # At the commas outside brackets; what follows a backslash is never a bracket.
+    depth, start = 0, 0
+    for match in re.finditer(r"\\.|[(\[{]|[)\]}]|,", text):
+        token = match.group()
+        if token == "," and depth == 0:
+            yield text[start : match.start()].strip()
+            start = match.end()
+        depth += (token in "([{") - (token in ")]}")
+    if depth:
+        raise ValueError(f"optim_args: unbalanced brackets in {text[start:]!r}; put a backslash before a literal one")
+    yield text[start:].strip()
+
+
+def _dtype(text: str) -> torch.dtype:
+    value = getattr(torch, text.removeprefix("torch."), None)
+    if not isinstance(value, torch.dtype):
+        raise ValueError("torch has no such dtype")
+    return value
+
+
+def _regex(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ValueError(f"{text!r} is not a regular expression: {error}") from None
+    return text
+
+
+_PARSERS: dict[Any, tuple[str, Callable[[str], Any]]] = {
+    int: ("an integer", int),
+    float: ("a number", float),
+    str: ("a name", str),
+    torch.dtype: ("a torch dtype such as bfloat16", _dtype),
+}
+_ELSEWHERE = {
+    "params": "parameters come from the model",
+    "lr": "use learning_rate of the training arguments",
+    "weight_decay": "use weight_decay of the training arguments",
+}

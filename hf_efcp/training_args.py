@@ -1,0 +1,136 @@
+"""Training arguments that know the names, options and learning rates of the EFCP optimizers."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+from transformers.training_args import OptimizerNames
+
+from .factory import OPTIMIZERS, default_lr, efcp_name, parse_optim_args
+from .optimizer import EFCP
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class EFCPTrainingArguments(TrainingArguments):
+    """`transformers.TrainingArguments` that also take the names of `hf_efcp.OPTIMIZERS` in `optim`.
+
+    Defaults that differ from the parent's:
+
+    - `learning_rate` is None: the default of the optimizer that `optim` names (the parent's own for a stock
+      optimizer). It is filled in at construction, so that copies made with `dataclasses.replace` or from `to_dict`
+      carry the number: a copy that changes `optim` needs `learning_rate=None` to take the new optimizer's.
+
+    `adam_beta1`, `adam_beta2`, `adam_epsilon` and `optim_target_modules` are of no use to an EFCP optimizer.
+
+    Args:
+        optim: A stock name or a key of `hf_efcp.OPTIMIZERS` ("-" may stand for "_").
+        learning_rate: The initial learning rate; None takes the default of the optimizer.
+        optim_args: For an EFCP optimizer, its options by name, such as "num_grads=256,density=0.01"; also
+            `exclude` and `exclude_lr` of `hf_efcp.create_optimizer`. Checked at construction.
+    """
+
+    # Typed str, not the parent's enum, for HfArgumentParser would accept the members of the enum only.
+    optim: str = field(
+        default=TrainingArguments.optim,
+        metadata={"help": f"The optimizer to use: {', '.join(OPTIMIZERS)}, or one of `OptimizerNames`."},
+    )
+    learning_rate: float | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={"help": "The initial learning rate; the default of the optimizer when it is not given."},
+    )
+
+    def __post_init__(self) -> None:
+        """Resolve the optimizer and its learning rate, check its options, and let the parent do the rest.
+
+        Raises:
+            ValueError: If `optim`, `optim_args` or anything that the parent checks is not valid.
+        """
+        optim = _optimizer(self.optim)
+        # Before the parent's turn: a DeepSpeed configuration may copy the learning rate.
+        self.learning_rate = _learning_rate(optim, self.learning_rate)
+        self.optim = _stock(optim)
+        super().__post_init__()
+        self.optim = optim
+        self._check_optimizer()
+
+    def set_optimizer(
+        self, name: str = "adamw_torch", learning_rate: float | None = None, *args: Any, **kwargs: Any
+    ) -> EFCPTrainingArguments:
+        """Set all that concerns the optimizer, as the parent's method does.
+
+        Args:
+            name: A stock name or a key of `hf_efcp.OPTIMIZERS`.
+            learning_rate: The initial learning rate; None takes the default of the optimizer.
+            *args: The parent's further arguments.
+            **kwargs: The parent's further arguments; `args` is what the constructor calls `optim_args`.
+
+        Returns:
+            These arguments.
+
+        Raises:
+            ValueError: If a name or an option is not valid.
+        """
+        optim = _optimizer(name)
+        super().set_optimizer(_stock(optim), _learning_rate(optim, learning_rate), *args, **kwargs)
+        self.optim = optim
+        self._check_optimizer()
+        return self
+
+    def set_training(self, learning_rate: float | None = None, *args: Any, **kwargs: Any) -> EFCPTrainingArguments:
+        """Set all that concerns the training, as the parent's method does.
+
+        Args:
+            learning_rate: The initial learning rate; None takes the default of the optimizer.
+            *args: The parent's further arguments.
+            **kwargs: The parent's further arguments.
+
+        Returns:
+            These arguments.
+        """
+        super().set_training(_learning_rate(self.optim, learning_rate), *args, **kwargs)
+        return self
+
+    def _check_optimizer(self) -> None:
+        # The optimizer judges its options now: a mistake should not wait until the model is loaded.
+        if efcp_name(self.optim) is None:
+            return
+        options = parse_optim_args(self.optim, self.optim_args)
+        options.pop("exclude", None)  # needs the model
+        preconditioned, excluded = (torch.nn.Parameter(torch.zeros(1)) for _ in range(2))
+        adamw = {"params": [excluded], "preconditioned": False, "lr": options.pop("exclude_lr", self.learning_rate)}
+        optimizer: Callable[..., EFCP] = OPTIMIZERS[self.optim]
+        optimizer(
+            [{"params": [preconditioned]}, adamw], lr=self.learning_rate, weight_decay=self.weight_decay, **options
+        )
+        for key in ("adam_beta1", "adam_beta2", "adam_epsilon", "optim_target_modules"):
+            if getattr(self, key) != getattr(TrainingArguments, key):
+                logger.warning("%s=%s has no effect on the optimizer %s", key, getattr(self, key), self.optim)
+
+
+def _optimizer(name: str) -> str:
+    # A key of OPTIMIZERS or a member of OptimizerNames.
+    try:
+        return efcp_name(name) or OptimizerNames(name)
+    except ValueError:
+        valid = [*OPTIMIZERS, *(stock.value for stock in OptimizerNames)]
+        raise ValueError(f"unknown optimizer {name!r}; expected one of: {', '.join(valid)}") from None
+
+
+def _stock(optim: str) -> OptimizerNames:
+    # A name that the parent's methods accept in the place of `optim`.
+    return optim if isinstance(optim, OptimizerNames) else OptimizerNames.ADAMW_TORCH
+
+
+def _learning_rate(optim: str, given: float | None) -> float:
+    if given is not None:
+        return given
+    default = TrainingArguments.learning_rate if isinstance(optim, OptimizerNames) else default_lr(optim)
+    logger.info("learning_rate is not given: taking %g, the default of %s", default, optim)
+    return default

@@ -1,0 +1,78 @@
+"""Tiny BERT models, toy data and short runs for the tests of the Hugging Face side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, set_seed
+
+from hf_efcp import EFCPTrainer, EFCPTrainingArguments
+
+VOCAB, LENGTH = 64, 8
+
+
+def tiny_bert(
+    cls: type = BertForSequenceClassification,
+    *,
+    seed: int = 0,
+    dropout: float = 0.0,
+    dtype: torch.dtype = torch.float32,
+) -> Any:
+    set_seed(seed)
+    config = BertConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=LENGTH,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+        num_labels=2,
+    )
+    return cls(config).to(dtype)
+
+
+def toy_rows(n: int, seed: int = 0) -> list[dict[str, torch.Tensor]]:
+    """Sentences whose label is whether their first token is in the upper half of the vocabulary."""
+    tokens = torch.randint(1, VOCAB, (n, LENGTH), generator=torch.Generator().manual_seed(seed))
+    return [
+        {"input_ids": t, "attention_mask": torch.ones_like(t), "labels": (t[0] >= VOCAB // 2).long()} for t in tokens
+    ]
+
+
+def arguments(output_dir: Path, **kwargs: Any) -> EFCPTrainingArguments:
+    quiet = {"use_cpu": True, "save_strategy": "no", "disable_tqdm": True, "logging_strategy": "no"}
+    return EFCPTrainingArguments(output_dir=str(output_dir), **{**quiet, **kwargs})
+
+
+def parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+class Gradients(TrainerCallback):
+    """Collects the flat gradient that the optimizer is about to see, once per step."""
+
+    def __init__(self) -> None:
+        self.seen: list[torch.Tensor] = []
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        grads = [p.grad.flatten() for p in kwargs["model"].parameters() if p.grad is not None]
+        self.seen.append(torch.cat(grads).clone())
+
+
+def train(
+    args: EFCPTrainingArguments,
+    model: torch.nn.Module,
+    rows: list[dict[str, torch.Tensor]],
+    *,
+    trainer_cls: type[Trainer] = EFCPTrainer,
+    **kwargs: Any,
+) -> tuple[Trainer, list[torch.Tensor]]:
+    """Train and return the trainer with the gradients that its optimizer saw."""
+    gradients = Gradients()
+    trainer = trainer_cls(model=model, args=args, train_dataset=rows, callbacks=[gradients], **kwargs)
+    trainer.train()
+    return trainer, gradients.seen
