@@ -9,7 +9,6 @@ from torch.optim.adamw import adamw
 
 BETAS = (0.9, 0.999)
 EPS = 1e-8
-STATE = ("step", "exp_avg", "exp_avg_sq")
 
 
 def allocate(param: torch.Tensor, device: torch.device | str) -> dict[str, torch.Tensor]:

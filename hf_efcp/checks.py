@@ -128,9 +128,7 @@ def check_settings(saved_groups: list[dict[str, Any]], groups: list[dict[str, An
                 )
 
 
-def check_tensors(
-    saved: Mapping[str, Any], expected: Mapping[str, torch.Tensor], optional: set[str], name: str
-) -> None:
+def check_tensors(saved: Mapping[str, Any], expected: Mapping[str, Any], optional: set[str], name: str) -> None:
     """Refuse a saved state whose tensors are not those that the optimizer would have made.
 
     Args:
@@ -143,10 +141,7 @@ def check_tensors(
         ValueError: A tensor is missing, unknown, or has another shape or dtype.
     """
     wrong = ((saved.keys() ^ expected.keys()) - optional) | {
-        key
-        for key in saved.keys() & expected.keys()
-        if not isinstance(saved[key], torch.Tensor)
-        or (saved[key].shape, saved[key].dtype) != (expected[key].shape, expected[key].dtype)
+        key for key in saved.keys() & expected.keys() if _signature(saved[key]) != _signature(expected[key])
     }
     if wrong:
         key = min(wrong)
@@ -156,22 +151,43 @@ def check_tensors(
         )
 
 
-def check_keeper(states: list[dict[str, Any]]) -> None:
-    """Refuse windows that come without their Gram matrix, or with several.
+def check_keepers(states: list[dict[str, Any]], expected: Mapping[str, Any], every: bool) -> None:
+    """Refuse windows that come without what they have in common (the number of rows, the Gram matrix), or with several.
 
     Args:
-        states: The saved states of all parameters.
+        states: The saved states of all preconditioned parameters.
+        expected: What a keeper holds, by name.
+        every: Every state is a keeper, not just one.
 
     Raises:
-        ValueError: It is not exactly one state that holds the Gram matrix and the number of rows.
+        ValueError: There are too few or too many of them, or one is incomplete.
     """
-    windows = [state for state in states if "error" in state]
-    keepers = [state for state in windows if "gram" in state and isinstance(state.get("pushed"), int)]
-    if windows and len(keepers) != 1:
+    keepers = [state for state in states if expected.keys() <= state.keys() and isinstance(state["pushed"], int)]
+    partial = [state for state in states if expected.keys() & state.keys() and state not in keepers]
+    if partial or len(keepers) != (len(states) if every else min(1, len(states))):
         raise ValueError(
-            f"the checkpoint holds {len(keepers) or 'no'} Gram matrix with a number of rows for its windows, expected "
-            "one: it is incomplete. Load another checkpoint"
+            f"the checkpoint is incomplete: {len(keepers)} of its {len(states)} windows come with "
+            f"{' and '.join(expected)}, expected {'all' if every else 'one'}. Load another checkpoint"
         )
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Refuse a value that is none of the choices.
+
+    Args:
+        name: The argument.
+        value: Its value.
+        choices: What it may be.
+
+    Raises:
+        ValueError: It is none of them.
+    """
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def _signature(value: Any) -> Any:
+    return (value.shape, value.dtype) if isinstance(value, torch.Tensor) else type(value)
 
 
 def _describe(value: Any) -> str:

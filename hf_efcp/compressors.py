@@ -9,7 +9,7 @@ import torch
 
 from .blocks import MAX_BLOCK_SIZE
 from .kernels import Kernels
-from .windows import Row, SparseWindow, Window
+from .windows import DenseWindow, Row, SparseWindow, State, Window
 
 
 class Compressor(Protocol):
@@ -19,11 +19,17 @@ class Compressor(Protocol):
     """
 
     __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+    lossless: ClassVar[bool]  # nothing is dropped: there is no error to keep
 
     def window(self, num_grads: int) -> Window:
         """The window that stores this compressor's rows."""
 
-    def compress(self, gradient: torch.Tensor, error: torch.Tensor, row: Row, kernels: Kernels) -> None:
+    def allocate(self, shape: torch.Size, device: torch.device | str, position: int) -> State:
+        """Tensors of its own that it keeps for the parameter at a position, by their names in the state."""
+
+    def compress(
+        self, gradient: torch.Tensor, error: torch.Tensor | None, row: Any, state: State, kernels: Kernels
+    ) -> None:
         """`a = error + gradient; row = C(a); error = a - row`, in place."""
 
 
@@ -44,6 +50,7 @@ class TopK:
         TypeError: `block_size` is not an int.
     """
 
+    lossless: ClassVar[bool] = False
     density: float = 0.01
     block_size: int = 4096
     value_dtype: torch.dtype = torch.bfloat16
@@ -69,14 +76,58 @@ class TopK:
         """
         return SparseWindow(num_grads, self.density, self.block_size, self.value_dtype)
 
-    def compress(self, gradient: torch.Tensor, error: torch.Tensor, row: Row, kernels: Kernels) -> None:
+    def allocate(self, shape: torch.Size, device: torch.device | str, position: int) -> State:
+        """Nothing: Top-k has no memory beside the error."""
+        return {}
+
+    def compress(
+        self, gradient: torch.Tensor, error: torch.Tensor | None, row: Row, state: State, kernels: Kernels
+    ) -> None:
         """`a = error + gradient; row = TopK(a); error = a - row`, in place and in one pass.
 
         Args:
             gradient: In the parameter's shape, float32, contiguous, finite.
             error: In the parameter's shape, float32, contiguous; updated.
             row: Where the row goes: views into the window.
+            state: Not used.
             kernels: The backend.
         """
+        assert error is not None  # Top-k is not lossless
         for piece, indices, values in row:
             kernels.accumulate_topk(piece.of(gradient.view(-1)), piece.of(error.view(-1)), indices, values)
+
+
+@dataclass(frozen=True)
+class Identity:
+    """No compression: rows are the gradients, and there is no error. For the dense baselines."""
+
+    lossless: ClassVar[bool] = True
+
+    def window(self, num_grads: int) -> DenseWindow:
+        """The window that stores the rows.
+
+        Args:
+            num_grads: Its capacity `m`.
+
+        Returns:
+            A dense window.
+        """
+        return DenseWindow(num_grads)
+
+    def allocate(self, shape: torch.Size, device: torch.device | str, position: int) -> State:
+        """Nothing."""
+        return {}
+
+    def compress(
+        self, gradient: torch.Tensor, error: torch.Tensor | None, row: torch.Tensor, state: State, kernels: Kernels
+    ) -> None:
+        """`row = gradient`.
+
+        Args:
+            gradient: In the parameter's shape, float32, contiguous.
+            error: Not used.
+            row: `(numel,)`, float32; written.
+            state: Not used.
+            kernels: Not used.
+        """
+        row.copy_(gradient.view(-1))

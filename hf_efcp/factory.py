@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from .optimizer import EFCP
+from .schedules import Schedule
 from .variants import SparseMFAC
 
 logger = logging.getLogger(__name__)
@@ -227,7 +228,15 @@ def _regex(text: str) -> str:
     return text
 
 
+def _bool(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise ValueError("it is neither")
+    return text.lower() == "true"
+
+
 _PARSERS: dict[Any, tuple[str, Callable[[str], Any]]] = {
+    bool: ("true or false", _bool),
+    Schedule: ("a number", float),
     int: ("an integer", int),
     float: ("a number", float),
     str: ("a name", str),

@@ -1,91 +1,274 @@
 """Preconditioners: Gram matrix of the window -> coefficients of its rows. They never touch a tensor of size `d`.
 
-The vector that is preconditioned is the newest row of the window, so the update is a combination of the window's own
-rows, `u = G^T c`, and `c` depends on `K = G G^T` alone (push-through identity).
+The vector that is preconditioned is, unless asked otherwise, the newest row of the window, so that the update is a
+combination of the window's own rows, `u = G^T c`, and `c` depends on `K = G G^T` alone (push-through identity).
+A vector `x` from outside the window needs the products `G x` as well: `u = scale x + G^T c`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import Field, dataclass
 from typing import Any, ClassVar, Protocol
 
 import torch
 
+from .kernels import Kernels
+from .threads import one_thread
+from .windows import State, Window
+
 # Eigenvalues below this fraction of the largest are rounding of zero: the combination of a null vector is zero.
 _NULL = 1e-12
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Where the window stands when an update is computed.
+
+    Args:
+        newest: Position `j` of the newest row.
+        rows: Rows that were written, at most `capacity`.
+        capacity: `m`.
+        steps: Rows pushed since the start, this one included: `t`, from 1.
+    """
+
+    newest: int
+    rows: int
+    capacity: int
+    steps: int
+
+    def ages(self) -> torch.Tensor:
+        """How many steps ago each written row was pushed, `(rows,)`, float64; the newest has age 0."""
+        return (self.newest - torch.arange(self.rows, dtype=torch.float64)) % self.capacity
+
+
+@dataclass(frozen=True)
+class Combination:
+    """An update `u = scale x + G^T c`.
+
+    Args:
+        coefficients: `c`, `(rows,)`, float64.
+        scale: Factor of the dense vector `x`; 0 where there is none.
+    """
+
+    coefficients: torch.Tensor
+    scale: float = 0.0
 
 
 class Preconditioner(Protocol):
     """What `EFCP` needs of a preconditioner: a frozen dataclass whose fields are its hyperparameters.
 
     The fields are written into the parameter groups, where a user or a scheduler may change them between steps.
+    `GramPreconditioner` is the base to take for a function of the Gram matrix.
     """
 
     __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+    uses_gram: ClassVar[bool]
 
-    def coefficients(self, gram: torch.Tensor, newest: int, capacity: int) -> torch.Tensor:
-        """`c`, `(rows,)`, float64, such that the update is `G^T c`."""
+    def allocate(self, shape: torch.Size, device: torch.device | str) -> State:
+        """Tensors of its own that it keeps for a parameter, by their names in the state."""
+
+    def plan(self, gram: torch.Tensor | None, moment: Moment) -> Any:
+        """What is common to all parameters, from the Gram matrix (None unless `uses_gram`)."""
+
+    def plan_outside(self, gram: torch.Tensor, products: torch.Tensor, moment: Moment) -> Any:
+        """The same for a dense vector `x`, from the products `G x`."""
+
+    def updates(
+        self,
+        plan: Any,
+        window: Window,
+        state: State,
+        shape: torch.Size,
+        kernels: Kernels,
+        base: torch.Tensor | None,
+    ) -> Iterator[tuple[slice, torch.Tensor]]:
+        """The update of a parameter, slab by slab of the flattened parameter; `base` is `x`."""
 
 
-@dataclass(frozen=True)
-class MFAC:
-    """M-FAC: the inverse of the damped empirical Fisher matrix (Frantar et al., arXiv 2107.03356).
+class GramPreconditioner:
+    """Base of the preconditioners that are functions of the Gram matrix. A subclass is a frozen dataclass.
 
-    `F = lambda I + (1/m) sum_i g_i g_i^T`, `u = F^-1 g_j = G^T c` with `c = m (m lambda I + K)^-1 e_j`. `m` is the
-    window's capacity, also while it fills: rows that were not written yet are zero.
-
-    Args:
-        damp: Dampening `lambda`, at least 0. Where `m lambda` is lost in the rounding of `K` (0, for one), directions
-            in which the window has no curvature are left out, as in a pseudo-inverse.
-
-    Raises:
-        ValueError: `damp` is negative or not finite.
+    It defines `coefficients`, and `outside` if it can precondition a vector that is not in the window.
     """
 
-    damp: float = 1e-5
+    uses_gram: ClassVar[bool] = True
 
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.damp) and self.damp >= 0.0):
-            raise ValueError(f"damp must be a finite number of at least 0, got {self.damp}")
-
-    def coefficients(self, gram: torch.Tensor, newest: int, capacity: int) -> torch.Tensor:
-        """`c = m (m lambda I + K)^-1 e_j`, by Cholesky, or by `eigh` where the matrix is singular in float64.
+    def coefficients(self, gram: torch.Tensor, moment: Moment) -> torch.Tensor:
+        """`c` such that the update is `G^T c`.
 
         Args:
             gram: `K`, `(rows, rows)`, float64, CPU: the rows that were written.
-            newest: `j`, position of the newest row.
-            capacity: `m`.
+            moment: Where the window stands.
 
         Returns:
-            `c`, `(rows,)`, float64.
+            `(rows,)`, float64.
         """
-        shift = capacity * self.damp
-        target = torch.zeros(gram.shape[0], 1, dtype=torch.float64)
-        target[newest] = float(capacity)
-        with _one_thread():
-            if shift > _NULL * float(gram.trace()):
-                damped = gram.clone()
-                damped.diagonal().add_(shift)
-                factor, failed = torch.linalg.cholesky_ex(damped)
-                if not failed:
-                    solution: torch.Tensor = torch.cholesky_solve(target, factor)
-                    return solution.squeeze(1)
-            spectrum, vectors = torch.linalg.eigh(gram)
-            # Clamping also serves a K that is zero: its largest eigenvalue is rounding, or zero itself.
-            inverse = torch.where(spectrum > _NULL * spectrum[-1].clamp(min=0.0), 1.0 / (spectrum + shift), 0.0)
-            projected: torch.Tensor = vectors * inverse @ (vectors.T @ target)
-            return projected.squeeze(1)
+        raise NotImplementedError
+
+    def outside(self, gram: torch.Tensor, products: torch.Tensor, moment: Moment) -> Combination:
+        """`scale` and `c` such that the update of a dense vector `x` is `scale x + G^T c`.
+
+        Args:
+            gram: `K`, as in `coefficients`.
+            products: `G x`, `(rows,)`, float64.
+            moment: Where the window stands.
+
+        Returns:
+            The combination.
+
+        Raises:
+            TypeError: The preconditioner cannot do it.
+        """
+        raise TypeError(f'{type(self).__name__} cannot precondition the dense gradient: use precondition="row"')
+
+    def allocate(self, shape: torch.Size, device: torch.device | str) -> State:
+        """Nothing: all it needs is the Gram matrix."""
+        return {}
+
+    def plan(self, gram: torch.Tensor | None, moment: Moment) -> Combination:
+        """The coefficients for the newest row."""
+        assert gram is not None  # uses_gram
+        with one_thread():
+            return Combination(self.coefficients(gram, moment))
+
+    def plan_outside(self, gram: torch.Tensor, products: torch.Tensor, moment: Moment) -> Combination:
+        """The combination for a dense vector."""
+        with one_thread():
+            return self.outside(gram, products, moment)
+
+    def updates(
+        self,
+        plan: Combination,
+        window: Window,
+        state: State,
+        shape: torch.Size,
+        kernels: Kernels,
+        base: torch.Tensor | None,
+    ) -> Iterator[tuple[slice, torch.Tensor]]:
+        """`scale x + G^T c`."""
+        return window.combine(state, shape, plan.coefficients, kernels, base=base, scale=plan.scale)
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """LAPACK's bits depend on its number of threads; replicas with different numbers must stay equal."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+@dataclass(frozen=True)
+class MFAC(GramPreconditioner):
+    """M-FAC: the inverse of the damped empirical Fisher matrix (Frantar et al., arXiv 2107.03356).
+
+    `F = lambda I + (1/n) sum_i g_i g_i^T`, `u = F^-1 g_j = G^T c` with `c = n (n lambda I + K)^-1 e_j`. `n` is the
+    window's capacity `m`, also while it fills: rows that were not written yet are zero.
+
+    Args:
+        damp: Dampening `lambda`, at least 0. Where `n lambda` is lost in the rounding of `K` (0, for one), directions
+            in which the window has no curvature are left out, as in a pseudo-inverse.
+        divide_by: "capacity" for `n = m`, or "rows" for the number of rows present while the window fills.
+
+    Raises:
+        ValueError: `damp` is negative or not finite, or `divide_by` is neither.
+    """
+
+    damp: float = 1e-5
+    divide_by: str = "capacity"
+
+    def __post_init__(self) -> None:
+        _check_at_least_zero("damp", self.damp)
+        if self.divide_by not in ("capacity", "rows"):
+            raise ValueError(f'divide_by must be "capacity" or "rows", got {self.divide_by!r}')
+
+    def coefficients(self, gram: torch.Tensor, moment: Moment) -> torch.Tensor:
+        """`c = n (n lambda I + K)^-1 e_j`; see the base class."""
+        target = torch.zeros(moment.rows, dtype=torch.float64)
+        target[moment.newest] = float(self._divisor(moment))
+        return self._solve(gram, target, moment)
+
+    def outside(self, gram: torch.Tensor, products: torch.Tensor, moment: Moment) -> Combination:
+        """`u = (x - G^T (n lambda I + K)^-1 G x) / lambda`; see the base class."""
+        if self.damp == 0.0:
+            raise ValueError('precondition="gradient" divides by damp, which is 0: use a positive number')
+        return Combination(-self._solve(gram, products, moment) / self.damp, 1.0 / self.damp)
+
+    def _divisor(self, moment: Moment) -> int:
+        return moment.capacity if self.divide_by == "capacity" else moment.rows
+
+    def _solve(self, gram: torch.Tensor, target: torch.Tensor, moment: Moment) -> torch.Tensor:
+        """`(n lambda I + K)^-1 target`, by Cholesky, or by `eigh` where the matrix is singular in float64."""
+        shift = self._divisor(moment) * self.damp
+        if shift > _NULL * float(gram.trace()):
+            damped = gram.clone()
+            damped.diagonal().add_(shift)
+            factor, failed = torch.linalg.cholesky_ex(damped)
+            if not failed:
+                solution: torch.Tensor = torch.cholesky_solve(target[:, None], factor)
+                return solution.squeeze(1)
+        spectrum, vectors = torch.linalg.eigh(gram)
+        inverse = torch.where(_present(spectrum), 1.0 / (spectrum + shift), 0.0)
+        projected: torch.Tensor = vectors @ (inverse * (vectors.T @ target))
+        return projected
+
+
+@dataclass(frozen=True)
+class GGT(GramPreconditioner):
+    """GGT: full-matrix AdaGrad over the window (Agarwal et al., arXiv 1806.02958).
+
+    `u = ((sum_i w_i^2 g_i g_i^T)^(1/2) + eps I)^-1 x`, `w_i = beta2^age_i`, with `x` the newest row, or with momentum
+    over the window's rows, `x = (1 - beta1) sum_i beta1^age_i g_i`, which needs no buffer of size `d` and ends with the
+    window. In the window's coordinates `u = G^T W f(K_w) W^-1 a`, `K_w = W K W`, `f(mu) = 1 / (sqrt(mu) + eps)`.
+    Directions in which the window has nothing (`mu <= 1e-12 mu_max`) are left out.
+
+    Args:
+        eps: `eps`, positive; in the units of a gradient.
+        beta1: Momentum on the gradient, in [0, 1); 0 is none.
+        beta2: Decay of a row's weight with its age, in (0, 1]; 1 is none. At least `beta1`, or old rows would count in
+            the momentum that the matrix has forgotten.
+
+    Raises:
+        ValueError: A value outside its range.
+    """
+
+    eps: float = 1e-4
+    beta1: float = 0.0
+    beta2: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.eps) and self.eps > 0.0):
+            raise ValueError(f"eps must be a finite positive number, got {self.eps}")
+        if not 0.0 <= self.beta1 < 1.0:
+            raise ValueError(f"beta1 must be in [0, 1), got {self.beta1}")
+        if not max(self.beta1, 0.0) <= self.beta2 <= 1.0 or self.beta2 == 0.0:
+            raise ValueError(f"beta2 must be in (0, 1] and at least beta1 ({self.beta1}), got {self.beta2}")
+
+    def coefficients(self, gram: torch.Tensor, moment: Moment) -> torch.Tensor:
+        """`c = W f(K_w) W^-1 a`; see the base class."""
+        ages = moment.ages()
+        weights, spectrum, vectors = self._decompose(gram, ages)
+        inverse = torch.where(_present(spectrum), 1.0 / (spectrum.clamp(min=0.0).sqrt() + self.eps), 0.0)
+        # W^-1 a in one power: apart, both factors underflow for old rows.
+        target = (1.0 - self.beta1) * (self.beta1 / self.beta2) ** ages
+        coefficients: torch.Tensor = weights * (vectors @ (inverse * (vectors.T @ target)))
+        return coefficients
+
+    def outside(self, gram: torch.Tensor, products: torch.Tensor, moment: Moment) -> Combination:
+        """`u = (x - A^T V diag(1 / (s (s + eps))) V^T A x) / eps`, `A = W G`, `A A^T = V diag(s^2) V^T`."""
+        if self.beta1:
+            raise ValueError('beta1 is momentum over the window\'s rows: with precondition="gradient" it must be 0')
+        weights, spectrum, vectors = self._decompose(gram, moment.ages())
+        roots = spectrum.clamp(min=0.0).sqrt()
+        inverse = torch.where(_present(spectrum), 1.0 / (roots * (roots + self.eps)), 0.0)
+        coefficients = weights * (vectors @ (inverse * (vectors.T @ (weights * products))))
+        return Combination(-coefficients / self.eps, 1.0 / self.eps)
+
+    def _decompose(self, gram: torch.Tensor, ages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        weights = self.beta2**ages
+        spectrum, vectors = torch.linalg.eigh(weights[:, None] * gram * weights)
+        return weights, spectrum, vectors
+
+
+def _present(spectrum: torch.Tensor) -> torch.Tensor:
+    """Which eigenvalues (ascending) are more than rounding of zero."""
+    present: torch.Tensor = spectrum > _NULL * spectrum[-1].clamp(min=0.0)
+    return present
+
+
+def _check_at_least_zero(name: str, value: float) -> None:
+    if not (math.isfinite(value) and value >= 0.0):
+        raise ValueError(f"{name} must be a finite number of at least 0, got {value}")

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from .blocks import Piece, cut, index_dtype
-from .kernels import Kernels
+from .kernels import Kernels, widest
+from .threads import one_thread
 
 State = dict[str, torch.Tensor]
 # One row of a sparse window, piece by piece: the piece, its indices and its values, both `(blocks, kept)` views.
@@ -27,8 +28,8 @@ class Window(Protocol):
     def allocate(self, shape: torch.Size, device: torch.device | str) -> State:
         """Tensors for `m` rows of zeros, by their names in the state."""
 
-    def row(self, state: State, shape: torch.Size, position: int) -> Row:
-        """Views of the row at a position, to write into."""
+    def row(self, state: State, shape: torch.Size, position: int) -> Any:
+        """Views of the row at a position, for the compressor to write into."""
 
     def clear(self, state: State, shape: torch.Size, position: int) -> None:
         """Make the row at a position zero."""
@@ -39,10 +40,23 @@ class Window(Protocol):
     def dots(self, state: State, shape: torch.Size, newest: int, rows: int, kernels: Kernels) -> torch.Tensor:
         """Inner products of row `newest` with the first `rows` rows: this parameter's part of a Gram column."""
 
+    def project(
+        self, state: State, shape: torch.Size, dense: torch.Tensor, rows: int, kernels: Kernels
+    ) -> torch.Tensor:
+        """Inner products of a dense vector in the parameter's shape with the first `rows` rows."""
+
     def combine(
-        self, state: State, shape: torch.Size, coefficients: torch.Tensor, kernels: Kernels
+        self,
+        state: State,
+        shape: torch.Size,
+        coefficients: torch.Tensor,
+        kernels: Kernels,
+        *,
+        base: torch.Tensor | None = None,
+        scale: float = 0.0,
+        squared: bool = False,
     ) -> Iterator[tuple[slice, torch.Tensor]]:
-        """`G^T c`, slab by slab: where it goes in the flattened parameter, and its entries in float32."""
+        """`scale x + G^T c`, slab by slab: where it goes in the flattened parameter, and its entries in float32."""
 
 
 @dataclass(frozen=True)
@@ -149,26 +163,66 @@ class SparseWindow:
             total += kernels.dots(indices, values, newest, rows, piece.length).to("cpu", torch.float64)
         return total
 
+    def project(
+        self, state: State, shape: torch.Size, dense: torch.Tensor, rows: int, kernels: Kernels
+    ) -> torch.Tensor:
+        """`G x`: this parameter's part of the products of a dense vector with the rows.
+
+        Args:
+            state: The parameter's tensors.
+            shape: Shape of the parameter.
+            dense: `x`, in the parameter's shape, float32, contiguous.
+            rows: Number of rows that were ever written.
+            kernels: The backend.
+
+        Returns:
+            `(rows,)`, float64, on the CPU.
+        """
+        total = torch.zeros(rows, dtype=torch.float64)
+        for piece, indices, values in self._views(state, shape):
+            total += kernels.project(indices, values, piece.of(dense.view(-1)), rows).to("cpu", torch.float64)
+        return total
+
     def combine(
-        self, state: State, shape: torch.Size, coefficients: torch.Tensor, kernels: Kernels
+        self,
+        state: State,
+        shape: torch.Size,
+        coefficients: torch.Tensor,
+        kernels: Kernels,
+        *,
+        base: torch.Tensor | None = None,
+        scale: float = 0.0,
+        squared: bool = False,
     ) -> Iterator[tuple[slice, torch.Tensor]]:
-        """`G^T c`, slab by slab, so that no temporary of the parameter's size exists.
+        """`scale x + G^T c`, slab by slab, so that no temporary of the parameter's size exists.
 
         Args:
             state: The parameter's tensors.
             shape: Shape of the parameter.
             coefficients: `c`, `(rows,)`, float64.
             kernels: The backend.
+            base: `x`, in the parameter's shape, float32, contiguous; zero without it.
+            scale: Factor of `base`.
+            squared: Take the squares of the rows' entries.
 
         Yields:
             Where the slab goes in the flattened parameter, and its entries in float32.
         """
         for piece, indices, values in self._views(state, shape):
             step = max(1, _SLAB // piece.length)
+            x = None if base is None else piece.of(base.view(-1))
             for begin in range(0, piece.blocks, step):
                 end = min(begin + step, piece.blocks)
                 out = torch.empty(end - begin, piece.length, dtype=torch.float32, device=values.device)
-                kernels.combine(indices[begin:end], values[begin:end], coefficients, out)
+                kernels.combine(
+                    indices[begin:end],
+                    values[begin:end],
+                    coefficients,
+                    out,
+                    base=None if x is None else x[begin:end],
+                    scale=scale,
+                    squared=squared,
+                )
                 start = piece.start + begin * piece.length
                 yield slice(start, start + out.numel()), out.view(-1)
 
@@ -183,3 +237,139 @@ class SparseWindow:
             size = (piece.blocks, self.num_grads, piece.kept)
             views.append((piece, state["indices"][span].view(size), state["values"][span].view(size)))
         return views
+
+
+@dataclass(frozen=True)
+class DenseWindow:
+    """The last `m` gradients as they are, `(m, numel)` float32: `4 m` bytes per parameter. For the dense baselines.
+
+    Args:
+        num_grads: Capacity `m`.
+    """
+
+    num_grads: int
+
+    def allocate(self, shape: torch.Size, device: torch.device | str) -> State:
+        """A tensor for `m` rows of zeros.
+
+        Args:
+            shape: Shape of the parameter.
+            device: Where; "meta" gives the shape without the memory.
+
+        Returns:
+            `{"values": ...}`, `(m, numel)`.
+        """
+        return {"values": torch.zeros(self.num_grads, shape.numel(), dtype=torch.float32, device=device)}
+
+    def row(self, state: State, shape: torch.Size, position: int) -> torch.Tensor:
+        """View of the row at a position, to write into.
+
+        Args:
+            state: The parameter's tensors.
+            shape: Shape of the parameter.
+            position: Row, 0 to `m - 1`.
+
+        Returns:
+            `(numel,)`.
+        """
+        return state["values"][position]
+
+    def clear(self, state: State, shape: torch.Size, position: int) -> None:
+        """Make the row at a position zero.
+
+        Args:
+            state: The parameter's tensors.
+            shape: Shape of the parameter.
+            position: Row, 0 to `m - 1`.
+        """
+        state["values"][position].zero_()
+
+    def check(self, state: State, shape: torch.Size, name: str) -> None:
+        """Nothing to check: every content of the right shape is a window.
+
+        Args:
+            state: Tensors of the right shapes.
+            shape: Shape of the parameter.
+            name: What to call the parameter.
+        """
+
+    def dots(self, state: State, shape: torch.Size, newest: int, rows: int, kernels: Kernels) -> torch.Tensor:
+        """This parameter's part of the new Gram column, as in `SparseWindow.dots`.
+
+        Args:
+            state: The parameter's tensors.
+            shape: Shape of the parameter.
+            newest: Position of the newest row.
+            rows: Number of rows that were ever written.
+            kernels: Not used.
+
+        Returns:
+            `(rows,)`, float64, on the CPU.
+        """
+        return self.project(state, shape, state["values"][newest], rows, kernels)
+
+    def project(
+        self, state: State, shape: torch.Size, dense: torch.Tensor, rows: int, kernels: Kernels
+    ) -> torch.Tensor:
+        """`G x`, as in `SparseWindow.project`.
+
+        Args:
+            state: The parameter's tensors.
+            shape: Shape of the parameter.
+            dense: `x`, float32, contiguous.
+            rows: Number of rows that were ever written.
+            kernels: Not used.
+
+        Returns:
+            `(rows,)`, float64, on the CPU.
+        """
+        values, x = state["values"][:rows], dense.view(-1)
+        wide = widest(values.device)
+        total = torch.zeros(rows, dtype=wide, device=values.device)
+        with one_thread():
+            for span in self._spans(values):
+                total += values[:, span].to(wide) @ x[span].to(wide)
+        return total.to("cpu", torch.float64)
+
+    def combine(
+        self,
+        state: State,
+        shape: torch.Size,
+        coefficients: torch.Tensor,
+        kernels: Kernels,
+        *,
+        base: torch.Tensor | None = None,
+        scale: float = 0.0,
+        squared: bool = False,
+    ) -> Iterator[tuple[slice, torch.Tensor]]:
+        """`scale x + G^T c`, slab by slab, as in `SparseWindow.combine`.
+
+        Args:
+            state: The parameter's tensors.
+            shape: Shape of the parameter.
+            coefficients: `c`, `(rows,)`, float64.
+            kernels: Not used.
+            base: `x`, in the parameter's shape, float32, contiguous; zero without it.
+            scale: Factor of `base`.
+            squared: Take the squares of the rows' entries.
+
+        Yields:
+            Where the slab goes in the flattened parameter, and its entries in float32.
+        """
+        values = state["values"][: coefficients.shape[0]]
+        wide = widest(values.device)
+        c = coefficients.to(values.device, wide)
+        for span in self._spans(values):
+            rows = values[:, span].to(wide)
+            with one_thread():
+                total = c @ (rows * rows if squared else rows)
+            if base is not None:
+                total += scale * base.view(-1)[span].to(wide)
+            yield span, total.to(torch.float32)
+
+    @staticmethod
+    def _spans(values: torch.Tensor) -> list[slice]:
+        """Cuts of the columns that keep a float64 copy of the rows at the size of a slab."""
+        rows, numel = values.shape
+        step = max(1, _SLAB // rows)
+        return [slice(start, min(start + step, numel)) for start in range(0, numel, step)]

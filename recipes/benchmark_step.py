@@ -146,9 +146,10 @@ def main() -> None:
             name = f"sparse M-FAC, m = {num_grads}, density {density:g}"
             print(f"filling the window: {name}", flush=True)
             # Learning rate 0: the parameters stay what they are, and the work is the same.
-            contestants[name] = optimizer = SparseMFAC(params, lr=0.0, num_grads=num_grads, density=density)
-            optimizer.step()
-            fill_window(optimizer, arguments.seed)
+            sparse = SparseMFAC(params, lr=0.0, num_grads=num_grads, density=density)
+            sparse.step()
+            fill_window(sparse, arguments.seed)
+            contestants[name] = sparse
 
     runs: dict[str, list[tuple[float, dict[str, float], float]]] = defaultdict(list)
     for repeat in range(arguments.repeats + 1):
@@ -163,7 +164,12 @@ def main() -> None:
     for name, optimizer in contestants.items():
         whole = statistics.median(run[0] for run in runs[name])
         parts = {part: statistics.median(run[1].get(part, 0.0) for run in runs[name]) for part in PARTS}
-        result = {"optimizer": name, "seconds": whole, **parts, "stream": statistics.median(r[2] for r in runs[name])}
+        result: dict[str, Any] = {
+            "optimizer": name,
+            "seconds": whole,
+            **parts,
+            "stream": statistics.median(r[2] for r in runs[name]),
+        }
         if isinstance(optimizer, SparseMFAC):
             result["memory"] = optimizer.memory()
             result["bytes_per_parameter"] = result["memory"]["total"] / numel

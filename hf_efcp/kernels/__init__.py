@@ -1,6 +1,6 @@
 """The inner loops, twice: plain torch for any device, numba for the CPU. One table says which is used.
 
-Every backend is a module with the three functions of `Kernels`, and the same bits in the window for the same input.
+Every backend is a module with the functions of `Kernels`, and the same bits in the window for the same input.
 """
 
 from __future__ import annotations
@@ -29,10 +29,21 @@ class Kernels(Protocol):
     def dots(self, indices: torch.Tensor, values: torch.Tensor, newest: int, rows: int, length: int) -> torch.Tensor:
         """Inner products of row `newest` with the first `rows` rows."""
 
+    def project(self, indices: torch.Tensor, values: torch.Tensor, dense: torch.Tensor, rows: int) -> torch.Tensor:
+        """Inner products of a dense vector with the first `rows` rows."""
+
     def combine(
-        self, indices: torch.Tensor, values: torch.Tensor, coefficients: torch.Tensor, out: torch.Tensor
+        self,
+        indices: torch.Tensor,
+        values: torch.Tensor,
+        coefficients: torch.Tensor,
+        out: torch.Tensor,
+        *,
+        base: torch.Tensor | None = None,
+        scale: float = 0.0,
+        squared: bool = False,
     ) -> None:
-        """`out = sum_i coefficients[i] * row_i`."""
+        """`out = scale * base + sum_i coefficients[i] * row_i`, or the rows' entries squared."""
 
 
 def choose(backend: str, device: torch.device) -> Kernels:
@@ -60,6 +71,11 @@ def choose(backend: str, device: torch.device) -> Kernels:
         raise ImportError(
             f'backend="numba" could not be loaded ({error}): pip install numba, or use backend="reference"'
         ) from error
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """The dtype that sums are accumulated in: float64, but Apple's GPUs have none."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def check_name(backend: str) -> None:

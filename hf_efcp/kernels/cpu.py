@@ -129,36 +129,54 @@ def _accumulate_topk(gradient, error, indices, values, begin, end):
 
 
 @_jit
+def _add_products(index, value, dense, rows, partial):
+    """Add the inner products of one dense block with its rows to `partial`."""
+    for row in range(rows):
+        total = 0.0
+        for j in range(index.shape[1]):
+            total += np.float64(_decode(value[row, j])) * np.float64(dense[index[row, j]])
+        partial[row] += total
+
+
+@_jit
 def _dots(indices, values, newest, rows, length, begin, end, partial):
-    kept = indices.shape[2]
     dense = np.zeros(length, np.float32)
     for block in range(begin, end):
-        for j in range(kept):
+        for j in range(indices.shape[2]):
             dense[indices[block, newest, j]] = _decode(values[block, newest, j])
-        for row in range(rows):
-            index = indices[block, row]
-            value = values[block, row]
-            total = 0.0
-            for j in range(kept):
-                total += np.float64(_decode(value[j])) * np.float64(dense[index[j]])
-            partial[row] += total
-        for j in range(kept):
+        _add_products(indices[block], values[block], dense, rows, partial)
+        for j in range(indices.shape[2]):
             dense[indices[block, newest, j]] = 0.0
 
 
 @_jit
-def _combine(indices, values, coefficients, begin, end, out):
+def _project(indices, values, dense, rows, begin, end, partial):
+    for block in range(begin, end):
+        _add_products(indices[block], values[block], dense[block], rows, partial)
+
+
+@_jit
+def _combine(indices, values, coefficients, base, scale, squared, begin, end, out):
     kept = indices.shape[2]
     length = out.shape[1]
     dense = np.empty(length, np.float64)
     for block in range(begin, end):
-        dense[:] = 0.0
+        if base.shape[0]:
+            for i in range(length):
+                dense[i] = scale * np.float64(base[block, i])
+        else:
+            dense[:] = 0.0
         for row in range(coefficients.shape[0]):
             index = indices[block, row]
             value = values[block, row]
             c = coefficients[row]
-            for j in range(kept):
-                dense[index[j]] += c * np.float64(_decode(value[j]))
+            if squared:
+                for j in range(kept):
+                    v = np.float64(_decode(value[j]))
+                    dense[index[j]] += c * (v * v)
+            else:
+                for j in range(kept):
+                    dense[index[j]] += c * np.float64(_decode(value[j]))
         for i in range(length):
             out[block, i] = np.float32(dense[i])
 
@@ -172,16 +190,46 @@ def accumulate_topk(gradient: torch.Tensor, error: torch.Tensor, indices: torch.
 def dots(indices: torch.Tensor, values: torch.Tensor, newest: int, rows: int, length: int) -> torch.Tensor:
     """See `reference.dots`; partial sums per range of blocks, added in the order of the ranges."""
     index, value = _array(indices), _array(values)
-    blocks, step = index.shape[0], _step(length)
-    partial = np.zeros((-(-blocks // step), rows))
-    pool.run(lambda i, begin, end: _dots(index, value, newest, rows, length, begin, end, partial[i]), blocks, step)
-    return torch.from_numpy(partial.sum(axis=0))
+    return _summed(
+        lambda begin, end, partial: _dots(index, value, newest, rows, length, begin, end, partial),
+        index.shape[0],
+        length,
+        rows,
+    )
 
 
-def combine(indices: torch.Tensor, values: torch.Tensor, coefficients: torch.Tensor, out: torch.Tensor) -> None:
+def project(indices: torch.Tensor, values: torch.Tensor, dense: torch.Tensor, rows: int) -> torch.Tensor:
+    """See `reference.project`; summed as in `dots`."""
+    index, value, x = _array(indices), _array(values), _array(dense)
+    return _summed(lambda begin, end, partial: _project(index, value, x, rows, begin, end, partial), *x.shape, rows)
+
+
+def combine(
+    indices: torch.Tensor,
+    values: torch.Tensor,
+    coefficients: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    base: torch.Tensor | None = None,
+    scale: float = 0.0,
+    squared: bool = False,
+) -> None:
     """See `reference.combine`; one block of the sum is a float64 buffer in the first-level cache."""
-    index, value, c, dense = _array(indices), _array(values), _array(coefficients), _array(out)
-    pool.run(lambda _, begin, end: _combine(index, value, c, begin, end, dense), index.shape[0], _step(dense.shape[1]))
+    index, value, c, total = _array(indices), _array(values), _array(coefficients), _array(out)
+    x = np.empty((0, 0), np.float32) if base is None else _array(base)
+    pool.run(
+        lambda _, begin, end: _combine(index, value, c, x, scale, squared, begin, end, total),
+        index.shape[0],
+        _step(total.shape[1]),
+    )
+
+
+def _summed(add: Callable[[int, int, Any], None], blocks: int, length: int, rows: int) -> torch.Tensor:
+    """Sums over all blocks: one partial sum for each range, whichever thread computes it."""
+    step = _step(length)
+    partial = np.zeros((-(-blocks // step), rows))
+    pool.run(lambda i, begin, end: add(begin, end, partial[i]), blocks, step)
+    return torch.from_numpy(partial.sum(axis=0))
 
 
 def _array(tensor: torch.Tensor) -> np.ndarray[Any, Any]:

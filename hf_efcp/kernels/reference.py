@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import torch
 
+from . import widest
+
 NAME = "reference"
 
 _CHUNK = 1 << 19  # entries of a temporary
@@ -24,7 +26,7 @@ def accumulate_topk(gradient: torch.Tensor, error: torch.Tensor, indices: torch.
     Args:
         gradient: `(blocks, length)`, float32, finite.
         error: `(blocks, length)`, float32; updated.
-        indices: `(blocks, kept)`, uint8 or uint16, any strides; written.
+        indices: `(blocks, kept)`, unsigned integers, any strides; written.
         values: `(blocks, kept)`, float32 or bfloat16, any strides; written.
     """
     blocks, length = gradient.shape
@@ -33,7 +35,7 @@ def accumulate_topk(gradient: torch.Tensor, error: torch.Tensor, indices: torch.
     for part in _chunks(blocks, length):
         accumulator = (error[part] + gradient[part]).clamp_(-_LARGEST, _LARGEST)
         # One unique integer key per entry: torch.topk promises no order among equal values.
-        keys = (accumulator.abs().view(torch.int32).long() << 16) | reversed_index
+        keys = (accumulator.abs().view(torch.int32).long() << 32) | reversed_index
         chosen = torch.topk(keys, kept, dim=1, sorted=False).indices.sort(dim=1).values
         stored = accumulator.gather(1, chosen).to(values.dtype)
         error[part] = accumulator.scatter_add_(1, chosen, -stored.to(torch.float32))
@@ -45,7 +47,7 @@ def dots(indices: torch.Tensor, values: torch.Tensor, newest: int, rows: int, le
     """The new column of the Gram matrix: `<row_newest, row_i>` for the first `rows` rows, over one piece.
 
     Args:
-        indices: `(blocks, m, kept)`, uint8 or uint16.
+        indices: `(blocks, m, kept)`, unsigned integers.
         values: `(blocks, m, kept)`, float32 or bfloat16.
         newest: Position of the newest row.
         rows: Number of rows that were ever written.
@@ -55,7 +57,7 @@ def dots(indices: torch.Tensor, values: torch.Tensor, newest: int, rows: int, le
         `(rows,)`, accumulated in float64 (float32 where the device has no float64).
     """
     blocks, _, kept = indices.shape
-    wide = _widest(values.device)
+    wide = widest(values.device)
     total = torch.zeros(rows, dtype=wide, device=values.device)
     for part in _chunks(blocks, rows * kept):
         count = part.stop - part.start
@@ -67,24 +69,60 @@ def dots(indices: torch.Tensor, values: torch.Tensor, newest: int, rows: int, le
     return total
 
 
-def combine(indices: torch.Tensor, values: torch.Tensor, coefficients: torch.Tensor, out: torch.Tensor) -> None:
-    """`out = G^T c` over one piece: the rows of the window, weighted and added.
+def project(indices: torch.Tensor, values: torch.Tensor, dense: torch.Tensor, rows: int) -> torch.Tensor:
+    """Inner products `<x, row_i>` of a dense vector with the first `rows` rows, over one piece.
 
     Args:
-        indices: `(blocks, m, kept)`, uint8 or uint16.
+        indices: `(blocks, m, kept)`, unsigned integers.
+        values: `(blocks, m, kept)`, float32 or bfloat16.
+        dense: `x`, `(blocks, length)`, float32.
+        rows: Number of rows that were ever written.
+
+    Returns:
+        `(rows,)`, accumulated as in `dots`.
+    """
+    blocks, _, kept = indices.shape
+    wide = widest(values.device)
+    total = torch.zeros(rows, dtype=wide, device=values.device)
+    for part in _chunks(blocks, rows * kept):
+        count = part.stop - part.start
+        index = indices[part, :rows].to(torch.int64).view(count, rows * kept)
+        value = values[part, :rows].to(wide)
+        total += (dense[part].to(wide).gather(1, index).view(count, rows, kept) * value).sum(dim=(0, 2))
+    return total
+
+
+def combine(
+    indices: torch.Tensor,
+    values: torch.Tensor,
+    coefficients: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    base: torch.Tensor | None = None,
+    scale: float = 0.0,
+    squared: bool = False,
+) -> None:
+    """`out = scale * x + G^T c` over one piece: the rows of the window, weighted and added to a dense vector.
+
+    Args:
+        indices: `(blocks, m, kept)`, unsigned integers.
         values: `(blocks, m, kept)`, float32 or bfloat16.
         coefficients: `c`, `(rows,)`, float64, for the first `rows` rows.
         out: `(blocks, length)`, float32; overwritten. The sum is float64 (float32 where the device has no float64).
+        base: `x`, `(blocks, length)`, float32; zero without it.
+        scale: Factor of `base`.
+        squared: Take the squares of the rows' entries.
     """
     blocks, _, kept = indices.shape
     rows = coefficients.shape[0]
-    wide = _widest(values.device)
+    wide = widest(values.device)
     weights = coefficients.to(values.device, wide)[:, None]
     for part in _chunks(blocks, rows * kept):
         count = part.stop - part.start
         index = indices[part, :rows].to(torch.int64).view(count, rows * kept)
-        weighted = (values[part, :rows].to(wide) * weights).view(count, rows * kept)
-        total = torch.zeros(count, out.shape[1], dtype=wide, device=values.device)
+        value = values[part, :rows].to(wide)
+        weighted = ((value * value if squared else value) * weights).view(count, rows * kept)
+        total = torch.zeros_like(out[part], dtype=wide) if base is None else scale * base[part].to(wide)
         out[part] = total.scatter_add_(1, index, weighted).to(out.dtype)
 
 
@@ -92,8 +130,3 @@ def _chunks(blocks: int, entries: int) -> list[slice]:
     """Slices over the blocks that keep `entries` a block below the size of a temporary."""
     step = max(1, _CHUNK // max(1, entries))
     return [slice(start, min(start + step, blocks)) for start in range(0, blocks, step)]
-
-
-def _widest(device: torch.device) -> torch.dtype:
-    """The dtype that sums are accumulated in: float64, but Apple's GPUs have none."""
-    return torch.float32 if device.type == "mps" else torch.float64

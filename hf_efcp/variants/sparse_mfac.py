@@ -1,13 +1,14 @@
-"""The named optimizers: one compressor, one preconditioner, and defaults that were measured together."""
+"""M-FAC over a window of Top-k gradients."""
 
 from __future__ import annotations
 
 import torch
 from torch.optim.optimizer import ParamsT
 
-from .compressors import TopK
-from .optimizer import EFCP
-from .preconditioners import MFAC
+from ..compressors import TopK
+from ..optimizer import EFCP
+from ..preconditioners import MFAC
+from ..schedules import Schedule, split
 
 
 class SparseMFAC(EFCP):
@@ -28,11 +29,14 @@ class SparseMFAC(EFCP):
         lr: Learning rate.
         num_grads: Capacity `m` of the window, in gradients.
         density: Fraction `k / d` of each block that enters the window, in (0, 1].
-        damp: Dampening `lambda`, at least 0.
+        damp: Dampening `lambda`, at least 0; a number, or a function of the number of steps so far.
         block_size: Entries `B_d` of a Top-k block, 1 to 65,536.
         value_dtype: How the window stores values, float32 or bfloat16.
         momentum: Heavy-ball factor of the update, in [0, 1).
-        weight_decay: Decoupled weight decay, at least 0.
+        weight_decay: Weight decay, at least 0.
+        decoupled_weight_decay: True for AdamW's decay, False for L2 regularisation.
+        precondition: "row" for the compressed row, "gradient" for the dense gradient.
+        divide_by: What the sum over the window is divided by while it fills: "capacity" or "rows".
         backend: "auto", "reference" or "numba".
 
     Raises:
@@ -47,20 +51,27 @@ class SparseMFAC(EFCP):
         *,
         num_grads: int = 256,
         density: float = 0.01,
-        damp: float = 1e-5,
+        damp: Schedule = 1e-5,
         block_size: int = 4096,
         value_dtype: torch.dtype = torch.bfloat16,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
+        decoupled_weight_decay: bool = True,
+        precondition: str = "row",
+        divide_by: str = "capacity",
         backend: str = "auto",
     ) -> None:
+        numbers, schedules = split(damp=damp)
         super().__init__(
             params,
             lr,
             compressor=TopK(density, block_size, value_dtype),
-            preconditioner=MFAC(damp),
+            preconditioner=MFAC(divide_by=divide_by, **numbers),
             num_grads=num_grads,
             momentum=momentum,
             weight_decay=weight_decay,
+            decoupled_weight_decay=decoupled_weight_decay,
+            precondition=precondition,
+            schedules=schedules,
             backend=backend,
         )
