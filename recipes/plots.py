@@ -1,0 +1,61 @@
+"""The picture of a training run."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")  # Okabe and Ito: told apart by colour-blind eyes, and in grey
+MARKERS = ("o", "s", "^", "D")
+
+
+def plot_training(path: Path, title: str, metric: str, runs: list[tuple[str, list[dict[str, Any]]]]) -> None:
+    """Draw training loss and evaluation metric against steps.
+
+    Args:
+        path: the PNG file to write.
+        title: the line above both panels.
+        metric: the headline metric; it is logged as `eval_<metric>`.
+        runs: for each curve, its name in the legend and its log history.
+    """
+    # A Figure of its own, without pyplot: no display is needed and no global state is left behind.
+    figure = Figure(figsize=(11, 4.8), dpi=150, layout="constrained")
+    loss_axes, metric_axes = figure.subplots(1, 2)
+    shown_metric = metric.replace("_", " ")
+    for (name, history), colour, marker in zip(runs, COLOURS, MARKERS, strict=False):
+        steps, losses = _series(history, "loss")
+        loss_axes.plot(steps, losses, color=colour, alpha=0.3, linewidth=1)
+        loss_axes.plot(steps, _smooth(losses), color=colour, linewidth=2)
+        steps, values = _series(history, f"eval_{metric}")
+        label = f"{name}: {shown_metric} {values[-1]:.3f}"
+        metric_axes.plot(steps, values, color=colour, marker=marker, markersize=5, linewidth=2, label=label)
+    _label(loss_axes, "Training loss (light: as logged, dark: smoothed)", "loss per example")
+    _label(metric_axes, "Evaluation on the validation split", shown_metric)
+    figure.suptitle(title, fontsize=13)
+    figure.legend(loc="outside lower center", ncols=len(runs), frameon=False)
+    figure.savefig(path)
+
+
+def _series(history: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    points = {row["step"]: row[key] for row in history if key in row}  # a step evaluated twice counts once
+    return list(points), list(points.values())
+
+
+def _smooth(values: list[float]) -> list[float]:
+    # A centred moving average: it does not lag behind, and the ends keep their height.
+    last, width = len(values) - 1, len(values) // 12
+    halves = [min(width, index, last - index) for index in range(len(values))]
+    return [statistics.fmean(values[i - half : i + half + 1]) for i, half in enumerate(halves)]
+
+
+def _label(axes: Axes, title: str, quantity: str) -> None:
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.set_xlabel("optimizer steps")
+    axes.set_ylabel(quantity)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.margins(x=0.02, y=0.08)
