@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .memory import estimate_memory
 from .optimizer import EFCP
-from .variants import SparseMFAC
+from .variants import DenseGGT, DenseMFAC, SparseGGT, SparseMFAC
 
 if TYPE_CHECKING:
     from .factory import OPTIMIZERS, create_optimizer
@@ -22,8 +22,11 @@ __version__ = "0.1.0"
 __all__ = [
     "EFCP",
     "OPTIMIZERS",
+    "DenseGGT",
+    "DenseMFAC",
     "EFCPTrainer",
     "EFCPTrainingArguments",
+    "SparseGGT",
     "SparseMFAC",
     "create_optimizer",
     "estimate_memory",

@@ -162,11 +162,12 @@ def check_keepers(states: list[dict[str, Any]], expected: Mapping[str, Any], eve
     Raises:
         ValueError: There are too few or too many of them, or one is incomplete.
     """
-    keepers = [state for state in states if expected.keys() <= state.keys() and isinstance(state["pushed"], int)]
-    partial = [state for state in states if expected.keys() & state.keys() and state not in keepers]
-    if partial or len(keepers) != (len(states) if every else min(1, len(states))):
+    held = [expected.keys() & state.keys() for state in states]
+    keepers = sum(names == expected.keys() for names in held)
+    partial = any(names and names != expected.keys() for names in held)
+    if partial or keepers != (len(states) if every else min(1, len(states))):
         raise ValueError(
-            f"the checkpoint is incomplete: {len(keepers)} of its {len(states)} windows come with "
+            f"the checkpoint is incomplete: {keepers} of its {len(states)} windows come with "
             f"{' and '.join(expected)}, expected {'all' if every else 'one'}. Load another checkpoint"
         )
 

@@ -13,12 +13,15 @@ from torch import nn
 
 from .optimizer import EFCP
 from .schedules import Schedule
-from .variants import SparseMFAC
+from .variants import DenseGGT, DenseMFAC, SparseGGT, SparseMFAC
 
 logger = logging.getLogger(__name__)
 
 OPTIMIZERS: dict[str, type[EFCP]] = {
     "sparse_mfac": SparseMFAC,
+    "sparse_ggt": SparseGGT,
+    "dense_mfac": DenseMFAC,
+    "dense_ggt": DenseGGT,
 }
 
 

@@ -18,32 +18,26 @@ def top_k(accumulator, density, block_size):
     return kept
 
 
-def mfac_update(rows, row, num_grads, damp):
-    """`(lambda I + (1/m) sum_i g_i g_i^T)^-1 row`, with the matrix written out."""
-    fisher = damp * torch.eye(row.numel(), dtype=torch.float64)
-    for g in rows:
-        fisher += torch.outer(g, g) / num_grads
-    return torch.linalg.solve(fisher, row)
-
-
-class NaiveMFAC:
-    """EFCP's six lines over one flat float64 vector that holds all parameters.
+class Naive:
+    """EFCP's six lines over one flat float64 vector that holds all parameters. A subclass has the matrix.
 
     Args:
         thetas: Parameters, any dtype; copied.
         lr: A number, or one for each parameter.
         weight_decay: A number, or one for each parameter.
+        l2: The weight decay is added to the gradient.
         density: Fraction kept of each block.
-        block_size: Blocks are cut inside each parameter.
+        block_size: Blocks are cut inside each parameter; None cuts none, over all parameters at once.
         value_dtype: What the window stores.
         num_grads: Capacity of the window.
-        damp: Dampening.
         momentum: Heavy ball on the update.
+        dense_gradient: The matrix is applied to the gradient instead of the row.
+        **matrix: What the matrix needs.
     """
 
     def __init__(
-        self, thetas, *, lr, num_grads, damp, density=1.0, block_size=4096, value_dtype=torch.float32, momentum=0.0,
-        weight_decay=0.0,
+        self, thetas, *, lr, num_grads, density=1.0, block_size=4096, value_dtype=torch.float32, momentum=0.0,
+        weight_decay=0.0, l2=False, dense_gradient=False, **matrix,
     ):  # fmt: skip
         self.shapes = [theta.shape for theta in thetas]
         self.thetas = [theta.detach().to(torch.float64).reshape(-1).clone() for theta in thetas]
@@ -52,38 +46,79 @@ class NaiveMFAC:
         count = len(thetas)
         self.lr = lr if isinstance(lr, list) else [lr] * count
         self.weight_decay = weight_decay if isinstance(weight_decay, list) else [weight_decay] * count
-        self.num_grads, self.damp, self.momentum = num_grads, damp, momentum
+        self.num_grads, self.momentum, self.matrix = num_grads, momentum, matrix
         self.density, self.block_size, self.value_dtype = density, block_size, value_dtype
+        self.l2, self.dense_gradient = l2, dense_gradient
         self.rows = []
 
     def compress(self, accumulator):
         """The row that is stored for one parameter, dense."""
         row = torch.zeros_like(accumulator)
-        kept = top_k(accumulator, self.density, self.block_size)
+        kept = top_k(accumulator, self.density, self.block_size or max(1, accumulator.numel()))
         row[kept] = accumulator[kept].to(self.value_dtype).to(torch.float64)
         return row
 
+    def update(self, x):
+        """The inverse of the matrix, applied to x."""
+        raise NotImplementedError
+
     def step(self, gradients):
         """One step; a gradient may be None."""
-        row = []
+        sizes = [theta.numel() for theta in self.thetas]
+        dense, accumulators = [], []
         for i, gradient in enumerate(gradients):
-            if gradient is None:
-                row.append(torch.zeros_like(self.thetas[i]))
-                continue
+            g = torch.zeros(sizes[i]) if gradient is None else gradient.detach().float().reshape(-1)
+            if self.l2:
+                g = (g.double() + self.weight_decay[i] * self.thetas[i]).float()
+            dense.append(g.double())
             # float32, as documented: which entries are kept and how they round hangs on the last bit.
-            accumulator = self.errors[i].float() + gradient.detach().float().reshape(-1)
-            row.append(self.compress(accumulator.double()))
-            self.errors[i] = accumulator.double() - row[-1]
-        self.rows = [*self.rows, torch.cat(row)][-self.num_grads :]
-        update = mfac_update(self.rows, self.rows[-1], self.num_grads, self.damp)
-        parts = update.split([theta.numel() for theta in self.thetas])
-        for i, (gradient, part) in enumerate(zip(gradients, parts, strict=True)):
+            kept = torch.zeros_like(self.thetas[i])  # without a gradient nothing is pushed and the error stays
+            accumulators.append(kept if gradient is None else (self.errors[i].float() + g).double())
+        if self.block_size is None:
+            rows = list(self.compress(torch.cat(accumulators)).split(sizes))
+        else:
+            rows = [self.compress(accumulator) for accumulator in accumulators]
+        for i, gradient in enumerate(gradients):
+            if gradient is not None:
+                self.errors[i] = accumulators[i] - rows[i]
+        self.rows = [*self.rows, torch.cat(rows)][-self.num_grads :]
+        update = self.update(torch.cat(dense) if self.dense_gradient else self.rows[-1])
+        for i, (gradient, part) in enumerate(zip(gradients, update.split(sizes), strict=True)):
             if gradient is None:
                 continue
             self.velocity[i] = self.momentum * self.velocity[i] + part
-            self.thetas[i] *= 1 - self.lr[i] * self.weight_decay[i]
+            if not self.l2:
+                self.thetas[i] *= 1 - self.lr[i] * self.weight_decay[i]
             self.thetas[i] -= self.lr[i] * self.velocity[i]
 
     def parameters(self):
         """The parameters in their shapes."""
         return [theta.view(shape) for theta, shape in zip(self.thetas, self.shapes, strict=True)]
+
+
+class NaiveMFAC(Naive):
+    """`(lambda I + (1/m) sum_i g_i g_i^T)^-1 x`; `present=True` divides by the number of rows."""
+
+    def update(self, x):
+        count = len(self.rows) if self.matrix.get("present") else self.num_grads
+        fisher = self.matrix["damp"] * torch.eye(x.numel(), dtype=torch.float64)
+        for g in self.rows:
+            fisher += torch.outer(g, g) / count
+        return torch.linalg.solve(fisher, x)
+
+
+class NaiveGGT(Naive):
+    """`((sum_i w_i^2 g_i g_i^T)^(1/2) + eps I)^-1 x`, or of the momentum over the rows."""
+
+    def update(self, x):
+        eps, beta1, beta2 = self.matrix["eps"], self.matrix.get("beta1", 0.0), self.matrix.get("beta2", 1.0)
+        second = torch.zeros(x.numel(), x.numel(), dtype=torch.float64)
+        first = torch.zeros_like(x)
+        for age, g in enumerate(reversed(self.rows)):
+            second += beta2 ** (2 * age) * torch.outer(g, g)
+            first += (1 - beta1) * beta1**age * g
+        spectrum, vectors = torch.linalg.eigh(second)
+        # Rounding of zero has a root of 1e-8 of the largest: the vector has nothing there, unless it is dense.
+        spectrum = torch.where(spectrum > 1e-13 * spectrum[-1], spectrum, 0.0)
+        x = x if self.dense_gradient else first
+        return vectors @ ((vectors.T @ x) / (spectrum.sqrt() + eps))

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from naive import top_k
+from variants import build, sparse_names
 
 from hf_efcp import kernels
 from hf_efcp.blocks import cut, index_dtype
@@ -142,6 +143,19 @@ def test_pieces_cover_a_parameter_once(numel, block_size, density):
 def test_unknown_backend():
     with pytest.raises(ValueError, match="backend must be one of auto, reference, numba, got 'triton'"):
         kernels.choose("triton", torch.device("cpu"))
+
+
+@pytest.mark.parametrize("name", sparse_names())
+def test_the_backend_can_be_asked_for(name):
+    params = [torch.nn.Parameter(torch.zeros(3))]
+    assert build(name, params).backend == "numba"
+    assert build(name, params, backend="reference").backend == "reference"
+    meta = [torch.nn.Parameter(torch.zeros(3, device="meta"))]
+    assert build(name, meta).backend == "reference"
+    with pytest.raises(ValueError, match='backend="numba" runs on the CPU, but the parameters are on meta'):
+        _ = build(name, meta, backend="numba").backend
+    with pytest.raises(ValueError, match="backend must be one of auto, reference, numba, got 'cuda'"):
+        build(name, params, backend="cuda")
 
 
 def python(code):

@@ -1,0 +1,59 @@
+"""GGT without compression."""
+
+from __future__ import annotations
+
+from torch.optim.optimizer import ParamsT
+
+from ..compressors import Identity
+from ..optimizer import EFCP
+from ..preconditioners import GGT
+from ..schedules import Schedule, split
+
+
+class DenseGGT(EFCP):
+    """GGT as published (arXiv 1806.02958), over a window of whole gradients: what compression is judged against.
+
+    `u = ((sum_i beta2^(2 age_i) g_i g_i^T)^(1/2) + eps I)^-1 g_t`; see `EFCP` for the step and `SparseGGT` for the
+    length of an update. Bytes per parameter: `4 num_grads`, so that the default window is small.
+
+    Args:
+        params: Parameters or groups.
+        lr: Learning rate.
+        num_grads: Capacity `m` of the window, in gradients.
+        eps: `eps`, positive, in the units of a gradient; a number, or a function of the number of steps so far.
+        beta1: Momentum on the gradient, over the rows of the window, in [0, 1); at most `beta2`.
+        beta2: Decay of a row's weight with its age, in (0, 1].
+        momentum: Heavy-ball factor of the update, in [0, 1).
+        weight_decay: Weight decay, at least 0.
+        decoupled_weight_decay: True for AdamW's decay, False for L2 regularisation.
+
+    Raises:
+        ValueError: A value outside its range.
+        TypeError: `num_grads` is not an int, or a parameter has a dtype that is not supported.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 0.1,
+        *,
+        num_grads: int = 32,
+        eps: Schedule = 1e-4,
+        beta1: float = 0.0,
+        beta2: float = 1.0,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        decoupled_weight_decay: bool = True,
+    ) -> None:
+        numbers, schedules = split(eps=eps)
+        super().__init__(
+            params,
+            lr,
+            compressor=Identity(),
+            preconditioner=GGT(beta1=beta1, beta2=beta2, **numbers),
+            num_grads=num_grads,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            decoupled_weight_decay=decoupled_weight_decay,
+            schedules=schedules,
+        )

@@ -1,0 +1,57 @@
+"""M-FAC without compression."""
+
+from __future__ import annotations
+
+from torch.optim.optimizer import ParamsT
+
+from ..compressors import Identity
+from ..optimizer import EFCP
+from ..preconditioners import MFAC
+from ..schedules import Schedule, split
+
+
+class DenseMFAC(EFCP):
+    """M-FAC as published (arXiv 2107.03356), over a window of whole gradients: what compression is judged against.
+
+    `u = (lambda I + (1/m) sum_i g_i g_i^T)^-1 g_t`; see `EFCP` for the step and `SparseMFAC` for the length of an
+    update. Bytes per parameter: `4 num_grads`, so that the default window is small.
+
+    Args:
+        params: Parameters or groups.
+        lr: Learning rate.
+        num_grads: Capacity `m` of the window, in gradients.
+        damp: Dampening `lambda`, at least 0; a number, or a function of the number of steps so far.
+        momentum: Heavy-ball factor of the update, in [0, 1).
+        weight_decay: Weight decay, at least 0.
+        decoupled_weight_decay: True for AdamW's decay, False for L2 regularisation.
+        divide_by: What the sum over the window is divided by while it fills: "capacity" or "rows".
+
+    Raises:
+        ValueError: A value outside its range.
+        TypeError: `num_grads` is not an int, or a parameter has a dtype that is not supported.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 5e-4,
+        *,
+        num_grads: int = 32,
+        damp: Schedule = 1e-5,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        decoupled_weight_decay: bool = True,
+        divide_by: str = "capacity",
+    ) -> None:
+        numbers, schedules = split(damp=damp)
+        super().__init__(
+            params,
+            lr,
+            compressor=Identity(),
+            preconditioner=MFAC(divide_by=divide_by, **numbers),
+            num_grads=num_grads,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            decoupled_weight_decay=decoupled_weight_decay,
+            schedules=schedules,
+        )

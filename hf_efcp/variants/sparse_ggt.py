@@ -1,0 +1,75 @@
+"""GGT over a window of Top-k gradients."""
+
+from __future__ import annotations
+
+import torch
+from torch.optim.optimizer import ParamsT
+
+from ..compressors import TopK
+from ..optimizer import EFCP
+from ..preconditioners import GGT
+from ..schedules import Schedule, split
+
+
+class SparseGGT(EFCP):
+    """Full-matrix AdaGrad over a window of Top-k gradients with error feedback (arXiv 2306.06098, 1806.02958).
+
+    `u = ((sum_i beta2^(2 age_i) row_i row_i^T)^(1/2) + eps I)^-1 row_t`; see `EFCP` for the step and for what groups
+    may set. An update has a norm near 1 at any `num_grads` and any scale of the gradients, so that the learning rate
+    is the distance that a step moves all parameters together: of the order of 0.1, not of 1e-4.
+
+    Bytes per parameter: as `SparseMFAC`.
+
+    Args:
+        params: Parameters or groups.
+        lr: Learning rate.
+        num_grads: Capacity `m` of the window, in gradients.
+        density: Fraction `k / d` of each block that enters the window, in (0, 1].
+        eps: `eps`, positive, in the units of a gradient; a number, or a function of the number of steps so far.
+        beta1: Momentum on the gradient, over the rows of the window, in [0, 1); at most `beta2`.
+        beta2: Decay of a row's weight with its age, in (0, 1].
+        block_size: Entries `B_d` of a Top-k block, 1 to 65,536.
+        value_dtype: How the window stores values, float32 or bfloat16.
+        momentum: Heavy-ball factor of the update, in [0, 1).
+        weight_decay: Weight decay, at least 0.
+        decoupled_weight_decay: True for AdamW's decay, False for L2 regularisation.
+        precondition: "row" for the compressed row, "gradient" for the dense gradient (without `beta1`).
+        backend: "auto", "reference" or "numba".
+
+    Raises:
+        ValueError: A value outside its range.
+        TypeError: `num_grads` or `block_size` is not an int, or a parameter has a dtype that is not supported.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 0.1,
+        *,
+        num_grads: int = 256,
+        density: float = 0.01,
+        eps: Schedule = 1e-4,
+        beta1: float = 0.0,
+        beta2: float = 1.0,
+        block_size: int = 4096,
+        value_dtype: torch.dtype = torch.bfloat16,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        decoupled_weight_decay: bool = True,
+        precondition: str = "row",
+        backend: str = "auto",
+    ) -> None:
+        numbers, schedules = split(eps=eps)
+        super().__init__(
+            params,
+            lr,
+            compressor=TopK(density, block_size, value_dtype),
+            preconditioner=GGT(beta1=beta1, beta2=beta2, **numbers),
+            num_grads=num_grads,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            decoupled_weight_decay=decoupled_weight_decay,
+            precondition=precondition,
+            schedules=schedules,
+            backend=backend,
+        )
