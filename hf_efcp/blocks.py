@@ -9,6 +9,7 @@ from functools import lru_cache
 import torch
 
 MAX_BLOCK_SIZE = 65536  # an index inside a block has to fit uint16
+WHOLE = 2**31 - 1  # a block that holds everything: its indices are int32
 
 
 @dataclass(frozen=True)
@@ -69,5 +70,5 @@ def cut(numel: int, block_size: int, density: float) -> tuple[Piece, ...]:
 
 
 def index_dtype(block_size: int) -> torch.dtype:
-    """The smallest unsigned dtype that holds an index inside a block."""
-    return torch.uint8 if block_size <= 256 else torch.uint16
+    """The smallest dtype that holds an index inside a block."""
+    return torch.uint8 if block_size <= 256 else torch.uint16 if block_size <= MAX_BLOCK_SIZE else torch.int32

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
 from typing import Any, NamedTuple, overload
 
@@ -24,6 +24,14 @@ class Member(NamedTuple):
     position: int
     group: Group
     param: torch.Tensor
+
+
+class Site(NamedTuple):
+    """What is compressed as one: a parameter, or with global Top-k all of them as one long vector."""
+
+    state: dict[str, Any]
+    shape: torch.Size
+    members: list[Member]
 
 
 class EFCP(torch.optim.Optimizer):
@@ -182,12 +190,12 @@ class EFCP(torch.optim.Optimizer):
             checks.check_gradient(member.param, self._name)
         tuned = {name: shared[name] for name in self._tunable} | self._scheduled()
         preconditioner = replace(self._preconditioner, **tuned)
+        self._check_joint(active)
         kernels = choose(self._backend, device)
 
         for group in self.param_groups:
             group.update(tuned)
-        for member in active:
-            self._allocate(member)
+        self._allocate(active)
         for unit in self._units():
             self._step_unit(unit, preconditioner, kernels)
         for group in self.param_groups:
@@ -216,7 +224,7 @@ class EFCP(torch.optim.Optimizer):
         states = [self._fresh(member, "meta") for member in trainable]
         units = [member for member in trainable if member.group["preconditioned"]]
         keepers = len(units) if self._structure["scope"] == "layer" else min(1, len(units))
-        return _count([*states, *(self._fresh_keeper("meta") for _ in range(keepers))])
+        return _count([*states, *(self._fresh_keeper(units, "meta") for _ in range(keepers))])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict()` returned, bit for bit.
@@ -234,13 +242,16 @@ class EFCP(torch.optim.Optimizer):
         checks.check_settings(saved_groups, self.param_groups, ("preconditioned", *self._structure))
         keys = [key for group in saved_groups for key in group["params"]]
         owners = [group for group in saved_groups for _ in group["params"]]
-        loaded = []
-        for key, saved_group, member in zip(keys, owners, self._members(), strict=True):
-            if saved := state_dict["state"].get(key):
-                self._check_saved(saved, member._replace(group=saved_group))
-                loaded.append((member, saved))
+        loaded = [
+            (member._replace(group=saved_group), state_dict["state"][key])
+            for key, saved_group, member in zip(keys, owners, self._members(), strict=True)
+            if state_dict["state"].get(key)
+        ]
+        trained = [member for member, _ in loaded if member.group["preconditioned"]]
+        for member, saved in loaded:
+            self._check_saved(saved, member, trained)
         windows = [saved for member, saved in loaded if member.group["preconditioned"]]
-        checks.check_keepers(windows, self._fresh_keeper("meta"), self._structure["scope"] == "layer")
+        checks.check_keepers(windows, self._fresh_keeper(trained, "meta"), self._structure["scope"] == "layer")
         super().load_state_dict({**state_dict, "state": {}})
         for member, saved in loaded:
             self.state[member.param] = {
@@ -280,94 +291,137 @@ class EFCP(torch.optim.Optimizer):
                     return f"parameter {position} of group {number} (shape {tuple(param.shape)})"
         raise KeyError("not a parameter of this optimizer")
 
-    def _fresh(self, member: Member, device: torch.device | str) -> dict[str, torch.Tensor]:
+    def _fresh(self, member: Member, device: torch.device | str) -> dict[str, Any]:
         """The state of a parameter that was never stepped. On "meta" it has shapes and no memory."""
         position, group, param = member
         if not group["preconditioned"]:
             return adamw.allocate(param, device)
-        state = {} if self._compressor.lossless else self._errors.allocate(param.shape, device)
+        state: dict[str, Any] = {"entries": param.numel()}
+        if not self._joint:
+            state = self._fresh_site(param.shape, device, position)
         if group["momentum"]:
             state["momentum"] = torch.zeros(param.shape, dtype=torch.float32, device=device)
-        state |= self._window.allocate(param.shape, device)
-        state |= self._compressor.allocate(param.shape, device, position)
-        return state | self._preconditioner.allocate(param.shape, device)
+        return state
 
-    def _fresh_keeper(self, device: torch.device | str = "cpu") -> dict[str, Any]:
-        """What a unit has in common: rows pushed, and the Gram matrix of its rows, float64 on the CPU."""
-        if not self._preconditioner.uses_gram:
-            return {"pushed": 0}
-        capacity = self._structure["num_grads"]
-        return {"pushed": 0, "gram": torch.zeros(capacity, capacity, dtype=torch.float64, device=device)}
+    def _fresh_site(self, shape: torch.Size, device: torch.device | str, position: int) -> dict[str, Any]:
+        """Error and window, and what the compressor and the preconditioner keep."""
+        state: dict[str, Any] = {} if self._compressor.lossless else self._errors.allocate(shape, device)
+        state |= self._window.allocate(shape, device)
+        state |= self._compressor.allocate(shape, device, position)
+        return state | self._preconditioner.allocate(shape, device)
 
-    def _allocate(self, member: Member) -> None:
-        group, state = member.group, self.state[member.param]
-        if not state:
-            state.update(self._fresh(member, member.param.device))
-            if group["preconditioned"] and (self._structure["scope"] == "layer" or not self._keeper(self._members())):
-                # With a parameter, since a checkpoint keeps nothing that no parameter owns.
-                state.update(self._fresh_keeper())
-        elif group["preconditioned"] and group["momentum"] and "momentum" not in state:
-            state["momentum"] = torch.zeros(member.param.shape, dtype=torch.float32, device=member.param.device)
+    def _fresh_keeper(self, members: list[Member], device: torch.device | str) -> dict[str, Any]:
+        """What a unit has in common: rows pushed, the Gram matrix (float64 on the CPU), a joint window."""
+        state: dict[str, Any] = {"pushed": 0}
+        if self._preconditioner.uses_gram:
+            capacity = self._structure["num_grads"]
+            home = "meta" if device == "meta" else "cpu"
+            state["gram"] = torch.zeros(capacity, capacity, dtype=torch.float64, device=home)
+        if self._joint:
+            state |= self._fresh_site(_joint_shape(members), device, 0)
+        return state
+
+    def _allocate(self, active: list[Member]) -> None:
+        """Make the state of the parameters that have none."""
+        preconditioned = [member for member in active if member.group["preconditioned"]]
+        for member in active:
+            group, param, state = member.group, member.param, self.state[member.param]
+            if not state:
+                state.update(self._fresh(member, param.device))
+                if group["preconditioned"] and (
+                    self._structure["scope"] == "layer" or not self._keeper(self._members())
+                ):
+                    # With a parameter, since a checkpoint keeps nothing that no parameter owns.
+                    state.update(self._fresh_keeper(preconditioned, param.device))
+            elif group["preconditioned"] and group["momentum"] and "momentum" not in state:
+                state["momentum"] = torch.zeros(param.shape, dtype=torch.float32, device=param.device)
 
     def _keeper(self, members: Iterable[Member]) -> dict[str, Any]:
         """The state that holds what a unit has in common; empty before the first step."""
         return next((self.state[m.param] for m in members if "pushed" in self.state.get(m.param, ())), {})
+
+    @property
+    def _joint(self) -> bool:
+        return self._compressor.joint
+
+    def _check_joint(self, active: list[Member]) -> None:
+        """One long vector cannot grow."""
+        if self._joint and self._keeper(self._members()):
+            new = [m.param for m in active if m.group["preconditioned"] and not self.state.get(m.param)]
+            if new:
+                raise ValueError(
+                    f"{self._name(new[0])} was added or unfrozen after the first step, but global Top-k selects from "
+                    'one vector of all parameters, which cannot grow: use selection="block", or build the optimizer '
+                    "when all parameters are there"
+                )
+
+    def _sites(self, unit: list[Member]) -> list[Site]:
+        if self._joint:
+            return [Site(self._keeper(unit), _joint_shape(unit), unit)]
+        return [Site(self.state[member.param], member.param.shape, [member]) for member in unit]
 
     def _step_unit(self, unit: list[Member], preconditioner: Preconditioner, kernels: Kernels) -> None:
         """Push a row, and move the parameters that share it."""
         keeper, capacity = self._keeper(unit), self._structure["num_grads"]
         steps = keeper["pushed"] + 1
         moment = Moment((steps - 1) % capacity, min(steps, capacity), capacity, steps)
-        present = [member for member in unit if member.param.grad is not None]
-        for member in unit:
-            if member.param.grad is None:
-                self._window.clear(self.state[member.param], member.param.shape, moment.newest)
-        for member in present:
-            self._push(member, moment, kernels)
+        present = []
+        for site in self._sites(unit):
+            if all(member.param.grad is None for member in site.members):
+                self._window.clear(site.state, site.shape, moment.newest)
+            else:
+                self._push(site, moment, kernels)
+                present.append(site)
         gram = None
         if preconditioner.uses_gram:
             column = torch.zeros(moment.rows, dtype=torch.float64)
-            for _, _, param in present:
-                column += self._window.dots(self.state[param], param.shape, moment.newest, moment.rows, kernels)
+            for site in present:
+                column += self._window.dots(site.state, site.shape, moment.newest, moment.rows, kernels)
             keeper["gram"][moment.newest, : moment.rows] = column
             keeper["gram"][: moment.rows, moment.newest] = column
             gram = keeper["gram"][: moment.rows, : moment.rows]
         keeper["pushed"] = steps
         if self._precondition_gradient and gram is not None:
             products = torch.zeros(moment.rows, dtype=torch.float64)
-            for _, group, param in present:
-                gradient = _gradient(group, param)
-                products += self._window.project(self.state[param], param.shape, gradient, moment.rows, kernels)
+            for site in present:
+                products += self._window.project(site.state, site.shape, _gradient(site), moment.rows, kernels)
             plan = preconditioner.plan_outside(gram, products, moment)
         else:
             plan = preconditioner.plan(gram, moment)
-        for _, group, param in present:
-            state = self.state[param]
-            base = _gradient(group, param) if self._precondition_gradient else None
-            updates = preconditioner.updates(plan, self._window, state, param.shape, kernels, base)
-            _apply(group, param, state, updates)
+        for site in present:
+            base = _gradient(site) if self._precondition_gradient else None
+            updates = preconditioner.updates(plan, self._window, site.state, site.shape, kernels, base)
+            for member, part in _split(site, updates):
+                _apply(member, self.state[member.param], part)
 
-    def _push(self, member: Member, moment: Moment, kernels: Kernels) -> None:
+    def _push(self, site: Site, moment: Moment, kernels: Kernels) -> None:
         """Compress a gradient into the window."""
-        position, group, param = member
-        state = self.state[param]
-        row = self._window.row(state, param.shape, moment.newest)
-        gradient = _gradient(group, param)
+        state, shape = site.state, site.shape
+        row = self._window.row(state, shape, moment.newest)
         if self._compressor.lossless:
-            self._compressor.compress(gradient, None, row, state, kernels)
+            self._compressor.compress(_gradient(site), None, row, state, kernels)
             return
-        error = self._errors.load(state, param.shape, kernels)
-        self._compressor.compress(gradient, error, row, state, kernels)
-        self._errors.save(state, error, moment.steps, position, kernels)
+        error = self._errors.load(state, shape, kernels)
+        # In a joint vector, parameters without a gradient keep their error and push nothing.
+        absent = [span for member, span in _spans(site) if member.param.grad is None]
+        withheld = [(span, error[span].clone()) for span in absent]
+        for span, _ in withheld:
+            error[span] = 0.0
+        self._compressor.compress(_gradient(site), error, row, state, kernels)
+        for span, kept in withheld:
+            error[span] = kept
+        self._errors.save(state, error, moment.steps, site.members[0].position, kernels)
 
-    def _check_saved(self, saved: dict[str, Any], member: Member) -> None:
+    def _check_saved(self, saved: dict[str, Any], member: Member, trained: list[Member]) -> None:
         expected = self._fresh(member._replace(group={**member.group, "momentum": 1.0}), "meta")
         if member.group["preconditioned"]:
-            expected |= {name: v for name, v in self._fresh_keeper("meta").items() if name in saved}
+            expected |= {name: v for name, v in self._fresh_keeper(trained, "meta").items() if name in saved}
         name = self._name(member.param)
         checks.check_tensors(saved, expected, {"momentum"}, name)
-        if member.group["preconditioned"]:
+        if member.group["preconditioned"] and not self._joint:
             self._window.check(saved, member.param.shape, name)
+        elif "indices" in saved:
+            self._window.check(saved, _joint_shape(trained), "all parameters")
 
 
 _OWN = frozenset({
@@ -383,19 +437,49 @@ _OWN = frozenset({
 })
 
 
-def _gradient(group: Group, param: torch.Tensor) -> torch.Tensor:
-    """The gradient in float32, contiguous, with L2 regularisation where it is not decoupled."""
-    assert param.grad is not None
-    gradient = param.grad.to(torch.float32).contiguous()
-    if group["weight_decay"] and not group["decoupled_weight_decay"]:
-        gradient = gradient.add(param.to(torch.float32), alpha=group["weight_decay"]).contiguous()
-    return gradient
+def _joint_shape(members: list[Member]) -> torch.Size:
+    """The shape of all parameters as one vector."""
+    return torch.Size([sum(member.param.numel() for member in members)])
 
 
-def _apply(
-    group: Group, param: torch.Tensor, state: dict[str, Any], updates: Iterable[tuple[slice, torch.Tensor]]
-) -> None:
+def _spans(site: Site) -> Iterator[tuple[Member, slice]]:
+    """Where the parameters of a joint vector are in it."""
+    start = 0
+    for member in site.members:
+        yield member, slice(start, start + member.param.numel())
+        start += member.param.numel()
+
+
+def _gradient(site: Site) -> torch.Tensor:
+    """The gradient in float32, contiguous, with L2 regularisation where it is not decoupled; zero without one."""
+    parts = []
+    for _, group, param in site.members:
+        if param.grad is None:
+            parts.append(torch.zeros(param.shape, dtype=torch.float32, device=param.device))
+            continue
+        gradient = param.grad.to(torch.float32).contiguous()
+        if group["weight_decay"] and not group["decoupled_weight_decay"]:
+            gradient = gradient.add(param.to(torch.float32), alpha=group["weight_decay"]).contiguous()
+        parts.append(gradient)
+    return parts[0].view(site.shape) if len(parts) == 1 else torch.cat([part.view(-1) for part in parts])
+
+
+def _split(
+    site: Site, updates: Iterable[tuple[slice, torch.Tensor]]
+) -> Iterator[tuple[Member, Iterable[tuple[slice, torch.Tensor]]]]:
+    """The updates of each parameter that has a gradient."""
+    if len(site.members) == 1:
+        yield site.members[0], updates
+        return
+    whole = torch.cat([update for _, update in updates])
+    for member, span in _spans(site):
+        if member.param.grad is not None:
+            yield member, [(slice(0, member.param.numel()), whole[span])]
+
+
+def _apply(member: Member, state: dict[str, Any], updates: Iterable[tuple[slice, torch.Tensor]]) -> None:
     """`theta <- (1 - lr weight_decay) theta - lr v`, slab by slab of the flattened parameter."""
+    _, group, param = member
     lr = float(group["lr"])
     keep = 1.0 - lr * group["weight_decay"] if group["decoupled_weight_decay"] else 1.0
     in_place = param.dtype == torch.float32 and param.is_contiguous()

@@ -138,11 +138,11 @@ class SparseWindow:
         for piece, indices, _ in self._views(state, shape):
             step = max(1, _SLAB // (self.num_grads * piece.kept))
             for begin in range(0, piece.blocks, step):
-                largest = int(indices[begin : begin + step].to(torch.int32).amax())
-                if largest >= piece.length:
+                lowest, largest = indices[begin : begin + step].to(torch.int32).aminmax()
+                if lowest < 0 or largest >= piece.length:
                     raise ValueError(
-                        f"the window of {name} is damaged: it has the index {largest} in a block of {piece.length} "
-                        "entries. Load another checkpoint"
+                        f"the window of {name} is damaged: it has indices from {int(lowest)} to {int(largest)} in a "
+                        f"block of {piece.length} entries. Load another checkpoint"
                     )
 
     def dots(self, state: State, shape: torch.Size, newest: int, rows: int, kernels: Kernels) -> torch.Tensor:

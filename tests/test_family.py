@@ -246,12 +246,53 @@ def test_own_parts_take_a_few_lines():
         refused.step()
 
 
+@pytest.mark.parametrize("backend", ["reference", "numba"])
+@pytest.mark.parametrize("cls", [SparseMFAC, SparseGGT])
+def test_global_top_k_equals_brute_force(backend, cls):
+    """Over all parameters at once; one without a gradient pushes nothing and keeps its error."""
+    problem = Regression(seed=39, width=15)
+    settings = dict(lr=0.05, num_grads=7, density=0.1, value_dtype=torch.bfloat16, momentum=0.3, weight_decay=0.1)
+    matrix = dict(damp=1e-2) if cls is SparseMFAC else dict(eps=1e-3)
+    naive_cls = NaiveMFAC if cls is SparseMFAC else NaiveGGT
+    params = problem.parameters()
+    optimizer = cls(params, backend=backend, selection="global", **settings, **matrix)
+    naive = naive_cls(problem.start, block_size=None, **settings, **matrix)
+    error, moved = compare(optimizer, naive, problem, params, missing=lambda step: 2 if step % 4 == 1 else 0)
+    assert moved > 0.05
+    assert error < 1e-4
+    stored = optimizer.state[params[0]]["error"].double()
+    assert torch.equal(stored, torch.cat(naive.errors))
+    assert optimizer.state[params[0]]["indices"].dtype == torch.int32
+    blocks = problem.parameters()
+    control, _ = compare(
+        cls(blocks, **settings, **matrix),
+        naive_cls(problem.start, block_size=None, **settings, **matrix),
+        problem,
+        blocks,
+    )
+    assert control > 0.01
+
+
+def test_global_top_k_cannot_grow():
+    params = Regression().parameters()
+    params[1].requires_grad_(False)
+    optimizer = SparseMFAC(params, selection="global", num_grads=4)
+    set_gradients(params, [None if i == 1 else torch.ones_like(param) for i, param in enumerate(params)])
+    optimizer.step()
+    params[1].requires_grad_(True)
+    before = flat(params)
+    with pytest.raises(ValueError, match="parameter 1 of group 0 .* was added or unfrozen after the first step"):
+        optimizer.step()
+    assert torch.equal(before, flat(params))
+
+
 def test_bad_options_are_refused():
     param = torch.nn.Parameter(torch.zeros(10))
     for cls, options, message in [
         (SparseMFAC, {"damp": -1.0}, "damp must be a finite number of at least 0, got -1.0"),
         (SparseMFAC, {"divide_by": "all"}, 'divide_by must be "capacity" or "rows"'),
         (SparseMFAC, {"precondition": "both"}, "precondition must be one of 'row', 'gradient', got 'both'"),
+        (SparseMFAC, {"selection": "layer"}, 'selection must be "block" or "global", got .layer.'),
         (SparseMFAC, {"density": 0.0}, "density is the fraction of entries kept"),
         (SparseMFAC, {"block_size": 65537}, "block_size must be between 1 and 65536"),
         (SparseMFAC, {"value_dtype": torch.float16}, "value_dtype must be torch.float32 or torch.bfloat16"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.optim.optimizer import ParamsT
 
-from ..compressors import TopK
+from ..compressors import top_k
 from ..optimizer import EFCP
 from ..preconditioners import GGT
 from ..schedules import Schedule, split
@@ -28,7 +28,9 @@ class SparseGGT(EFCP):
         eps: `eps`, positive, in the units of a gradient; a number, or a function of the number of steps so far.
         beta1: Momentum on the gradient, over the rows of the window, in [0, 1); at most `beta2`.
         beta2: Decay of a row's weight with its age, in (0, 1].
-        block_size: Entries `B_d` of a Top-k block, 1 to 65,536.
+        selection: "block" for Top-k in each block, "global" for Top-k over all parameters at once, as in the paper's
+            pseudocode: 6 bytes an entry, slower, and all parameters must be there at the first step.
+        block_size: Entries `B_d` of a Top-k block, 1 to 65,536; without effect on global Top-k.
         value_dtype: How the window stores values, float32 or bfloat16.
         momentum: Heavy-ball factor of the update, in [0, 1).
         weight_decay: Weight decay, at least 0.
@@ -51,6 +53,7 @@ class SparseGGT(EFCP):
         eps: Schedule = 1e-4,
         beta1: float = 0.0,
         beta2: float = 1.0,
+        selection: str = "block",
         block_size: int = 4096,
         value_dtype: torch.dtype = torch.bfloat16,
         momentum: float = 0.0,
@@ -63,7 +66,7 @@ class SparseGGT(EFCP):
         super().__init__(
             params,
             lr,
-            compressor=TopK(density, block_size, value_dtype),
+            compressor=top_k(selection, density, block_size, value_dtype),
             preconditioner=GGT(beta1=beta1, beta2=beta2, **numbers),
             num_grads=num_grads,
             momentum=momentum,

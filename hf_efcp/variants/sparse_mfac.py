@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.optim.optimizer import ParamsT
 
-from ..compressors import TopK
+from ..compressors import top_k
 from ..optimizer import EFCP
 from ..preconditioners import MFAC
 from ..schedules import Schedule, split
@@ -30,7 +30,9 @@ class SparseMFAC(EFCP):
         num_grads: Capacity `m` of the window, in gradients.
         density: Fraction `k / d` of each block that enters the window, in (0, 1].
         damp: Dampening `lambda`, at least 0; a number, or a function of the number of steps so far.
-        block_size: Entries `B_d` of a Top-k block, 1 to 65,536.
+        selection: "block" for Top-k in each block, "global" for Top-k over all parameters at once, as in the paper's
+            pseudocode: 6 bytes an entry, slower, and all parameters must be there at the first step.
+        block_size: Entries `B_d` of a Top-k block, 1 to 65,536; without effect on global Top-k.
         value_dtype: How the window stores values, float32 or bfloat16.
         momentum: Heavy-ball factor of the update, in [0, 1).
         weight_decay: Weight decay, at least 0.
@@ -52,6 +54,7 @@ class SparseMFAC(EFCP):
         num_grads: int = 256,
         density: float = 0.01,
         damp: Schedule = 1e-5,
+        selection: str = "block",
         block_size: int = 4096,
         value_dtype: torch.dtype = torch.bfloat16,
         momentum: float = 0.0,
@@ -65,7 +68,7 @@ class SparseMFAC(EFCP):
         super().__init__(
             params,
             lr,
-            compressor=TopK(density, block_size, value_dtype),
+            compressor=top_k(selection, density, block_size, value_dtype),
             preconditioner=MFAC(divide_by=divide_by, **numbers),
             num_grads=num_grads,
             momentum=momentum,
