@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from .shards import local
+
 PARAMETER_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -50,7 +52,7 @@ def check_parameter(param: torch.Tensor, name: Callable[[torch.Tensor], str]) ->
 
 
 def check_gradient(param: torch.Tensor, name: Callable[[torch.Tensor], str]) -> None:
-    """Refuse a gradient that would poison the window.
+    """Refuse a gradient that is not dense.
 
     Args:
         param: A parameter, with or without a gradient.
@@ -58,23 +60,49 @@ def check_gradient(param: torch.Tensor, name: Callable[[torch.Tensor], str]) -> 
 
     Raises:
         TypeError: The gradient is sparse.
-        ValueError: The gradient has NaN or infinity.
     """
-    grad = param.grad
-    if grad is None:
-        return
-    if grad.layout != torch.strided:
+    if param.grad is not None and param.grad.layout != torch.strided:
         raise TypeError(
-            f"the gradient of {name(param)} is sparse ({grad.layout}); EFCP needs dense gradients: use sparse=False in "
-            "the embedding, or leave the parameter to another optimizer"
+            f"the gradient of {name(param)} is sparse ({param.grad.layout}); EFCP needs dense gradients: use "
+            "sparse=False in the embedding, or leave the parameter to another optimizer"
         )
+
+
+def is_finite(grad: torch.Tensor | None) -> bool:
+    """Whether a gradient has neither NaN nor infinity; one that is sharded is looked at on this rank only.
+
+    Args:
+        grad: The gradient, or None.
+
+    Returns:
+        True if so, or if there is none.
+    """
+    if grad is None:
+        return True
     # The sum is fifty times cheaper than looking at every entry, and only a finite one proves something.
-    if not math.isfinite(grad.sum()) and not bool(torch.isfinite(grad).all()):
+    return math.isfinite(local(grad).sum()) or bool(torch.isfinite(local(grad)).all())
+
+
+def nonfinite_message(params: list[torch.Tensor], name: Callable[[torch.Tensor], str]) -> str:
+    """What to say about gradients with NaN or infinity.
+
+    Args:
+        params: Parameters that have one on this rank; none if it is on another rank only.
+        name: Tells what to call a parameter.
+
+    Returns:
+        The message.
+    """
+    where = "a gradient on another rank has entries that are NaN or infinite"
+    for param in params[:1]:
+        assert param.grad is not None
+        grad = local(param.grad)
         wrong = grad.numel() - int(torch.isfinite(grad).sum())
-        raise ValueError(
-            f"the gradient of {name(param)} has {wrong} entries of {grad.numel()} that are NaN or infinite; nothing "
-            "was changed. Skip this step (zero_grad), lower the learning rate or clip the gradients"
-        )
+        where = f"the gradient of {name(param)} has {wrong} entries of {grad.numel()} that are NaN or infinite"
+    return (
+        f"{where}; nothing was changed. Skip such steps (nonfinite='skip'), lower the learning rate or clip the "
+        "gradients"
+    )
 
 
 def check_one_device(params: Iterable[torch.Tensor]) -> torch.device:
@@ -120,6 +148,11 @@ def check_settings(saved_groups: list[dict[str, Any]], groups: list[dict[str, An
         missing = sorted(group.keys() - saved.keys() - {"initial_lr", "param_names"})
         if missing:
             raise ValueError(f"the checkpoint is of another optimizer: its groups lack {', '.join(missing)}")
+        if saved["efcp_format"] != group["efcp_format"]:
+            raise ValueError(
+                f"the checkpoint has the state in format {saved['efcp_format']}, this version of hf_efcp reads format "
+                f"{group['efcp_format']}: use the version that wrote it"
+            )
         for name in structure:
             if saved[name] != group[name]:
                 raise ValueError(

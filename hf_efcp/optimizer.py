@@ -9,13 +9,16 @@ from typing import Any, NamedTuple, overload
 import torch
 from torch.optim.optimizer import ParamsT
 
-from . import adamw, checks
+from . import adamw, checks, shards
 from .compressors import Compressor
 from .errors import error_store
 from .kernels import Kernels, check_name, choose
 from .preconditioners import Moment, Preconditioner
+from .shards import is_sharded, local
 
 Group = dict[str, Any]
+
+FORMAT = 1  # of the state; a checkpoint says which it has
 
 
 class Member(NamedTuple):
@@ -56,6 +59,10 @@ class EFCP(torch.optim.Optimizer):
     Parameters may be float32, bfloat16 or float16, contiguous or not, and all on one device. State is allocated at the
     first step; parameters that are added or unfrozen later have zeros in the rows that were pushed without them.
 
+    Parameters that FSDP2 has sharded (`fully_shard`) are stepped where they are: every rank keeps the window and the
+    error of its shards, and the new Gram column is summed over the ranks. Top-k then equals that of one process whose
+    parameters are cut at the shards' borders.
+
     Args:
         params: Parameters or groups, as for any `torch.optim.Optimizer`.
         lr: Learning rate, at least 0.
@@ -71,6 +78,8 @@ class EFCP(torch.optim.Optimizer):
         error_dtype: How the error is kept.
         schedules: Hyperparameters of the preconditioner that are functions of the number of rows pushed so far, by
             name. The current value stands in the parameter groups, and is what is saved.
+        nonfinite: What to do about a gradient with NaN or infinity, on any rank: "raise" an error, or "skip" the step
+            and count it in `skipped_steps`. Nothing changes either way.
         backend: "auto" (numba on the CPU, plain torch elsewhere), "reference" (plain torch) or "numba".
 
     Raises:
@@ -93,6 +102,7 @@ class EFCP(torch.optim.Optimizer):
         scope: str = "model",
         error_dtype: torch.dtype = torch.float32,
         schedules: Mapping[str, Callable[[int], float]] | None = None,
+        nonfinite: str = "raise",
         backend: str = "auto",
     ) -> None:
         if not isinstance(num_grads, int) or isinstance(num_grads, bool):
@@ -101,6 +111,7 @@ class EFCP(torch.optim.Optimizer):
             raise ValueError(f"num_grads is the number of gradients in the window, at least 1; got {num_grads}")
         checks.check_choice("precondition", precondition, ("row", "gradient"))
         checks.check_choice("scope", scope, ("model", "layer"))
+        checks.check_choice("nonfinite", nonfinite, ("raise", "skip"))
         if precondition == "gradient" and not preconditioner.uses_gram:
             raise ValueError(f'precondition="gradient" needs a full matrix; {type(preconditioner).__name__} has none')
         check_name(backend)
@@ -110,6 +121,7 @@ class EFCP(torch.optim.Optimizer):
         self._errors = error_store(error_dtype)
         self._precondition_gradient = precondition == "gradient"
         self._schedules = dict(schedules or {})
+        self._skip_nonfinite = nonfinite == "skip"
         self._backend = backend
         # What decides the shapes of the state, and so can neither change nor differ in a checkpoint.
         self._structure = {"num_grads": num_grads, "scope": scope, "error_dtype": error_dtype, **asdict(compressor)}
@@ -120,18 +132,25 @@ class EFCP(torch.optim.Optimizer):
             "weight_decay": weight_decay,
             "decoupled_weight_decay": decoupled_weight_decay,
             "preconditioned": True,
+            "skipped_steps": 0,
+            "efcp_format": FORMAT,
         }
+        self._own = tuple(self.__dict__)  # what the base class does not know
         super().__init__(params, {**defaults, **self._structure, **asdict(preconditioner)})
 
     def __getstate__(self) -> dict[str, Any]:
         """The base class drops every attribute that it does not know from copies and pickles."""
-        own = {name: value for name, value in self.__dict__.items() if name in _OWN}
-        return {**super().__getstate__(), **own}
+        return {**super().__getstate__(), "_own": self._own, **{name: self.__dict__[name] for name in self._own}}
 
     @property
     def backend(self) -> str:
         """The backend that steps the parameters where they are now: "numba" or "reference"."""
         return choose(self._backend, checks.check_one_device(member.param for member in self._members())).NAME
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps that `nonfinite="skip"` left out, since the start and over all resumes."""
+        return int(self.param_groups[0]["skipped_steps"])
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a group, before or after the first step.
@@ -188,6 +207,9 @@ class EFCP(torch.optim.Optimizer):
         for member in active:
             checks.check_parameter(member.param, self._name)
             checks.check_gradient(member.param, self._name)
+        processes = shards.check([member.param for member in active], self._joint)
+        if self._refuses_nonfinite(active, processes, device):
+            return loss
         tuned = {name: shared[name] for name in self._tunable} | self._scheduled()
         preconditioner = replace(self._preconditioner, **tuned)
         self._check_joint(active)
@@ -197,7 +219,7 @@ class EFCP(torch.optim.Optimizer):
             group.update(tuned)
         self._allocate(active)
         for unit in self._units():
-            self._step_unit(unit, preconditioner, kernels)
+            self._step_unit(unit, preconditioner, kernels, processes)
         for group in self.param_groups:
             if not group["preconditioned"]:
                 params = [param for param in group["params"] if param.grad is not None]
@@ -222,6 +244,9 @@ class EFCP(torch.optim.Optimizer):
         """
         trainable = [member for member in self._members() if member.param.requires_grad]
         states = [self._fresh(member, "meta") for member in trainable]
+        for member, state in zip(trainable, states, strict=True):
+            if is_sharded(member.param) and member.group["preconditioned"]:
+                state.update({name: tensor[:1] for name, tensor in state.items()})  # this rank's row
         units = [member for member in trainable if member.group["preconditioned"]]
         keepers = len(units) if self._structure["scope"] == "layer" else min(1, len(units))
         return _count([*states, *(self._fresh_keeper(units, "meta") for _ in range(keepers))])
@@ -254,12 +279,7 @@ class EFCP(torch.optim.Optimizer):
         checks.check_keepers(windows, self._fresh_keeper(trained, "meta"), self._structure["scope"] == "layer")
         super().load_state_dict({**state_dict, "state": {}})
         for member, saved in loaded:
-            self.state[member.param] = {
-                name: value.detach().to("cpu" if name in ("gram", "step") else member.param.device, copy=True)
-                if isinstance(value, torch.Tensor)
-                else value
-                for name, value in saved.items()
-            }
+            self.state[member.param] = {name: _copy(name, value, member.param) for name, value in saved.items()}
 
     def _members(self) -> list[Member]:
         pairs = ((group, param) for group in self.param_groups for param in group["params"])
@@ -293,15 +313,19 @@ class EFCP(torch.optim.Optimizer):
 
     def _fresh(self, member: Member, device: torch.device | str) -> dict[str, Any]:
         """The state of a parameter that was never stepped. On "meta" it has shapes and no memory."""
-        position, group, param = member
-        if not group["preconditioned"]:
-            return adamw.allocate(param, device)
-        state: dict[str, Any] = {"entries": param.numel()}
-        if not self._joint:
-            state = self._fresh_site(param.shape, device, position)
-        if group["momentum"]:
-            state["momentum"] = torch.zeros(param.shape, dtype=torch.float32, device=device)
-        return state
+        if not member.group["preconditioned"]:
+            return adamw.allocate(member.param, device)
+        state = shards.allocate(member.param, self._maker(member), device)
+        return {"entries": member.param.numel(), **state} if self._joint else state
+
+    def _maker(self, member: Member) -> shards.Maker:
+        """Makes the tensors of a parameter, or of a shard of it."""
+
+        def make(shape: torch.Size, device: torch.device | str) -> dict[str, Any]:
+            state = {} if self._joint else self._fresh_site(shape, device, member.position)
+            return state | (_momentum(shape, device) if member.group["momentum"] else {})
+
+        return make
 
     def _fresh_site(self, shape: torch.Size, device: torch.device | str, position: int) -> dict[str, Any]:
         """Error and window, and what the compressor and the preconditioner keep."""
@@ -334,7 +358,7 @@ class EFCP(torch.optim.Optimizer):
                     # With a parameter, since a checkpoint keeps nothing that no parameter owns.
                     state.update(self._fresh_keeper(preconditioned, param.device))
             elif group["preconditioned"] and group["momentum"] and "momentum" not in state:
-                state["momentum"] = torch.zeros(param.shape, dtype=torch.float32, device=param.device)
+                state.update(shards.allocate(param, _momentum, param.device))
 
     def _keeper(self, members: Iterable[Member]) -> dict[str, Any]:
         """The state that holds what a unit has in common; empty before the first step."""
@@ -358,9 +382,30 @@ class EFCP(torch.optim.Optimizer):
     def _sites(self, unit: list[Member]) -> list[Site]:
         if self._joint:
             return [Site(self._keeper(unit), _joint_shape(unit), unit)]
-        return [Site(self.state[member.param], member.param.shape, [member]) for member in unit]
+        return [
+            Site(shards.view(self.state[m.param], m.param, self._maker(m)), local(m.param).shape, [m]) for m in unit
+        ]
 
-    def _step_unit(self, unit: list[Member], preconditioner: Preconditioner, kernels: Kernels) -> None:
+    def _refuses_nonfinite(
+        self, active: list[Member], processes: torch.distributed.ProcessGroup | None, device: torch.device
+    ) -> bool:
+        """Whether the step is to be skipped, on all ranks if on one."""
+        bad = [member.param for member in active if not checks.is_finite(member.param.grad)]
+        count = float(shards.all_reduce(torch.tensor([len(bad)], dtype=torch.float64), processes, device))
+        if count and not self._skip_nonfinite:
+            raise ValueError(checks.nonfinite_message(bad, self._name))
+        if count:
+            for group in self.param_groups:
+                group["skipped_steps"] += 1
+        return count > 0.0
+
+    def _step_unit(
+        self,
+        unit: list[Member],
+        preconditioner: Preconditioner,
+        kernels: Kernels,
+        processes: torch.distributed.ProcessGroup | None,
+    ) -> None:
         """Push a row, and move the parameters that share it."""
         keeper, capacity = self._keeper(unit), self._structure["num_grads"]
         steps = keeper["pushed"] + 1
@@ -377,6 +422,7 @@ class EFCP(torch.optim.Optimizer):
             column = torch.zeros(moment.rows, dtype=torch.float64)
             for site in present:
                 column += self._window.dots(site.state, site.shape, moment.newest, moment.rows, kernels)
+            column = shards.all_reduce(column, processes, unit[0].param.device)
             keeper["gram"][moment.newest, : moment.rows] = column
             keeper["gram"][: moment.rows, moment.newest] = column
             gram = keeper["gram"][: moment.rows, : moment.rows]
@@ -385,6 +431,7 @@ class EFCP(torch.optim.Optimizer):
             products = torch.zeros(moment.rows, dtype=torch.float64)
             for site in present:
                 products += self._window.project(site.state, site.shape, _gradient(site), moment.rows, kernels)
+            products = shards.all_reduce(products, processes, unit[0].param.device)
             plan = preconditioner.plan_outside(gram, products, moment)
         else:
             plan = preconditioner.plan(gram, moment)
@@ -392,7 +439,7 @@ class EFCP(torch.optim.Optimizer):
             base = _gradient(site) if self._precondition_gradient else None
             updates = preconditioner.updates(plan, self._window, site.state, site.shape, kernels, base)
             for member, part in _split(site, updates):
-                _apply(member, self.state[member.param], part)
+                _apply(member, self.state[member.param] if self._joint else site.state, part)
 
     def _push(self, site: Site, moment: Moment, kernels: Kernels) -> None:
         """Compress a gradient into the window."""
@@ -419,22 +466,10 @@ class EFCP(torch.optim.Optimizer):
         name = self._name(member.param)
         checks.check_tensors(saved, expected, {"momentum"}, name)
         if member.group["preconditioned"] and not self._joint:
-            self._window.check(saved, member.param.shape, name)
+            own = shards.view(saved, member.param, self._maker(member))
+            self._window.check(own, local(member.param).shape, name)
         elif "indices" in saved:
             self._window.check(saved, _joint_shape(trained), "all parameters")
-
-
-_OWN = frozenset({
-    "_preconditioner",
-    "_compressor",
-    "_window",
-    "_errors",
-    "_precondition_gradient",
-    "_schedules",
-    "_backend",
-    "_structure",
-    "_tunable",
-})
 
 
 def _joint_shape(members: list[Member]) -> torch.Size:
@@ -450,16 +485,30 @@ def _spans(site: Site) -> Iterator[tuple[Member, slice]]:
         start += member.param.numel()
 
 
+def _momentum(shape: torch.Size, device: torch.device | str) -> dict[str, Any]:
+    return {"momentum": torch.zeros(shape, dtype=torch.float32, device=device)}
+
+
+def _copy(name: str, value: Any, param: torch.Tensor) -> Any:
+    """A copy of a saved value, on the device where it belongs."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    if is_sharded(value):
+        return value.detach().clone()
+    return value.detach().to("cpu" if name in ("gram", "step") else param.device, copy=True)
+
+
 def _gradient(site: Site) -> torch.Tensor:
     """The gradient in float32, contiguous, with L2 regularisation where it is not decoupled; zero without one."""
     parts = []
     for _, group, param in site.members:
+        theta = local(param)
         if param.grad is None:
-            parts.append(torch.zeros(param.shape, dtype=torch.float32, device=param.device))
+            parts.append(torch.zeros(theta.shape, dtype=torch.float32, device=theta.device))
             continue
-        gradient = param.grad.to(torch.float32).contiguous()
+        gradient = local(param.grad).to(torch.float32).contiguous()
         if group["weight_decay"] and not group["decoupled_weight_decay"]:
-            gradient = gradient.add(param.to(torch.float32), alpha=group["weight_decay"]).contiguous()
+            gradient = gradient.add(theta.to(torch.float32), alpha=group["weight_decay"]).contiguous()
         parts.append(gradient)
     return parts[0].view(site.shape) if len(parts) == 1 else torch.cat([part.view(-1) for part in parts])
 
@@ -479,7 +528,7 @@ def _split(
 
 def _apply(member: Member, state: dict[str, Any], updates: Iterable[tuple[slice, torch.Tensor]]) -> None:
     """`theta <- (1 - lr weight_decay) theta - lr v`, slab by slab of the flattened parameter."""
-    _, group, param = member
+    group, param = member.group, local(member.param)
     lr = float(group["lr"])
     keep = 1.0 - lr * group["weight_decay"] if group["decoupled_weight_decay"] else 1.0
     in_place = param.dtype == torch.float32 and param.is_contiguous()
@@ -489,7 +538,9 @@ def _apply(member: Member, state: dict[str, Any], updates: Iterable[tuple[slice,
     for span, update in updates:
         if group["momentum"]:
             update = state["momentum"].view(-1)[span].mul_(group["momentum"]).add_(update)
-        flat[span].mul_(keep).add_(update, alpha=-lr)
+        if keep != 1.0:
+            flat[span].mul_(keep)
+        flat[span].add_(update, alpha=-lr)
     if not in_place:
         param.copy_(theta)
 
@@ -500,7 +551,7 @@ def _count(states: Iterable[dict[str, Any]]) -> dict[str, int]:
     for state in states:
         for name, value in state.items():
             if isinstance(value, torch.Tensor):
-                parts[_PART.get(name.partition("_")[0], "values")] += value.nbytes
+                parts[_PART.get(name.partition("_")[0], "values")] += local(value).nbytes
     return {**parts, "total": sum(parts.values())}
 
 
