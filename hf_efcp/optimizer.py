@@ -124,7 +124,12 @@ class EFCP(torch.optim.Optimizer):
         self._skip_nonfinite = nonfinite == "skip"
         self._backend = backend
         # What decides the shapes of the state, and so can neither change nor differ in a checkpoint.
-        self._structure = {"num_grads": num_grads, "scope": scope, "error_dtype": error_dtype, **asdict(compressor)}
+        self._structure = _plain({
+            "num_grads": num_grads,
+            "scope": scope,
+            "error_dtype": error_dtype,
+            **asdict(compressor),
+        })
         self._tunable = tuple(asdict(preconditioner))
         defaults = {
             "lr": lr,
@@ -163,8 +168,9 @@ class EFCP(torch.optim.Optimizer):
             TypeError: A parameter has a dtype that is not supported.
         """
         shared = self._shared()
-        checks.check_group({**self.defaults, **shared, **param_group}, shared)
-        super().add_param_group({**shared, **param_group})
+        param_group = {**shared, **_plain(param_group)}
+        checks.check_group({**self.defaults, **param_group}, shared)
+        super().add_param_group(param_group)
         try:
             for param in self.param_groups[-1]["params"]:
                 checks.check_parameter(param, self._name)
@@ -470,6 +476,14 @@ class EFCP(torch.optim.Optimizer):
             self._window.check(own, local(member.param).shape, name)
         elif "indices" in saved:
             self._window.check(saved, _joint_shape(trained), "all parameters")
+
+
+def _plain(settings: Mapping[str, Any]) -> Group:
+    """Settings as they stand in the parameter groups: torch.distributed.checkpoint takes no dtypes there."""
+    return {
+        name: str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
+        for name, value in settings.items()
+    }
 
 
 def _joint_shape(members: list[Member]) -> torch.Size:

@@ -1,0 +1,256 @@
+"""FSDP2 on gloo: sharded parameters against whole ones, checkpoints, faults on one rank."""
+
+import copy
+
+import pytest
+import torch
+from ranks import run
+from torch import nn
+
+from hf_efcp import EFCP, DenseMFAC, SparseGGT, SparseMFAC
+from hf_efcp.compressors import TopK
+from hf_efcp.preconditioners import MFAC
+
+STEPS = 12
+SETTINGS = {
+    "dense": (DenseMFAC, dict(lr=0.03, num_grads=5, damp=1e-3, momentum=0.5, weight_decay=0.1)),
+    "sparse at density 1": (
+        SparseMFAC,
+        dict(lr=0.03, num_grads=5, damp=1e-3, density=1.0, block_size=16, value_dtype=torch.float32),
+    ),
+    "sparse": (SparseMFAC, dict(lr=0.03, num_grads=5, damp=1e-3, density=0.1, block_size=16, momentum=0.5)),
+    "ggt": (SparseGGT, dict(lr=0.1, num_grads=5, eps=1e-3, density=0.1, block_size=16)),
+}
+
+
+def network():
+    """Rows that two and three ranks do not divide, and one that leaves a rank without any."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 7), nn.Tanh(), nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 1))
+
+
+def batch(step):
+    generator = torch.Generator().manual_seed(step)
+    x = torch.randn(24, 6, generator=generator)
+    return x, x.sum(dim=1, keepdim=True).sin()
+
+
+def shard(model):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    for layer in model:
+        if isinstance(layer, nn.Linear):
+            fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def train(model, optimizer, steps, rank=0, ranks=1):
+    for step in steps:
+        optimizer.zero_grad()
+        x, y = (part.chunk(ranks)[rank] for part in batch(step))
+        nn.functional.mse_loss(model(x), y).backward()
+        optimizer.step()
+
+
+def whole(model):
+    """The parameters, gathered."""
+    return [
+        (param.full_tensor() if hasattr(param, "full_tensor") else param).detach().clone()
+        for param in model.parameters()
+    ]
+
+
+def sharded_run(rank, name, ranks):
+    cls, settings = SETTINGS[name]
+    model = shard(network())
+    optimizer = cls(model.parameters(), **settings)
+    planned = optimizer.planned_memory()
+    train(model, optimizer, range(STEPS), rank, ranks)
+    grams = [state["gram"] for state in optimizer.state.values() if "gram" in state]
+    assert len(grams) == 1
+    return whole(model), grams[0], optimizer.memory(), planned
+
+
+def moved(ends, start):
+    return torch.cat([(end - begin).flatten() for end, begin in zip(ends, start, strict=True)])
+
+
+def resumed_run(rank, name, full, folder):
+    """Train, save through torch.distributed.checkpoint in the middle, load into fresh ones, go on."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_optimizer_state_dict,
+        set_optimizer_state_dict,
+    )
+
+    cls, settings = SETTINGS[name]
+    model = shard(network())
+    optimizer = cls(model.parameters(), **settings)
+    train(model, optimizer, range(7), rank, 2)
+    middle = copy.deepcopy(model.state_dict())
+    options = StateDictOptions(full_state_dict=full, cpu_offload=full, broadcast_from_rank0=full)
+    saved = get_optimizer_state_dict(model, optimizer, options=options)
+    if full:
+        saved = copy.deepcopy(saved)  # what is not split is handed out as it is, and training goes on
+    else:
+        dcp.save({"optimizer": saved}, checkpoint_id=folder)
+    train(model, optimizer, range(7, STEPS), rank, 2)
+
+    other = shard(network())
+    other.load_state_dict(middle)
+    fresh = cls(other.parameters(), **settings)
+    if not full:
+        saved = get_optimizer_state_dict(other, fresh, options=options)
+        container = {"optimizer": saved}
+        dcp.load(container, checkpoint_id=folder)
+        saved = container["optimizer"]
+    set_optimizer_state_dict(other, fresh, saved, options=options)
+    train(other, fresh, range(7, STEPS), rank, 2)
+    dtypes = {str(value.dtype) for state in fresh.state.values() for value in state.values() if torch.is_tensor(value)}
+    return whole(model), whole(other), middle["0.weight"].full_tensor(), dtypes
+
+
+def faulty_run(rank, policy):
+    """A gradient that is not finite on rank 1 only."""
+    model = shard(network())
+    optimizer = EFCP(
+        model.parameters(), 0.1, compressor=TopK(0.5, 16), preconditioner=MFAC(1e-2), num_grads=4, nonfinite=policy
+    )
+    train(model, optimizer, range(3), rank, 2)
+    before, states = whole(model), copy.deepcopy(optimizer.state_dict()["state"])
+    if rank == 1:
+        next(iter(model.parameters())).grad.to_local()[0, 0] = float("nan")
+    message = None
+    try:
+        optimizer.step()
+    except ValueError as error:
+        message = str(error)
+    same = all(torch.equal(one, other) for one, other in zip(before, whole(model), strict=True))
+    for key, state in optimizer.state_dict()["state"].items():
+        for name, value in state.items():
+            old = states[key][name]
+            same &= torch.equal(value.to_local(), old.to_local()) if hasattr(value, "to_local") else True
+            same &= value == old if isinstance(value, int) else True
+    skipped = optimizer.skipped_steps
+    train(model, optimizer, range(3, 5), rank, 2)
+    return message, same, skipped, not torch.equal(before[0], whole(model)[0])
+
+
+def refused_run(rank):
+    """What cannot work on shards."""
+    messages = []
+    model = shard(network())
+    plain = nn.Parameter(torch.ones(3))
+    for optimizer in (
+        SparseMFAC(model.parameters(), selection="global"),
+        SparseMFAC([*model.parameters(), plain]),
+    ):
+        x, y = batch(0)
+        nn.functional.mse_loss(model(x), y).backward()
+        plain.grad = torch.ones(3)
+        try:
+            optimizer.step()
+        except ValueError as error:
+            messages.append(str(error))
+    return messages
+
+
+def everything(rank, ranks, folder):
+    """All runs in one pair of processes: starting them is what takes the time."""
+    results = {name: sharded_run(rank, name, ranks) for name in SETTINGS}
+    if ranks == 2:
+        for name in ("dense", "sparse"):
+            for full in (False, True):
+                results["resumed", name, full] = resumed_run(rank, name, full, f"{folder}/{name}")
+        results["faults"] = [faulty_run(rank, policy) for policy in ("raise", "skip")]
+        results["refused"] = refused_run(rank)
+    return results
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def ranks_and_results(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    return request.param, run(everything, request.param, folder, request.param, str(folder))
+
+
+@pytest.fixture
+def two(ranks_and_results):
+    ranks, results = ranks_and_results
+    if ranks != 2:
+        pytest.skip("run with two ranks")
+    return results
+
+
+@pytest.mark.parametrize("name", ["dense", "sparse at density 1"])
+def test_what_compression_does_not_cut_equals_the_unsharded_run(name, ranks_and_results):
+    ranks, results = ranks_and_results
+    cls, settings = SETTINGS[name]
+    model = network()
+    start = whole(model)
+    optimizer = cls(model.parameters(), **settings)
+    train(model, optimizer, range(STEPS))
+    expected = moved(whole(model), start)
+    assert expected.norm() > 0.1
+    all_values = optimizer.memory()["values"]
+    for result in results:
+        ends, gram, memory, planned = result[name]
+        assert (moved(ends, start) - expected).norm() < 1e-3 * expected.norm()
+        assert torch.equal(gram, results[0][name][1])
+        assert memory == planned
+        # one bias of a single entry cannot be split, and rows are padded to the longest shard
+        assert all_values / ranks <= memory["values"] < 1.4 * all_values / ranks
+
+
+@pytest.mark.parametrize("name", ["sparse", "ggt"])
+def test_sparse_equals_one_process_whose_parameters_are_cut_at_the_borders(name, ranks_and_results):
+    ranks, results = ranks_and_results
+    cls, settings = SETTINGS[name]
+    model = network()
+    start = whole(model)
+    pieces = [[nn.Parameter(piece.clone()) for piece in param.detach().chunk(ranks)] for param in model.parameters()]
+    optimizer = cls([piece for parts in pieces for piece in parts], **settings)
+    for step in range(STEPS):
+        model.zero_grad()
+        x, y = batch(step)
+        nn.functional.mse_loss(model(x), y).backward()
+        for param, parts in zip(model.parameters(), pieces, strict=True):
+            for piece, gradient in zip(parts, param.grad.chunk(ranks), strict=True):
+                piece.grad = gradient.clone()
+        optimizer.step()
+        with torch.no_grad():
+            for param, parts in zip(model.parameters(), pieces, strict=True):
+                param.copy_(torch.cat(list(parts)))
+    expected = moved(whole(model), start)
+    assert expected.norm() > 0.05
+    for result in results:
+        assert (moved(result[name][0], start) - expected).norm() < 1e-3 * expected.norm()
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("name", ["dense", "sparse"])
+def test_resuming_through_distributed_checkpoints_is_bit_equal(name, full, two):
+    for result in two:
+        through, resumed, middle, dtypes = result["resumed", name, full]
+        for one, other in zip(through, resumed, strict=True):
+            assert torch.equal(one, other)
+        assert not torch.equal(middle, resumed[0])
+        if name == "sparse":
+            assert {"torch.uint8", "torch.bfloat16", "torch.float32", "torch.float64"} <= dtypes
+
+
+def test_all_ranks_refuse_or_skip_together(two):
+    (first, *rest), (second, *others) = (result["faults"][0] for result in two)
+    assert "a gradient on another rank has entries that are NaN" in first
+    assert "the gradient of parameter 0 of group 0" in second
+    assert rest == others == [True, 0, True]
+    assert [result["faults"][1] for result in two] == [(None, True, 1, True)] * 2
+
+
+def test_what_cannot_work_on_shards_is_refused(two):
+    for result in two:
+        whole_needed, mixed = result["refused"]
+        assert "global Top-k needs whole parameters" in whole_needed
+        assert "some parameters are sharded and others are not" in mixed
