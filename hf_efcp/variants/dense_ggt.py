@@ -26,6 +26,7 @@ class DenseGGT(EFCP):
         momentum: Heavy-ball factor of the update, in [0, 1).
         weight_decay: Weight decay, at least 0.
         decoupled_weight_decay: True for AdamW's decay, False for L2 regularisation.
+        nonfinite: "raise" an error at a gradient with NaN or infinity, or "skip" the step and count it.
 
     Raises:
         ValueError: A value outside its range.
@@ -44,6 +45,7 @@ class DenseGGT(EFCP):
         momentum: float = 0.0,
         weight_decay: float = 0.0,
         decoupled_weight_decay: bool = True,
+        nonfinite: str = "raise",
     ) -> None:
         numbers, schedules = split(eps=eps)
         super().__init__(
@@ -56,4 +58,5 @@ class DenseGGT(EFCP):
             weight_decay=weight_decay,
             decoupled_weight_decay=decoupled_weight_decay,
             schedules=schedules,
+            nonfinite=nonfinite,
         )

@@ -25,6 +25,7 @@ class DenseMFAC(EFCP):
         weight_decay: Weight decay, at least 0.
         decoupled_weight_decay: True for AdamW's decay, False for L2 regularisation.
         divide_by: What the sum over the window is divided by while it fills: "capacity" or "rows".
+        nonfinite: "raise" an error at a gradient with NaN or infinity, or "skip" the step and count it.
 
     Raises:
         ValueError: A value outside its range.
@@ -42,6 +43,7 @@ class DenseMFAC(EFCP):
         weight_decay: float = 0.0,
         decoupled_weight_decay: bool = True,
         divide_by: str = "capacity",
+        nonfinite: str = "raise",
     ) -> None:
         numbers, schedules = split(damp=damp)
         super().__init__(
@@ -54,4 +56,5 @@ class DenseMFAC(EFCP):
             weight_decay=weight_decay,
             decoupled_weight_decay=decoupled_weight_decay,
             schedules=schedules,
+            nonfinite=nonfinite,
         )

@@ -36,6 +36,7 @@ class SparseGGT(EFCP):
         weight_decay: Weight decay, at least 0.
         decoupled_weight_decay: True for AdamW's decay, False for L2 regularisation.
         precondition: "row" for the compressed row, "gradient" for the dense gradient (without `beta1`).
+        nonfinite: "raise" an error at a gradient with NaN or infinity, or "skip" the step and count it.
         backend: "auto", "reference" or "numba".
 
     Raises:
@@ -60,6 +61,7 @@ class SparseGGT(EFCP):
         weight_decay: float = 0.0,
         decoupled_weight_decay: bool = True,
         precondition: str = "row",
+        nonfinite: str = "raise",
         backend: str = "auto",
     ) -> None:
         numbers, schedules = split(eps=eps)
@@ -74,5 +76,6 @@ class SparseGGT(EFCP):
             decoupled_weight_decay=decoupled_weight_decay,
             precondition=precondition,
             schedules=schedules,
+            nonfinite=nonfinite,
             backend=backend,
         )

@@ -39,6 +39,7 @@ class SparseMFAC(EFCP):
         decoupled_weight_decay: True for AdamW's decay, False for L2 regularisation.
         precondition: "row" for the compressed row, "gradient" for the dense gradient.
         divide_by: What the sum over the window is divided by while it fills: "capacity" or "rows".
+        nonfinite: "raise" an error at a gradient with NaN or infinity, or "skip" the step and count it.
         backend: "auto", "reference" or "numba".
 
     Raises:
@@ -62,6 +63,7 @@ class SparseMFAC(EFCP):
         decoupled_weight_decay: bool = True,
         precondition: str = "row",
         divide_by: str = "capacity",
+        nonfinite: str = "raise",
         backend: str = "auto",
     ) -> None:
         numbers, schedules = split(damp=damp)
@@ -76,5 +78,6 @@ class SparseMFAC(EFCP):
             decoupled_weight_decay=decoupled_weight_decay,
             precondition=precondition,
             schedules=schedules,
+            nonfinite=nonfinite,
             backend=backend,
         )
