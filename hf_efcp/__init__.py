@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .memory import estimate_memory
 from .optimizer import EFCP
-from .variants import DenseGGT, DenseMFAC, SparseGGT, SparseMFAC
+from .variants import DenseGGT, DenseMFAC, LowRankGGT, LowRankMFAC, MicroAdam, SparseAdaGrad, SparseGGT, SparseMFAC
 
 if TYPE_CHECKING:
     from .factory import OPTIMIZERS, create_optimizer
@@ -26,6 +26,10 @@ __all__ = [
     "DenseMFAC",
     "EFCPTrainer",
     "EFCPTrainingArguments",
+    "LowRankGGT",
+    "LowRankMFAC",
+    "MicroAdam",
+    "SparseAdaGrad",
     "SparseGGT",
     "SparseMFAC",
     "create_optimizer",

@@ -1,4 +1,9 @@
-"""How the error `e` that compression leaves is kept between steps."""
+"""How the error `e` that compression leaves is kept between steps.
+
+Below float32 the error is rounded stochastically. Rounding to nearest would lose small gradients for ever: what they
+add to an error in one step is less than half a level as soon as a large entry sets the scale. What rounding takes away
+or adds is not fed back itself; its expectation is zero, and sums over steps arrive in the window in the long run.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +12,11 @@ from typing import Protocol
 
 import torch
 
-from .kernels import Kernels
+from . import noise
+from .kernels import BUCKET, Kernels
 from .windows import State
+
+UINT4: torch.dtype = torch.uint4  # type: ignore[attr-defined]  # torch has it, its type stubs do not
 
 
 class ErrorStore(Protocol):
@@ -65,7 +73,114 @@ class Float32Errors:
         """
 
 
-_STORES: dict[torch.dtype, ErrorStore] = {torch.float32: Float32Errors()}
+@dataclass(frozen=True)
+class BFloat16Errors:
+    """Errors rounded stochastically to bfloat16: 2 bytes per parameter."""
+
+    def allocate(self, shape: torch.Size, device: torch.device | str) -> State:
+        """A tensor of zeros.
+
+        Args:
+            shape: Shape of the parameter.
+            device: Where.
+
+        Returns:
+            `{"error": ...}`.
+        """
+        return {"error": torch.zeros(shape, dtype=torch.bfloat16, device=device)}
+
+    def load(self, state: State, shape: torch.Size, kernels: Kernels) -> torch.Tensor:
+        """A float32 copy.
+
+        Args:
+            state: The parameter's tensors.
+            shape: Shape of the parameter.
+            kernels: Not used.
+
+        Returns:
+            The error.
+        """
+        return state["error"].to(torch.float32)
+
+    def save(self, state: State, error: torch.Tensor, step: int, position: int, kernels: Kernels) -> None:
+        """Round, with the noise of this step and parameter.
+
+        Args:
+            state: The parameter's tensors; updated.
+            error: What `load` returned.
+            step: Number of the step.
+            position: Position of the parameter.
+            kernels: The backend.
+        """
+        kernels.round_to_bfloat16(error.view(-1), state["error"].view(-1), noise.key(step, position))
+
+
+@dataclass(frozen=True)
+class BucketErrors:
+    """Errors as levels times a scale: every bucket of 64 consecutive entries has a float32 scale of its own.
+
+    `e_i = level_i * scale`, `scale = max |e_i| / levels` over the bucket; levels are -7 to 7, two to a byte, or -127 to
+    127. Zero is a level, and stays zero. Rounding is stochastic, so that the expectation of what is kept is the error.
+    Bytes per parameter: 9 / 16 for 4 bits, 17 / 16 for int8.
+
+    Args:
+        dtype: `torch.uint4` or `torch.int8`.
+    """
+
+    dtype: torch.dtype
+
+    def allocate(self, shape: torch.Size, device: torch.device | str) -> State:
+        """Tensors for an error of zeros.
+
+        Args:
+            shape: Shape of the parameter.
+            device: Where.
+
+        Returns:
+            `{"error": levels, "error_scale": scales}`, both flat.
+        """
+        numel = shape.numel()
+        if self.dtype == torch.int8:
+            levels = torch.zeros(numel, dtype=torch.int8, device=device)
+        else:  # uint4 is a name only: torch computes nothing with it
+            levels = torch.zeros((numel + 1) // 2, dtype=torch.uint8, device=device)
+        scales = torch.zeros(-(-numel // BUCKET), dtype=torch.float32, device=device)
+        return {"error": levels, "error_scale": scales}
+
+    def load(self, state: State, shape: torch.Size, kernels: Kernels) -> torch.Tensor:
+        """Levels times scales, a float32 tensor that lives until the parameter has been compressed.
+
+        Args:
+            state: The parameter's tensors.
+            shape: Shape of the parameter.
+            kernels: The backend.
+
+        Returns:
+            The error.
+        """
+        error = torch.empty(shape, dtype=torch.float32, device=state["error"].device)
+        kernels.dequantize(state["error"], state["error_scale"], error.view(-1))
+        return error
+
+    def save(self, state: State, error: torch.Tensor, step: int, position: int, kernels: Kernels) -> None:
+        """Round to levels, with the noise of this step and parameter.
+
+        Args:
+            state: The parameter's tensors; updated.
+            error: What `load` returned.
+            step: Number of the step.
+            position: Position of the parameter.
+            kernels: The backend.
+        """
+        kernels.quantize(error.view(-1), state["error"], state["error_scale"], noise.key(step, position))
+
+
+_STORES: dict[torch.dtype, ErrorStore] = {
+    torch.float32: Float32Errors(),
+    torch.bfloat16: BFloat16Errors(),
+    torch.int8: BucketErrors(torch.int8),
+    UINT4: BucketErrors(UINT4),
+}
 
 
 def error_store(dtype: torch.dtype) -> ErrorStore:

@@ -13,7 +13,7 @@ from torch import nn
 
 from .optimizer import EFCP
 from .schedules import Schedule
-from .variants import DenseGGT, DenseMFAC, SparseGGT, SparseMFAC
+from .variants import DenseGGT, DenseMFAC, LowRankGGT, LowRankMFAC, MicroAdam, SparseAdaGrad, SparseGGT, SparseMFAC
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +22,10 @@ OPTIMIZERS: dict[str, type[EFCP]] = {
     "sparse_ggt": SparseGGT,
     "dense_mfac": DenseMFAC,
     "dense_ggt": DenseGGT,
+    "lowrank_mfac": LowRankMFAC,
+    "lowrank_ggt": LowRankGGT,
+    "sparse_adagrad": SparseAdaGrad,
+    "microadam": MicroAdam,
 }
 
 

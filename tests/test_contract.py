@@ -312,13 +312,17 @@ def test_bad_settings_are_refused(name):
         ({"lr": float("nan")}, "lr must be"),
         ({"weight_decay": -0.1}, "weight_decay must be"),
         ({"momentum": 1.0}, r"momentum must be in \[0, 1\), got 1.0"),
-        ({"num_grads": 0}, "at least 1; got 0"),
     ]:
         with pytest.raises(ValueError, match=message):
-            build(name, params, **changes)
-    with pytest.raises(TypeError, match="num_grads must be an int, got 2.5"):
-        build(name, params, num_grads=2.5)
-    with pytest.raises(ValueError, match="num_grads belongs to the one preconditioner .* it is 5, but a group says 7"):
+            build(name, [{"params": params, **changes}])
+    if taken(name, num_grads=0):
+        with pytest.raises(ValueError, match="at least 1; got 0"):
+            build(name, params, num_grads=0)
+        with pytest.raises(TypeError, match="num_grads must be an int, got 2.5"):
+            build(name, params, num_grads=2.5)
+    own = build(name, params).param_groups[0]["num_grads"]
+    message = f"num_grads belongs to the one preconditioner .* it is {own}, but a group says 7"
+    with pytest.raises(ValueError, match=message):
         build(name, [{"params": params[:2]}, {"params": params[2:], "num_grads": 7}])
 
 

@@ -49,7 +49,7 @@ def test_the_defaults_are_the_parents():
 
 
 def test_an_unknown_name_is_an_error_that_lists_ours_and_the_stock_ones():
-    with pytest.raises(ValueError, match=r"unknown optimizer 'mfac'; expected one of: sparse_mfac, adamw_torch, .*sgd"):
+    with pytest.raises(ValueError, match=r"'mfac'; expected one of: sparse_mfac, .*adamw_torch, .*sgd"):
         sparse(optim="mfac")
     with pytest.raises(ValueError, match="unknown optimizer 'mfac'"):
         sparse().set_optimizer("mfac")

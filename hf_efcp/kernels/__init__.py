@@ -13,6 +13,7 @@ from typing import Protocol, cast
 import torch
 
 BACKENDS = ("auto", "reference", "numba")
+BUCKET = 64  # consecutive entries of a quantised error that share a scale
 _MODULES = {"reference": "reference", "numba": "cpu"}
 
 
@@ -44,6 +45,15 @@ class Kernels(Protocol):
         squared: bool = False,
     ) -> None:
         """`out = scale * base + sum_i coefficients[i] * row_i`, or the rows' entries squared."""
+
+    def quantize(self, error: torch.Tensor, stored: torch.Tensor, scale: torch.Tensor, key: int) -> None:
+        """`stored * scale = error` in expectation: stochastic rounding to 4 bits or int8, by the dtype of `stored`."""
+
+    def dequantize(self, stored: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> None:
+        """`out = stored * scale`, bucket by bucket."""
+
+    def round_to_bfloat16(self, error: torch.Tensor, stored: torch.Tensor, key: int) -> None:
+        """`stored = error` in expectation: stochastic rounding to bfloat16."""
 
 
 def choose(backend: str, device: torch.device) -> Kernels:

@@ -15,11 +15,14 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic, overload
 
-from . import pool
+from ..noise import MULTIPLIERS
+from . import BUCKET, pool
 
 NAME = "numba"
 
 _LARGEST = np.float32(torch.finfo(torch.bfloat16).max)  # see reference.py
+_SMALLEST = np.float32(torch.finfo(torch.float32).tiny)
+_FIRST, _SECOND = (np.uint32(multiplier) for multiplier in MULTIPLIERS)
 _RANGE = 1 << 16  # entries of the dense vector in one task; partial sums are kept per task
 # Sums may be reordered, but NaN and infinity keep their meaning.
 _FASTMATH = {"reassoc", "contract"}
@@ -181,6 +184,74 @@ def _combine(indices, values, coefficients, base, scale, squared, begin, end, ou
             out[block, i] = np.float32(dense[i])
 
 
+@_jit
+def _noise(entry, key):
+    """See `noise.mix`; numba widens every product, and what is above 32 bits is cut off again."""
+    bits = np.uint32(np.uint32(entry) ^ key)
+    bits = np.uint32(bits ^ (bits >> np.uint32(16)))
+    bits = np.uint32(bits * _FIRST)
+    bits = np.uint32(bits ^ (bits >> np.uint32(15)))
+    bits = np.uint32(bits * _SECOND)
+    return np.uint32(bits ^ (bits >> np.uint32(15)))
+
+
+@_jit
+def _quantize(error, stored, scale, levels, key, begin, end):
+    signed = np.zeros(BUCKET, np.int32)
+    for bucket in range(begin, end):
+        start = bucket * BUCKET
+        x = error[start : min(start + BUCKET, error.shape[0])]
+        count = x.shape[0]
+        largest = np.int32(0)
+        for i in range(count):
+            largest = max(largest, _bits_of_float(x[i]) & np.int32(0x7FFFFFFF))
+        unit = max(min(_float_of_bits(largest), _LARGEST) / np.float32(levels), _SMALLEST)
+        scale[bucket] = unit
+        for i in range(count):
+            multiple = min(abs(x[i]), _LARGEST) / unit
+            whole = np.int32(multiple)
+            threshold = np.int32((multiple - np.float32(whole)) * np.float32(2.0**31))
+            noise = np.int32(_noise(start + i, key) >> np.uint32(1))
+            level = min(np.int32(whole + np.int32(noise < threshold)), np.int32(levels))
+            signed[i] = -level if x[i] < 0.0 else level
+        if levels > 7:
+            for i in range(count):
+                stored[start + i] = signed[i]
+        else:
+            if count % 2:
+                signed[count] = 0
+            for i in range((count + 1) // 2):
+                stored[start // 2 + i] = (signed[2 * i] & 15) | ((signed[2 * i + 1] & 15) << 4)
+
+
+@_jit
+def _dequantize(stored, scale, levels, begin, end, out):
+    for bucket in range(begin, end):
+        start = bucket * BUCKET
+        x = out[start : min(start + BUCKET, out.shape[0])]
+        unit = scale[bucket]
+        if levels > 7:
+            for i in range(x.shape[0]):
+                x[i] = np.float32(np.int32(stored[start + i])) * unit
+        else:
+            for i in range(x.shape[0] // 2):
+                both = np.int32(stored[start // 2 + i])
+                # The lower half and the upper half, 0 to 15, as -8 to 7.
+                x[2 * i] = np.float32(((both & 15) ^ 8) - 8) * unit
+                x[2 * i + 1] = np.float32(((both >> 4) ^ 8) - 8) * unit
+            if x.shape[0] % 2:
+                both = np.int32(stored[(start + x.shape[0]) // 2])
+                x[x.shape[0] - 1] = np.float32(((both & 15) ^ 8) - 8) * unit
+
+
+@_jit
+def _round_to_bfloat16(error, stored, key, begin, end):
+    for i in range(begin, end):
+        noise = np.int32(_noise(i, key) & np.uint32(0xFFFF))
+        x = min(max(error[i], -_LARGEST), _LARGEST)
+        stored[i] = np.int32(_bits_of_float(x) + noise) >> np.int32(16)
+
+
 def accumulate_topk(gradient: torch.Tensor, error: torch.Tensor, indices: torch.Tensor, values: torch.Tensor) -> None:
     """See `reference.accumulate_topk`; accumulation, selection, storing and the new error in one pass a block."""
     g, e, index, value = _array(gradient), _array(error), _array(indices), _array(values)
@@ -222,6 +293,31 @@ def combine(
         index.shape[0],
         _step(total.shape[1]),
     )
+
+
+def quantize(error: torch.Tensor, stored: torch.Tensor, scale: torch.Tensor, key: int) -> None:
+    """See `reference.quantize`."""
+    x, level, unit = _array(error), _array(stored), _array(scale)
+    levels, where = _levels(stored), np.uint32(key)
+    pool.run(lambda _, begin, end: _quantize(x, level, unit, levels, where, begin, end), unit.shape[0], _step(BUCKET))
+
+
+def dequantize(stored: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> None:
+    """See `reference.dequantize`."""
+    level, unit, x = _array(stored), _array(scale), _array(out)
+    levels = _levels(stored)
+    pool.run(lambda _, begin, end: _dequantize(level, unit, levels, begin, end, x), unit.shape[0], _step(BUCKET))
+
+
+def round_to_bfloat16(error: torch.Tensor, stored: torch.Tensor, key: int) -> None:
+    """See `reference.round_to_bfloat16`."""
+    x, rounded, where = _array(error), _array(stored), np.uint32(key)
+    pool.run(lambda _, begin, end: _round_to_bfloat16(x, rounded, where, begin, end), x.shape[0], _RANGE)
+
+
+def _levels(stored: torch.Tensor) -> int:
+    """Levels on each side of zero."""
+    return 127 if stored.dtype == torch.int8 else 7
 
 
 def _summed(add: Callable[[int, int, Any], None], blocks: int, length: int, rows: int) -> torch.Tensor:

@@ -44,6 +44,29 @@ def run(work: Callable[[int, int, int], None], blocks: int, step: int) -> None:
             raise error
 
 
+def run_torch(work: Callable[[int, int, int], None], blocks: int, step: int) -> None:
+    """As `run`, for work that is done by torch: each call runs on one of torch's threads.
+
+    Matrix products that share their work among threads have other bits for every number of them.
+
+    Args:
+        work: Called once for each range, in any order, from any thread.
+        blocks: Number of blocks in all.
+        step: Blocks of a range.
+    """
+    threads = torch.get_num_threads()
+
+    def alone(index: int, begin: int, end: int) -> None:
+        torch.set_num_threads(1)  # of the calling thread
+        work(index, begin, end)
+
+    try:
+        run(alone, blocks, step)
+    finally:
+        # It is also what threads that are started later begin with: the last word is ours.
+        torch.set_num_threads(threads)
+
+
 def _pool() -> ThreadPoolExecutor:
     global _executor
     if _executor is None:

@@ -1,0 +1,195 @@
+"""Diagonal rules: updates that each entry computes from its own rows in the window. They need no Gram matrix."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from .kernels import Kernels
+from .preconditioners import Moment
+from .windows import State, Window
+
+_FLOAT32 = torch.finfo(torch.float32)
+
+
+class DiagonalPreconditioner:
+    """Base of the rules that never see the Gram matrix. A subclass is a frozen dataclass.
+
+    It defines `plan` and `updates`, and `allocate` if it keeps something for a parameter.
+    """
+
+    uses_gram: ClassVar[bool] = False
+
+    def allocate(self, shape: torch.Size, device: torch.device | str) -> State:
+        """Nothing: all it needs is the window."""
+        return {}
+
+    def plan_outside(self, gram: torch.Tensor, products: torch.Tensor, moment: Moment) -> Any:
+        """Refuse: the rule is made of the window's rows, entry by entry.
+
+        Args:
+            gram: Not used.
+            products: Not used.
+            moment: Not used.
+
+        Raises:
+            TypeError: Always.
+        """
+        raise TypeError(f'{type(self).__name__} cannot precondition the dense gradient: use precondition="row"')
+
+
+@dataclass(frozen=True)
+class AdamMoments(DiagonalPreconditioner):
+    """MicroAdam's rule: Adam's two moments, rebuilt from the window's rows (Modoranu et al., arXiv 2405.15593).
+
+    `m = (1 - beta1) / (1 - beta1^t) sum_i beta1^age_i row_i`, `v` likewise with `beta2` and the rows squared,
+    `u = m / (sqrt(v) + eps)`, at step `t`. Entries that no row of the window has stay where they are. While nothing
+    has left the window and nothing is compressed, this is Adam with its bias corrections.
+
+    Args:
+        beta1: Decay of the first moment, in [0, 1).
+        beta2: Decay of the second moment, in [0, 1).
+        eps: What is added to the root of the second moment, positive.
+
+    Raises:
+        ValueError: A value outside its range.
+    """
+
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        for name, beta in (("beta1", self.beta1), ("beta2", self.beta2)):
+            if not 0.0 <= beta < 1.0:
+                raise ValueError(f"{name} must be in [0, 1), got {beta}")
+        _check_positive("eps", self.eps)
+
+    def plan(self, gram: torch.Tensor | None, moment: Moment) -> tuple[torch.Tensor, torch.Tensor]:
+        """The coefficients of the rows in `m`, and those of their squares in `v`.
+
+        Args:
+            gram: Not used.
+            moment: Where the window stands.
+
+        Returns:
+            Twice `(rows,)`, float64.
+        """
+        ages = moment.ages()
+        first, second = ((1.0 - b) / (1.0 - b**moment.steps) * b**ages for b in (self.beta1, self.beta2))
+        return first, second
+
+    def updates(
+        self,
+        plan: tuple[torch.Tensor, torch.Tensor],
+        window: Window,
+        state: State,
+        shape: torch.Size,
+        kernels: Kernels,
+        base: torch.Tensor | None,
+    ) -> Iterator[tuple[slice, torch.Tensor]]:
+        """`u = m / (sqrt(v) + eps)`, slab by slab.
+
+        Args:
+            plan: The coefficients.
+            window: The window.
+            state: The parameter's tensors.
+            shape: Shape of the parameter.
+            kernels: The backend.
+            base: Not used.
+
+        Yields:
+            Where the slab goes in the flattened parameter, and its entries in float32.
+        """
+        first = window.combine(state, shape, plan[0], kernels)
+        second = window.combine(state, shape, plan[1], kernels, squared=True)
+        for (span, m), (_, v) in zip(first, second, strict=True):
+            yield span, m.div_(_root_(v).add_(self.eps))
+
+
+@dataclass(frozen=True)
+class AdaGradSum(DiagonalPreconditioner):
+    """AdaGrad's rule on the newest row: `s += row^2`, `u = row / (sqrt(s) + eps)`.
+
+    The sum over all rows since the start is 4 bytes per parameter. The window is read for the newest row only.
+
+    Args:
+        eps: What is added to the root of the sum, positive.
+
+    Raises:
+        ValueError: `eps` is not positive.
+    """
+
+    eps: float = 1e-10
+
+    def __post_init__(self) -> None:
+        _check_positive("eps", self.eps)
+
+    def allocate(self, shape: torch.Size, device: torch.device | str) -> State:
+        """The sum of squares, zeros.
+
+        Args:
+            shape: Shape of the parameter.
+            device: Where.
+
+        Returns:
+            `{"sum": ...}`, float32.
+        """
+        return {"sum": torch.zeros(shape, dtype=torch.float32, device=device)}
+
+    def plan(self, gram: torch.Tensor | None, moment: Moment) -> torch.Tensor:
+        """The coefficients that pick the newest row.
+
+        Args:
+            gram: Not used.
+            moment: Where the window stands.
+
+        Returns:
+            `(rows,)`, float64.
+        """
+        newest = torch.zeros(moment.rows, dtype=torch.float64)
+        newest[moment.newest] = 1.0
+        return newest
+
+    def updates(
+        self,
+        plan: torch.Tensor,
+        window: Window,
+        state: State,
+        shape: torch.Size,
+        kernels: Kernels,
+        base: torch.Tensor | None,
+    ) -> Iterator[tuple[slice, torch.Tensor]]:
+        """`s += row^2`, `u = row / (sqrt(s) + eps)`, slab by slab.
+
+        Args:
+            plan: The coefficients.
+            window: The window.
+            state: The parameter's tensors; `sum` is updated.
+            shape: Shape of the parameter.
+            kernels: The backend.
+            base: Not used.
+
+        Yields:
+            Where the slab goes in the flattened parameter, and its entries in float32.
+        """
+        for span, row in window.combine(state, shape, plan, kernels):
+            total = state["sum"].view(-1)[span]
+            # A square beyond float32 saturates: infinity in the state would be there for ever. As s >= row^2, u is at
+            # most 1 without the clamp as well, unless that has happened.
+            total.add_(row * row).clamp_(max=_FLOAT32.max)
+            yield span, row.div_(_root_(total.clone()).add_(self.eps)).clamp_(-1.0, 1.0)
+
+
+def _root_(squares: torch.Tensor) -> torch.Tensor:
+    """Square roots, in place. Most entries are zero, whose root takes the CPU twenty times as long as any other."""
+    return squares.clamp_(min=_FLOAT32.tiny).sqrt_()
+
+
+def _check_positive(name: str, value: float) -> None:
+    if not (math.isfinite(value) and value > 0.0):
+        raise ValueError(f"{name} must be a finite positive number, got {value}")

@@ -1,0 +1,393 @@
+"""Low-rank rows: each matrix-shaped parameter becomes `P Q^T`, and the window stores the factors, never a dense row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+
+from .kernels import Kernels, pool, widest
+from .threads import one_thread
+from .windows import DenseWindow, State
+
+# A row of a window: views of `P^T` and `Q^T`, or of the flat row of a parameter that is kept whole.
+Row = tuple[torch.Tensor, torch.Tensor] | torch.Tensor
+
+# Sizes of the pieces that threads work on. They decide how sums are cut, and so must not depend on the machine.
+_SLAB = 1 << 20  # entries of an update, or of a float64 temporary, that exist at a time
+_TILE_ROWS, _TILE_COLS, _TILE_INNER = 192, 512, 2048  # of the matrix product in `combine`
+_TILE_FACTORS = 256  # vectors of P^T or Q^T
+
+# The accumulator saturates here, so that float32 products of its rows and columns cannot overflow.
+_LARGEST = 2.0**96
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """Rank-`rho` approximation of each matrix by one warm-started power iteration (PowerSGD, arXiv 1905.13727).
+
+    For a parameter of shape `(rows, cols)`, or of more dimensions as `(shape[0], all others)`::
+
+        A = error + gradient
+        P = orth(A Q)               Q is the one of the step before
+        Q = A^T P                   P Q^T is the best approximation of A with columns in the span of P
+        row = P Q^T, error = A - row, both with P and Q as stored
+
+    `orth` is a Householder QR: P is orthonormal whatever the rank of A. A column of Q that comes out as zero is not
+    started from again: the vector of the step before stays, so that a zero accumulator changes nothing. The first
+    vectors are random, from the seed and the position of the parameter.
+
+    Scalars, vectors, and matrices where `rank * (rows + cols) >= rows * cols`, for which factors would be no smaller,
+    are kept whole, in `value_dtype`; so is every matrix of which `rank` is the full rank. A shard of a parameter is a
+    matrix of its own.
+
+    Args:
+        rank: `rho`, at least 1.
+        value_dtype: How factors and whole rows are stored, float32 or bfloat16. What rounding takes away stays in the
+            error.
+        seed: Of the first vectors, at least 0.
+
+    Raises:
+        ValueError: A value outside its range, or a dtype that cannot be stored.
+        TypeError: `rank` or `seed` is not an int.
+    """
+
+    lossless: ClassVar[bool] = False
+    joint: ClassVar[bool] = False
+    rank: int = 4
+    value_dtype: torch.dtype = torch.bfloat16
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("rank", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(f"{name} must be an int, got {value!r}")
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        if self.value_dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"value_dtype must be torch.float32 or torch.bfloat16, got {self.value_dtype}")
+
+    def window(self, num_grads: int) -> LowRankWindow:
+        """The window that stores this compressor's rows.
+
+        Args:
+            num_grads: Its capacity `m`.
+
+        Returns:
+            A window of factors of the same rank.
+        """
+        return LowRankWindow(num_grads, self.rank, self.value_dtype)
+
+    def allocate(self, shape: torch.Size, device: torch.device | str, position: int) -> State:
+        """The vectors that the first power iteration starts from.
+
+        Args:
+            shape: Shape of the parameter.
+            device: Where; "meta" gives the shape without the memory.
+            position: Position of the parameter among all.
+
+        Returns:
+            `{"start": ...}`, `Q^T` of shape `(rank, cols)`, float32; nothing for a parameter that is kept whole.
+        """
+        size = matrix(shape, self.rank)
+        if size is None:
+            return {}
+        if torch.device(device).type == "meta":
+            return {"start": torch.empty(self.rank, size[1], dtype=torch.float32, device=device)}
+        start = np.random.default_rng((self.seed, position)).standard_normal((self.rank, size[1]), dtype=np.float32)
+        return {"start": torch.from_numpy(start).to(device)}
+
+    def compress(
+        self, gradient: torch.Tensor, error: torch.Tensor | None, row: Row, state: State, kernels: Kernels
+    ) -> None:
+        """`a = error + gradient; row = P Q^T; error = a - row`, in place; see the class for P and Q.
+
+        Args:
+            gradient: In the parameter's shape, float32, contiguous, finite.
+            error: In the parameter's shape, float32, contiguous; updated.
+            row: Where the row goes: views into the window.
+            state: The parameter's tensors; "start" is updated.
+            kernels: Not used.
+        """
+        assert error is not None  # low rank is not lossless
+        with one_thread():
+            error.add_(gradient).clamp_(-_LARGEST, _LARGEST)
+            if isinstance(row, torch.Tensor):
+                row.copy_(error.view(-1))
+                error.view(-1).sub_(row)
+                return
+            left, right = row
+            accumulator, start = error.view(left.shape[1], right.shape[1]), state["start"]
+            # Of equal lengths: only directions count, and products of two small numbers would vanish.
+            image = accumulator @ (start / start.abs().amax(dim=1, keepdim=True)).T
+            basis = torch.linalg.qr(image).Q.T
+            projection = basis @ accumulator
+            left.copy_(basis)
+            right.copy_(projection)
+            accumulator.addmm_(left.to(torch.float32).T, right.to(torch.float32), alpha=-1.0)
+            start.copy_(torch.where(projection.any(dim=1, keepdim=True), projection, start))
+
+
+@dataclass(frozen=True)
+class LowRankWindow:
+    """The last `m` rows of a parameter as factors `P_i Q_i^T`; of one that is kept whole, as they are.
+
+    Stored transposed, so that all factors of a side are one matrix: "left" `(m, rank, rows)` and "right"
+    `(m, rank, cols)`, or "values" `(m, numel)`. Inner products and combinations are products of these matrices,
+
+        <P_i Q_i^T, P_j Q_j^T> = sum((P_i^T P_j) * (Q_i^T Q_j)),    G^T c = [c_1 P_1 ... c_m P_m] [Q_1 ... Q_m]^T,
+
+    taken in float64 (coefficients reach `1 / lambda` and cancel) and in pieces of a few megabytes.
+
+    Bytes: `m * rank * (rows + cols) * value`, or `m * numel * value`.
+
+    Args:
+        num_grads: Capacity `m`.
+        rank: Rank of a row.
+        value_dtype: How factors and whole rows are stored.
+    """
+
+    num_grads: int
+    rank: int
+    value_dtype: torch.dtype
+
+    def allocate(self, shape: torch.Size, device: torch.device | str) -> State:
+        """Tensors for `m` rows of zeros.
+
+        Args:
+            shape: Shape of the parameter.
+            device: Where; "meta" gives the shapes without the memory.
+
+        Returns:
+            `{"left": ..., "right": ...}`, or `{"values": ...}` for a parameter that is kept whole.
+        """
+        size = matrix(shape, self.rank)
+        if size is None:
+            whole = torch.zeros(self.num_grads, shape.numel(), dtype=self.value_dtype, device=device)
+            return {"values": whole}
+        return {
+            name: torch.zeros(self.num_grads, self.rank, side, dtype=self.value_dtype, device=device)
+            for name, side in zip(("left", "right"), size, strict=True)
+        }
+
+    def row(self, state: State, shape: torch.Size, position: int) -> Row:
+        """Views of the row at a position, to write into.
+
+        Args:
+            state: The parameter's tensors.
+            shape: Shape of the parameter.
+            position: Row, 0 to `m - 1`.
+
+        Returns:
+            `P^T` `(rank, rows)` and `Q^T` `(rank, cols)`, or the flat row of a parameter that is kept whole.
+        """
+        if "values" in state:
+            return state["values"][position]
+        return state["left"][position], state["right"][position]
+
+    def clear(self, state: State, shape: torch.Size, position: int) -> None:
+        """Make the row at a position zero.
+
+        Args:
+            state: The parameter's tensors.
+            shape: Shape of the parameter.
+            position: Row, 0 to `m - 1`.
+        """
+        row = self.row(state, shape, position)
+        for part in (row,) if isinstance(row, torch.Tensor) else row:
+            part.zero_()
+
+    def check(self, state: State, shape: torch.Size, name: str) -> None:
+        """Nothing to check: every content of the right shapes is a window.
+
+        Args:
+            state: Tensors of the right shapes.
+            shape: Shape of the parameter.
+            name: What to call the parameter.
+        """
+
+    def dots(self, state: State, shape: torch.Size, newest: int, rows: int, kernels: Kernels) -> torch.Tensor:
+        """This parameter's part of the new Gram column, `<row_newest, row_i>` for `i < rows`.
+
+        Args:
+            state: The parameter's tensors.
+            shape: Shape of the parameter.
+            newest: Position of the newest row.
+            rows: Number of rows that were ever written.
+            kernels: Not used.
+
+        Returns:
+            `(rows,)`, float64, on the CPU.
+        """
+        if "values" in state:
+            return self._whole.dots(state, shape, newest, rows, kernels)
+        rank, _, wide = _layout(state)
+        sides = state["left"], state["right"]
+        total = torch.empty(rows, dtype=wide, device=sides[0].device)
+
+        def work(index: int, begin: int, end: int) -> None:
+            P, Q = (_inner(side[begin:end].flatten(0, 1), side[newest], wide) for side in sides)
+            total[begin:end] = (P * Q).view(end - begin, -1).sum(dim=1)
+
+        _run(work, rows, max(1, _TILE_FACTORS // rank), total.device)
+        return total.to("cpu", torch.float64)
+
+    def project(
+        self, state: State, shape: torch.Size, dense: torch.Tensor, rows: int, kernels: Kernels
+    ) -> torch.Tensor:
+        """`G x`: this parameter's part of the products of a dense vector with the rows.
+
+        `<P Q^T, X> = sum((P^T X) * Q^T)`.
+
+        Args:
+            state: The parameter's tensors.
+            shape: Shape of the parameter.
+            dense: `x`, in the parameter's shape, float32, contiguous.
+            rows: Number of rows that were ever written.
+            kernels: Not used.
+
+        Returns:
+            `(rows,)`, float64, on the CPU.
+        """
+        if "values" in state:
+            return self._whole.project(state, shape, dense, rows, kernels)
+        left, right = state["left"], state["right"]
+        rank, size, wide = _layout(state)
+        matrix = dense.view(size)
+        total = torch.empty(rows, dtype=wide, device=left.device)
+
+        def work(index: int, begin: int, end: int) -> None:
+            P, Q = left[begin:end].flatten(0, 1), right[begin:end].flatten(0, 1)
+            product = torch.zeros(len(P), dtype=wide, device=P.device)
+            for cols in _cuts(size[1], _TILE_COLS):
+                image = torch.zeros(len(P), cols.stop - cols.start, dtype=wide, device=P.device)
+                for span in _cuts(size[0], _TILE_INNER):
+                    image.addmm_(P[:, span].to(wide), matrix[span, cols].to(wide))
+                product += (image * Q[:, cols]).sum(dim=1)
+            total[begin:end] = product.view(end - begin, -1).sum(dim=1)
+
+        _run(work, rows, max(1, _TILE_FACTORS // rank), total.device)
+        return total.to("cpu", torch.float64)
+
+    def combine(
+        self,
+        state: State,
+        shape: torch.Size,
+        coefficients: torch.Tensor,
+        kernels: Kernels,
+        *,
+        base: torch.Tensor | None = None,
+        scale: float = 0.0,
+        squared: bool = False,
+    ) -> Iterator[tuple[slice, torch.Tensor]]:
+        """`scale x + G^T c`, slab by slab, so that no temporary of the parameter's size exists.
+
+        Args:
+            state: The parameter's tensors.
+            shape: Shape of the parameter.
+            coefficients: `c`, `(rows,)`, float64.
+            kernels: Not used.
+            base: `x`, in the parameter's shape, float32, contiguous; zero without it.
+            scale: Factor of `base`.
+            squared: Refused.
+
+        Returns:
+            Where each slab goes in the flattened parameter, and its entries in float32.
+
+        Raises:
+            TypeError: `squared` is asked for: the squares of a low-rank row are not of low rank.
+        """
+        if squared:
+            raise TypeError(
+                "low-rank rows cannot be squared entry by entry, as diagonal rules need them: use TopK or Identity as "
+                "the compressor, or MFAC or GGT as the preconditioner"
+            )
+        if "values" in state:
+            return self._whole.combine(state, shape, coefficients, kernels, base=base, scale=scale)
+        return self._combine(state, coefficients, base, scale)
+
+    @staticmethod
+    def _combine(
+        state: State, coefficients: torch.Tensor, base: torch.Tensor | None, scale: float
+    ) -> Iterator[tuple[slice, torch.Tensor]]:
+        rank, (height, width), wide = _layout(state)
+        device = state["left"].device
+        P, Q = (state[name][: len(coefficients)].flatten(0, 1) for name in ("left", "right"))
+        c = coefficients.to(device, wide).repeat_interleave(rank)[:, None]
+        for slab in _cuts(height, max(1, _SLAB // width)):
+            out = torch.empty(slab.stop - slab.start, width, dtype=torch.float32, device=device)
+            x = None if base is None else base.view(height, width)[slab]
+            _weighted_product(P[:, slab], c, Q, x, scale, out)
+            yield slice(slab.start * width, slab.stop * width), out.view(-1)
+
+    @property
+    def _whole(self) -> DenseWindow:
+        """Reads the rows of a parameter that is kept whole."""
+        return DenseWindow(self.num_grads)
+
+
+def matrix(shape: torch.Size, rank: int) -> tuple[int, int] | None:
+    """What is factored as a matrix, and as which.
+
+    Args:
+        shape: Shape of the parameter.
+        rank: Rank of a row.
+
+    Returns:
+        Rows and columns; None for a parameter that is kept whole. The rank is below both.
+    """
+    if len(shape) < 2:
+        return None
+    rows, cols = shape[0], shape[1:].numel()
+    return None if rank * (rows + cols) >= rows * cols else (rows, cols)
+
+
+def _layout(state: State) -> tuple[int, tuple[int, int], torch.dtype]:
+    """Rank, shape as a matrix, and the dtype of sums."""
+    _, rank, rows = state["left"].shape
+    return rank, (rows, state["right"].shape[2]), widest(state["left"].device)
+
+
+def _inner(side: torch.Tensor, newest: torch.Tensor, wide: torch.dtype) -> torch.Tensor:
+    """All vectors of a side times the transposed newest ones."""
+    total = torch.zeros(len(side), len(newest), dtype=wide, device=side.device)
+    for span in _cuts(side.shape[1], max(1, _SLAB // len(side))):
+        total.addmm_(side[:, span].to(wide), newest[:, span].to(wide).T)
+    return total
+
+
+def _weighted_product(
+    P: torch.Tensor, c: torch.Tensor, Q: torch.Tensor, x: torch.Tensor | None, scale: float, out: torch.Tensor
+) -> None:
+    """`out = scale x + (c P)^T Q`, tile by tile, summed in the dtype of c."""
+    tiles = [(rows, cols) for rows in _cuts(out.shape[0], _TILE_ROWS) for cols in _cuts(out.shape[1], _TILE_COLS)]
+
+    def work(index: int, begin: int, end: int) -> None:
+        rows, cols = tiles[index]
+        size = (rows.stop - rows.start, cols.stop - cols.start)
+        total = torch.zeros(size, dtype=c.dtype, device=c.device)
+        for part in _cuts(len(c), _TILE_INNER):
+            total.addmm_((c[part] * P[part, rows]).T, Q[part, cols].to(c.dtype))
+        if x is not None:
+            total += scale * x[rows, cols].to(c.dtype)
+        out[rows, cols] = total
+
+    _run(work, len(tiles), 1, c.device)
+
+
+def _cuts(length: int, step: int) -> list[slice]:
+    """Slices of at most `step`."""
+    return [slice(start, min(start + step, length)) for start in range(0, length, step)]
+
+
+def _run(work: Callable[[int, int, int], None], length: int, step: int, device: torch.device) -> None:
+    """Call `work(index, begin, end)` for every cut, on the threads of the pool if that is where the tensors are."""
+    if device.type == "cpu":
+        pool.run_torch(work, length, step)
+        return
+    for index, span in enumerate(_cuts(length, step)):
+        work(index, span.start, span.stop)

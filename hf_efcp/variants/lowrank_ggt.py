@@ -1,0 +1,76 @@
+"""GGT over a window of low-rank gradients."""
+
+from __future__ import annotations
+
+import torch
+from torch.optim.optimizer import ParamsT
+
+from ..lowrank import LowRank
+from ..optimizer import EFCP
+from ..preconditioners import GGT
+from ..schedules import Schedule, split
+
+
+class LowRankGGT(EFCP):
+    """Full-matrix AdaGrad over a window of low-rank gradients with error feedback (arXiv 2306.06098, 1806.02958).
+
+    `u = ((sum_i beta2^(2 age_i) row_i row_i^T)^(1/2) + eps I)^-1 row_t`, every matrix of a row `P Q^T` of rank `rank`;
+    see `EFCP` for the step and for what groups may set, `LowRank` for the compression and `SparseGGT` for the length
+    of an update. Bytes per parameter and operations: as `LowRankMFAC`.
+
+    Args:
+        params: Parameters or groups.
+        lr: Learning rate.
+        num_grads: Capacity `m` of the window, in gradients.
+        rank: Rank `rho` of a row, at least 1.
+        eps: `eps`, positive, in the units of a gradient; a number, or a function of the number of steps so far.
+        beta1: Momentum on the gradient, over the rows of the window, in [0, 1); at most `beta2`.
+        beta2: Decay of a row's weight with its age, in (0, 1].
+        value_dtype: How the window stores factors, float32 or bfloat16.
+        scope: "model", one preconditioner over all parameters, or "layer", one for each parameter.
+        seed: Of the vectors that the compression starts from, at least 0.
+        momentum: Heavy-ball factor of the update, in [0, 1).
+        weight_decay: Weight decay, at least 0.
+        decoupled_weight_decay: True for AdamW's decay, False for L2 regularisation.
+        precondition: "row" for the compressed row, "gradient" for the dense gradient (without `beta1`).
+        nonfinite: "raise" an error at a gradient with NaN or infinity, or "skip" the step and count it.
+
+    Raises:
+        ValueError: A value outside its range.
+        TypeError: `num_grads`, `rank` or `seed` is not an int, or a parameter has a dtype that is not supported.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 0.1,
+        *,
+        num_grads: int = 256,
+        rank: int = 4,
+        eps: Schedule = 1e-4,
+        beta1: float = 0.0,
+        beta2: float = 1.0,
+        value_dtype: torch.dtype = torch.bfloat16,
+        scope: str = "model",
+        seed: int = 0,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        decoupled_weight_decay: bool = True,
+        precondition: str = "row",
+        nonfinite: str = "raise",
+    ) -> None:
+        numbers, schedules = split(eps=eps)
+        super().__init__(
+            params,
+            lr,
+            compressor=LowRank(rank, value_dtype, seed),
+            preconditioner=GGT(beta1=beta1, beta2=beta2, **numbers),
+            num_grads=num_grads,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            decoupled_weight_decay=decoupled_weight_decay,
+            precondition=precondition,
+            scope=scope,
+            schedules=schedules,
+            nonfinite=nonfinite,
+        )

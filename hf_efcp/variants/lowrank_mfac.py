@@ -1,0 +1,77 @@
+"""M-FAC over a window of low-rank gradients."""
+
+from __future__ import annotations
+
+import torch
+from torch.optim.optimizer import ParamsT
+
+from ..lowrank import LowRank
+from ..optimizer import EFCP
+from ..preconditioners import MFAC
+from ..schedules import Schedule, split
+
+
+class LowRankMFAC(EFCP):
+    """M-FAC over a window of low-rank gradients with error feedback: EFCP's low-rank variant (arXiv 2306.06098).
+
+    `u = (lambda I + (1/m) sum_i row_i row_i^T)^-1 row_t`, every matrix of a row `P Q^T` of rank `rank`; see `EFCP` for
+    the step and for what groups may set, `LowRank` for the compression and `SparseMFAC` for the length of an update.
+
+    Bytes per parameter of a `(rows, cols)` matrix: `num_grads * rank * (1 / rows + 1 / cols) * 2` for the window,
+    4 for the error, 4 for momentum unless it is 0; and `8 num_grads^2` in all for each Gram matrix. A step costs
+    `2 num_grads * rank` float64 operations per parameter.
+
+    Args:
+        params: Parameters or groups.
+        lr: Learning rate.
+        num_grads: Capacity `m` of the window, in gradients.
+        rank: Rank `rho` of a row, at least 1.
+        damp: Dampening `lambda`, at least 0; a number, or a function of the number of steps so far.
+        value_dtype: How the window stores factors, float32 or bfloat16.
+        scope: "model", one preconditioner over all parameters, or "layer", one for each parameter.
+        seed: Of the vectors that the compression starts from, at least 0.
+        momentum: Heavy-ball factor of the update, in [0, 1).
+        weight_decay: Weight decay, at least 0.
+        decoupled_weight_decay: True for AdamW's decay, False for L2 regularisation.
+        precondition: "row" for the compressed row, "gradient" for the dense gradient.
+        divide_by: What the sum over the window is divided by while it fills: "capacity" or "rows".
+        nonfinite: "raise" an error at a gradient with NaN or infinity, or "skip" the step and count it.
+
+    Raises:
+        ValueError: A value outside its range.
+        TypeError: `num_grads`, `rank` or `seed` is not an int, or a parameter has a dtype that is not supported.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 5e-4,
+        *,
+        num_grads: int = 256,
+        rank: int = 4,
+        damp: Schedule = 1e-5,
+        value_dtype: torch.dtype = torch.bfloat16,
+        scope: str = "model",
+        seed: int = 0,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        decoupled_weight_decay: bool = True,
+        precondition: str = "row",
+        divide_by: str = "capacity",
+        nonfinite: str = "raise",
+    ) -> None:
+        numbers, schedules = split(damp=damp)
+        super().__init__(
+            params,
+            lr,
+            compressor=LowRank(rank, value_dtype, seed),
+            preconditioner=MFAC(divide_by=divide_by, **numbers),
+            num_grads=num_grads,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            decoupled_weight_decay=decoupled_weight_decay,
+            precondition=precondition,
+            scope=scope,
+            schedules=schedules,
+            nonfinite=nonfinite,
+        )
