@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from transformers import HfArgumentParser
@@ -26,7 +28,13 @@ def require(extra: str, *modules: str) -> None:
         raise ImportError(f'this needs {", ".join(missing)}: pip install "hf_efcp[{extra}]"')
 
 
-def parse_arguments(types: tuple[Any, ...], argv: list[str], defaults: dict[str, Any]) -> tuple[Any, ...]:
+def parse_arguments(
+    types: tuple[Any, ...],
+    argv: list[str],
+    defaults: dict[str, Any],
+    tables: tuple[str, ...] = (),
+    elsewhere: Mapping[str, str] = MappingProxyType({}),
+) -> tuple[Any, ...]:
     """Fill dataclasses from `[CONFIG.yaml] [--flag value ...]`.
 
     The YAML's values are read as they are written and go through the argument parser like flags, so that `2e-5` is a
@@ -36,9 +44,11 @@ def parse_arguments(types: tuple[Any, ...], argv: list[str], defaults: dict[str,
         types: the dataclasses; their fields are the keys and the flags.
         argv: the command line without the program's name.
         defaults: values for keys that neither the YAML nor a flag gives, in the place of the dataclasses' own.
+        tables: keys of the YAML, and of no dataclass, that must be there and hold a mapping.
+        elsewhere: fields of the dataclasses that are neither key nor flag, and what to use in their place.
 
     Returns:
-        One instance of each dataclass.
+        One instance of each dataclass, and the mapping of each table, its values as they are written.
     """
     keys = [field.name for type_ in types for field in dataclasses.fields(type_) if field.init]
     parser = HfArgumentParser(
@@ -47,33 +57,66 @@ def parse_arguments(types: tuple[Any, ...], argv: list[str], defaults: dict[str,
         allow_abbrev=False,
     )
     parser.set_defaults(**defaults)
+    mappings: list[Any] = []
     try:
         if argv and not argv[0].startswith("-"):
-            argv = [*_flags_of_yaml(Path(argv[0]), keys), *argv[1:]]
+            path = Path(argv[0])
+            config = _read_yaml(path)
+            mappings = [_table(config, key, path) for key in tables]
+            argv = [*_flags(config, keys, path), *argv[1:]]
+        elif tables and not {"-h", "--help"} & set(argv):
+            parser.error(f"the first argument must be a YAML file with the key {' and '.join(tables)}")
+        for flag in argv:
+            if place := elsewhere.get(flag.split("=")[0].removeprefix("--")):
+                parser.error(f"{flag.split('=')[0].removeprefix('--')} does not belong here: use {place}")
         *instances, unknown = parser.parse_args_into_dataclasses(
             argv, return_remaining_strings=True, look_for_args_file=False
         )
     except (OSError, ValueError) as error:
         parser.error(str(error))
     if unknown:
-        parser.error(f"unknown arguments {' '.join(unknown)}; {_suggestions(unknown[0], keys)}")
-    return tuple(instances)
+        parser.error(f"unknown arguments {' '.join(unknown)}; {suggestions(unknown[0], keys)}")
+    return (*instances, *mappings)
 
 
-def _flags_of_yaml(path: Path, keys: list[str]) -> list[str]:
+def _read_yaml(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
         # BaseLoader makes no guesses: every value stays the text that was written, and the parser gives it its type.
-        config = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
+        text = path.read_text(encoding="utf-8")
+        config = yaml.load(text, Loader=yaml.BaseLoader)
+        _refuse_repeated_keys(yaml.compose(text, Loader=yaml.BaseLoader), path)
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path} must hold lines of 'key: value'")
+    return config
+
+
+def _refuse_repeated_keys(node: Any, path: Path) -> None:
+    # YAML's reader keeps the last of them without a word.
+    if node is None or node.id != "mapping":
+        return
+    keys = [key.value for key, _ in node.value]
+    for number, (key, value) in enumerate(node.value):
+        if key.value in keys[:number]:
+            raise ValueError(f"the key {key.value!r} is in {path} twice, again in line {key.start_mark.line + 1}")
+        _refuse_repeated_keys(value, path)
+
+
+def _table(config: dict[str, Any], key: str, path: Path) -> dict[str, Any]:
+    table = config.pop(key, None)
+    if not isinstance(table, dict) or not table:
+        raise ValueError(f"{path} must have the key {key!r} with a mapping under it")
+    return table
+
+
+def _flags(config: dict[str, Any], keys: list[str], path: Path) -> list[str]:
     flags = []
     for key, value in config.items():
         if key not in keys:
-            raise ValueError(f"unknown key {key!r} in {path}; {_suggestions(key, keys)}")
+            raise ValueError(f"unknown key {key!r} in {path}; {suggestions(key, keys)}")
         if isinstance(value, list) and all(isinstance(item, str) for item in value):
             flags += [f"--{key}", *value]
         elif isinstance(value, str) and value:
@@ -83,6 +126,15 @@ def _flags_of_yaml(path: Path, keys: list[str]) -> list[str]:
     return flags
 
 
-def _suggestions(name: str, keys: list[str]) -> str:
+def suggestions(name: str, keys: list[str]) -> str:
+    """Say what a wrong name may have meant.
+
+    Args:
+        name: the name, of a flag or a key.
+        keys: the valid names.
+
+    Returns:
+        The end of an error message.
+    """
     close = difflib.get_close_matches(name.lstrip("-").split("=")[0], keys, n=3)
     return f"did you mean {' or '.join(close)}?" if close else "--help lists the valid ones"
