@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -233,7 +233,7 @@ class LowRankWindow:
             P, Q = (_inner(side[begin:end].flatten(0, 1), side[newest], wide) for side in sides)
             total[begin:end] = (P * Q).view(end - begin, -1).sum(dim=1)
 
-        _run(work, rows, max(1, _TILE_FACTORS // rank), total.device)
+        pool.run_torch(work, rows, max(1, _TILE_FACTORS // rank), total.device)
         return total.to("cpu", torch.float64)
 
     def project(
@@ -270,7 +270,7 @@ class LowRankWindow:
                 product += (image * Q[:, cols]).sum(dim=1)
             total[begin:end] = product.view(end - begin, -1).sum(dim=1)
 
-        _run(work, rows, max(1, _TILE_FACTORS // rank), total.device)
+        pool.run_torch(work, rows, max(1, _TILE_FACTORS // rank), total.device)
         return total.to("cpu", torch.float64)
 
     def combine(
@@ -376,18 +376,9 @@ def _weighted_product(
             total += scale * x[rows, cols].to(c.dtype)
         out[rows, cols] = total
 
-    _run(work, len(tiles), 1, c.device)
+    pool.run_torch(work, len(tiles), 1, c.device)
 
 
 def _cuts(length: int, step: int) -> list[slice]:
     """Slices of at most `step`."""
     return [slice(start, min(start + step, length)) for start in range(0, length, step)]
-
-
-def _run(work: Callable[[int, int, int], None], length: int, step: int, device: torch.device) -> None:
-    """Call `work(index, begin, end)` for every cut, on the threads of the pool if that is where the tensors are."""
-    if device.type == "cpu":
-        pool.run_torch(work, length, step)
-        return
-    for index, span in enumerate(_cuts(length, step)):
-        work(index, span.start, span.stop)

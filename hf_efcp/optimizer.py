@@ -12,13 +12,15 @@ from torch.optim.optimizer import ParamsT
 from . import adamw, checks, shards
 from .compressors import Compressor
 from .errors import error_store
-from .kernels import Kernels, check_name, choose
+from .kernels import Kernels, check_name, choose, widest
 from .preconditioners import Moment, Preconditioner
 from .shards import is_sharded, local
+from .threads import one_thread
 
 Group = dict[str, Any]
 
 FORMAT = 1  # of the state; a checkpoint says which it has
+_FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 class Member(NamedTuple):
@@ -196,7 +198,8 @@ class EFCP(torch.optim.Optimizer):
 
         Raises:
             ValueError: A gradient has NaN or infinity, parameters are on several devices, or a group's settings are
-                out of range or differ where they may not.
+                out of range or differ where they may not. Also if the update would overflow, for want of dampening:
+                then no parameter has moved, but the window has the gradient.
             TypeError: A gradient is sparse, or a parameter's dtype is not supported.
         """
         loss = None
@@ -206,31 +209,10 @@ class EFCP(torch.optim.Optimizer):
         active = [m for m in self._members() if m.param.requires_grad or m.param.grad is not None]
         if all(member.param.grad is None for member in active):
             return loss
-        device = checks.check_one_device(member.param for member in active)
-        shared = self._shared()
-        for group in self.param_groups:
-            checks.check_group(group, shared)
-        for member in active:
-            checks.check_parameter(member.param, self._name)
-            checks.check_gradient(member.param, self._name)
-        processes = shards.check([member.param for member in active], self._joint)
-        if self._refuses_nonfinite(active, processes, device):
-            return loss
-        tuned = {name: shared[name] for name in self._tunable} | self._scheduled()
-        preconditioner = replace(self._preconditioner, **tuned)
-        self._check_joint(active)
-        kernels = choose(self._backend, device)
-
-        for group in self.param_groups:
-            group.update(tuned)
-        self._allocate(active)
-        for unit in self._units():
-            self._step_unit(unit, preconditioner, kernels, processes)
-        for group in self.param_groups:
-            if not group["preconditioned"]:
-                params = [param for param in group["params"] if param.grad is not None]
-                states = [self.state[param] for param in params]
-                adamw.step(params, states, lr=float(group["lr"]), weight_decay=group["weight_decay"])
+        with one_thread():
+            stepped = self._step(active)
+        if stepped:
+            self._step_excluded()
         return loss
 
     def memory(self) -> dict[str, int]:
@@ -286,6 +268,41 @@ class EFCP(torch.optim.Optimizer):
         super().load_state_dict({**state_dict, "state": {}})
         for member, saved in loaded:
             self.state[member.param] = {name: _copy(name, value, member.param) for name, value in saved.items()}
+
+    def _step(self, active: list[Member]) -> bool:
+        """Check everything, then step what is preconditioned; whether the step was not skipped."""
+        device = checks.check_one_device(member.param for member in active)
+        shared = self._shared()
+        for group in self.param_groups:
+            checks.check_group(group, shared)
+        for member in active:
+            checks.check_parameter(member.param, self._name)
+            checks.check_gradient(member.param, self._name)
+        processes = shards.check([member.param for member in active], self._joint)
+        if self._refuses_nonfinite(active, processes, device):
+            return False
+        tuned = {name: shared[name] for name in self._tunable} | self._scheduled()
+        preconditioner = replace(self._preconditioner, **tuned)
+        self._check_joint(active)
+        kernels = choose(self._backend, device)
+
+        for group in self.param_groups:
+            group.update(tuned)
+        self._allocate(active)
+        plans = [self._plan_unit(unit, preconditioner, kernels, processes) for unit in self._units()]
+        for sites, _, length in plans:
+            self._check_length(sites, length)
+        for sites, plan, _ in plans:
+            self._move(sites, plan, preconditioner, kernels)
+        return True
+
+    def _step_excluded(self) -> None:
+        """Step the groups that are not preconditioned."""
+        for group in self.param_groups:
+            if not group["preconditioned"]:
+                params = [param for param in group["params"] if param.grad is not None]
+                states = [self.state[param] for param in params]
+                adamw.step(params, states, lr=float(group["lr"]), weight_decay=group["weight_decay"])
 
     def _members(self) -> list[Member]:
         pairs = ((group, param) for group in self.param_groups for param in group["params"])
@@ -405,14 +422,14 @@ class EFCP(torch.optim.Optimizer):
                 group["skipped_steps"] += 1
         return count > 0.0
 
-    def _step_unit(
+    def _plan_unit(
         self,
         unit: list[Member],
         preconditioner: Preconditioner,
         kernels: Kernels,
         processes: torch.distributed.ProcessGroup | None,
-    ) -> None:
-        """Push a row, and move the parameters that share it."""
+    ) -> tuple[list[Site], Any, float]:
+        """Push a row; return what has a gradient, the plan of its update, and the length where nothing bounds it."""
         keeper, capacity = self._keeper(unit), self._structure["num_grads"]
         steps = keeper["pushed"] + 1
         moment = Moment((steps - 1) % capacity, min(steps, capacity), capacity, steps)
@@ -434,14 +451,34 @@ class EFCP(torch.optim.Optimizer):
             gram = keeper["gram"][: moment.rows, : moment.rows]
         keeper["pushed"] = steps
         if self._precondition_gradient and gram is not None:
-            products = torch.zeros(moment.rows, dtype=torch.float64)
+            products = torch.zeros(moment.rows + 1, dtype=torch.float64)  # G x, and behind it |x|^2
             for site in present:
-                products += self._window.project(site.state, site.shape, _gradient(site), moment.rows, kernels)
+                x = _gradient(site)
+                products[:-1] += self._window.project(site.state, site.shape, x, moment.rows, kernels)
+                products[-1] += float(torch.linalg.vector_norm(x, dtype=widest(x.device))) ** 2
             products = shards.all_reduce(products, processes, unit[0].param.device)
-            plan = preconditioner.plan_outside(gram, products, moment)
+            plan = preconditioner.plan_outside(gram, products[:-1], moment)
         else:
+            products = torch.zeros(moment.rows + 1, dtype=torch.float64)
             plan = preconditioner.plan(gram, moment)
-        for site in present:
+        length = 0.0 if gram is None else plan.length(gram, products[:-1], float(products[-1]))
+        return present, plan, length
+
+    def _check_length(self, sites: list[Site], length: float) -> None:
+        """Refuse an update that may not fit the parameters: without dampening it is as long as a row is short."""
+        for group, param in ((member.group, member.param) for site in sites for member in site.members):
+            velocity = length / (1.0 - group["momentum"])
+            largest = torch.finfo(param.dtype).max
+            if not (velocity <= _FLOAT32_MAX and float(group["lr"]) * velocity <= largest):
+                raise ValueError(
+                    f"the update has length {length:.3g}, which with lr {float(group['lr']):g} may be beyond "
+                    f"{param.dtype} ({largest:.3g}) in {self._name(param)}; no parameter was moved, and the gradient "
+                    "is in the window. Use a larger damp or eps, or a lower learning rate"
+                )
+
+    def _move(self, sites: list[Site], plan: Any, preconditioner: Preconditioner, kernels: Kernels) -> None:
+        """Move the parameters that share a plan."""
+        for site in sites:
             base = _gradient(site) if self._precondition_gradient else None
             updates = preconditioner.updates(plan, self._window, site.state, site.shape, kernels, base)
             for member, part in _split(site, updates):

@@ -55,6 +55,22 @@ class Combination:
     coefficients: torch.Tensor
     scale: float = 0.0
 
+    def length(self, gram: torch.Tensor, products: torch.Tensor, square: float) -> float:
+        """`|u|`, from `|u|^2 = c^T K c + 2 scale c^T G x + scale^2 |x|^2`.
+
+        Args:
+            gram: `K`, `(rows, rows)`, float64, CPU.
+            products: `G x`, `(rows,)`, float64.
+            square: `|x|^2`.
+
+        Returns:
+            The length; infinite where it is beyond float64.
+        """
+        with one_thread():
+            inner = float(self.coefficients @ (gram @ self.coefficients + 2.0 * self.scale * products))
+        length = math.sqrt(max(inner + self.scale * self.scale * square, 0.0))
+        return length if math.isfinite(length) else math.inf
+
 
 class Preconditioner(Protocol):
     """What `EFCP` needs of a preconditioner: a frozen dataclass whose fields are its hyperparameters.

@@ -12,14 +12,14 @@ from typing import Any, Protocol
 import torch
 
 from .blocks import Piece, cut, index_dtype
-from .kernels import Kernels, widest
-from .threads import one_thread
+from .kernels import Kernels, pool, widest
 
 State = dict[str, torch.Tensor]
 # One row of a sparse window, piece by piece: the piece, its indices and its values, both `(blocks, kept)` views.
 Row = list[tuple[Piece, torch.Tensor, torch.Tensor]]
 
 _SLAB = 1 << 20  # entries of an update that exist at a time
+_TILE = 1 << 17  # entries of a dense window that exist in float64 at a time, on each thread
 
 
 class Window(Protocol):
@@ -324,12 +324,14 @@ class DenseWindow:
             `(rows,)`, float64, on the CPU.
         """
         values, x = state["values"][:rows], dense.view(-1)
-        wide = widest(values.device)
-        total = torch.zeros(rows, dtype=wide, device=values.device)
-        with one_thread():
-            for span in self._spans(values):
-                total += values[:, span].to(wide) @ x[span].to(wide)
-        return total.to("cpu", torch.float64)
+        wide, step = widest(values.device), max(1, _TILE // rows)
+        partial = torch.zeros(-(-shape.numel() // step), rows, dtype=wide, device=values.device)
+
+        def work(index: int, begin: int, end: int) -> None:
+            torch.mv(values[:, begin:end].to(wide), x[begin:end].to(wide), out=partial[index])
+
+        pool.run_torch(work, shape.numel(), step, values.device)
+        return partial.sum(dim=0).to("cpu", torch.float64)
 
     def combine(
         self,
@@ -357,19 +359,19 @@ class DenseWindow:
             Where the slab goes in the flattened parameter, and its entries in float32.
         """
         values = state["values"][: coefficients.shape[0]]
-        wide = widest(values.device)
+        wide, step = widest(values.device), max(1, _TILE // coefficients.shape[0])
         c = coefficients.to(values.device, wide)
-        for span in self._spans(values):
-            rows = values[:, span].to(wide)
-            with one_thread():
-                total = c @ (rows * rows if squared else rows)
-            if base is not None:
-                total += scale * base.view(-1)[span].to(wide)
-            yield span, total.to(torch.float32)
+        x = None if base is None else base.view(-1)
+        for start in range(0, shape.numel(), _SLAB):
+            span = slice(start, min(start + _SLAB, shape.numel()))
+            out = torch.empty(span.stop - span.start, dtype=torch.float32, device=values.device)
 
-    @staticmethod
-    def _spans(values: torch.Tensor) -> list[slice]:
-        """Cuts of the columns that keep a float64 copy of the rows at the size of a slab."""
-        rows, numel = values.shape
-        step = max(1, _SLAB // rows)
-        return [slice(start, min(start + step, numel)) for start in range(0, numel, step)]
+            def work(index: int, begin: int, end: int, start: int = start, out: torch.Tensor = out) -> None:
+                rows = values[:, start + begin : start + end].to(wide)
+                total = c @ (rows * rows if squared else rows)
+                if x is not None:
+                    total += scale * x[start + begin : start + end].to(wide)
+                out[begin:end] = total
+
+            pool.run_torch(work, out.numel(), step, values.device)
+            yield span, out

@@ -307,7 +307,7 @@ def test_a_failing_piece_of_work_is_reported():
             raise ArithmeticError(f"{index} {begin} {end}")
 
     with pytest.raises(ArithmeticError, match="2 6 8"):
-        pool.run_torch(work, 8, 3)
+        pool.run_torch(work, 8, 3, torch.device("cpu"))
     assert torch.get_num_threads() == threads
 
 

@@ -14,11 +14,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from ..threads import available
+
 _executor: ThreadPoolExecutor | None = None
 
 
 def run(work: Callable[[int, int, int], None], blocks: int, step: int) -> None:
-    """Call `work(index, begin, end)` for every range of at most `step` blocks, on `torch.get_num_threads()` threads.
+    """Call `work(index, begin, end)` for every range of at most `step` blocks, on `threads.available()` threads.
 
     Args:
         work: Called once for each range, in any order, from any thread.
@@ -32,7 +34,7 @@ def run(work: Callable[[int, int, int], None], blocks: int, step: int) -> None:
         while (index := next(counter)) < ranges:
             work(index, index * step, min((index + 1) * step, blocks))
 
-    helpers = min(torch.get_num_threads(), ranges) - 1
+    helpers = min(available(), ranges) - 1
     futures = [_pool().submit(drain) for _ in range(helpers)]
     try:
         drain()
@@ -44,16 +46,22 @@ def run(work: Callable[[int, int, int], None], blocks: int, step: int) -> None:
             raise error
 
 
-def run_torch(work: Callable[[int, int, int], None], blocks: int, step: int) -> None:
-    """As `run`, for work that is done by torch: each call runs on one of torch's threads.
+def run_torch(work: Callable[[int, int, int], None], blocks: int, step: int, device: torch.device) -> None:
+    """As `run`, for work that is done by torch: on the CPU each call runs on one of torch's threads.
 
-    Matrix products that share their work among threads have other bits for every number of them.
+    Matrix products that share their work among threads have other bits for every number of them. Other devices have
+    parallelism of their own: there the calls follow each other.
 
     Args:
         work: Called once for each range, in any order, from any thread.
         blocks: Number of blocks in all.
         step: Blocks of a range.
+        device: Where the tensors are.
     """
+    if device.type != "cpu":
+        for index, begin in enumerate(range(0, blocks, step)):
+            work(index, begin, min(begin + step, blocks))
+        return
     threads = torch.get_num_threads()
 
     def alone(index: int, begin: int, end: int) -> None:
