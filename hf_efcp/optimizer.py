@@ -2,41 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
-from typing import Any, NamedTuple, overload
+from typing import Any, overload
 
 import torch
 from torch.optim.optimizer import ParamsT
 
 from . import adamw, checks, shards
+from .accounting import count_bytes
 from .compressors import Compressor
 from .errors import error_store
 from .kernels import Kernels, check_name, choose, widest
 from .preconditioners import Moment, Preconditioner
 from .shards import is_sharded, local
+from .sites import Group, Member, Site, apply_updates, gradient_of, joint_shape, spans, split_updates
 from .threads import one_thread
-
-Group = dict[str, Any]
 
 FORMAT = 1  # of the state; a checkpoint says which it has
 _FLOAT32_MAX = torch.finfo(torch.float32).max
-
-
-class Member(NamedTuple):
-    """A parameter, its group, and its position among all parameters of the optimizer."""
-
-    position: int
-    group: Group
-    param: torch.Tensor
-
-
-class Site(NamedTuple):
-    """What is compressed as one: a parameter, or with global Top-k all of them as one long vector."""
-
-    state: dict[str, Any]
-    shape: torch.Size
-    members: list[Member]
 
 
 class EFCP(torch.optim.Optimizer):
@@ -222,7 +206,7 @@ class EFCP(torch.optim.Optimizer):
             Bytes by part: `indices` and `values` of the window, `error`, `momentum` (with the moments and sums of
             diagonal rules), `gram`, and their `total`.
         """
-        return _count(self.state[member.param] for member in self._members() if member.param in self.state)
+        return count_bytes(self.state[member.param] for member in self._members() if member.param in self.state)
 
     def planned_memory(self) -> dict[str, int]:
         """Bytes of the state once every parameter that requires a gradient has been stepped.
@@ -237,7 +221,7 @@ class EFCP(torch.optim.Optimizer):
                 state.update({name: tensor[:1] for name, tensor in state.items()})  # this rank's row
         units = [member for member in trainable if member.group["preconditioned"]]
         keepers = len(units) if self._structure["scope"] == "layer" else min(1, len(units))
-        return _count([*states, *(self._fresh_keeper(units, "meta") for _ in range(keepers))])
+        return count_bytes([*states, *(self._fresh_keeper(units, "meta") for _ in range(keepers))])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict()` returned, bit for bit.
@@ -365,7 +349,7 @@ class EFCP(torch.optim.Optimizer):
             home = "meta" if device == "meta" else "cpu"
             state["gram"] = torch.zeros(capacity, capacity, dtype=torch.float64, device=home)
         if self._joint:
-            state |= self._fresh_site(_joint_shape(members), device, 0)
+            state |= self._fresh_site(joint_shape(members), device, 0)
         return state
 
     def _allocate(self, active: list[Member]) -> None:
@@ -404,7 +388,7 @@ class EFCP(torch.optim.Optimizer):
 
     def _sites(self, unit: list[Member]) -> list[Site]:
         if self._joint:
-            return [Site(self._keeper(unit), _joint_shape(unit), unit)]
+            return [Site(self._keeper(unit), joint_shape(unit), unit)]
         return [
             Site(shards.view(self.state[m.param], m.param, self._maker(m)), local(m.param).shape, [m]) for m in unit
         ]
@@ -453,7 +437,7 @@ class EFCP(torch.optim.Optimizer):
         if self._precondition_gradient and gram is not None:
             products = torch.zeros(moment.rows + 1, dtype=torch.float64)  # G x, and behind it |x|^2
             for site in present:
-                x = _gradient(site)
+                x = gradient_of(site)
                 products[:-1] += self._window.project(site.state, site.shape, x, moment.rows, kernels)
                 products[-1] += float(torch.linalg.vector_norm(x, dtype=widest(x.device))) ** 2
             products = shards.all_reduce(products, processes, unit[0].param.device)
@@ -479,25 +463,25 @@ class EFCP(torch.optim.Optimizer):
     def _move(self, sites: list[Site], plan: Any, preconditioner: Preconditioner, kernels: Kernels) -> None:
         """Move the parameters that share a plan."""
         for site in sites:
-            base = _gradient(site) if self._precondition_gradient else None
+            base = gradient_of(site) if self._precondition_gradient else None
             updates = preconditioner.updates(plan, self._window, site.state, site.shape, kernels, base)
-            for member, part in _split(site, updates):
-                _apply(member, self.state[member.param] if self._joint else site.state, part)
+            for member, part in split_updates(site, updates):
+                apply_updates(member, self.state[member.param] if self._joint else site.state, part)
 
     def _push(self, site: Site, moment: Moment, kernels: Kernels) -> None:
         """Compress a gradient into the window."""
         state, shape = site.state, site.shape
         row = self._window.row(state, shape, moment.newest)
         if self._compressor.lossless:
-            self._compressor.compress(_gradient(site), None, row, state, kernels)
+            self._compressor.compress(gradient_of(site), None, row, state, kernels)
             return
         error = self._errors.load(state, shape, kernels)
         # In a joint vector, parameters without a gradient keep their error and push nothing.
-        absent = [span for member, span in _spans(site) if member.param.grad is None]
+        absent = [span for member, span in spans(site) if member.param.grad is None]
         withheld = [(span, error[span].clone()) for span in absent]
         for span, _ in withheld:
             error[span] = 0.0
-        self._compressor.compress(_gradient(site), error, row, state, kernels)
+        self._compressor.compress(gradient_of(site), error, row, state, kernels)
         for span, kept in withheld:
             error[span] = kept
         self._errors.save(state, error, moment.steps, site.members[0].position, kernels)
@@ -512,7 +496,7 @@ class EFCP(torch.optim.Optimizer):
             own = shards.view(saved, member.param, self._maker(member))
             self._window.check(own, local(member.param).shape, name)
         elif "indices" in saved:
-            self._window.check(saved, _joint_shape(trained), "all parameters")
+            self._window.check(saved, joint_shape(trained), "all parameters")
 
 
 def _plain(settings: Mapping[str, Any]) -> Group:
@@ -521,19 +505,6 @@ def _plain(settings: Mapping[str, Any]) -> Group:
         name: str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
         for name, value in settings.items()
     }
-
-
-def _joint_shape(members: list[Member]) -> torch.Size:
-    """The shape of all parameters as one vector."""
-    return torch.Size([sum(member.param.numel() for member in members)])
-
-
-def _spans(site: Site) -> Iterator[tuple[Member, slice]]:
-    """Where the parameters of a joint vector are in it."""
-    start = 0
-    for member in site.members:
-        yield member, slice(start, start + member.param.numel())
-        start += member.param.numel()
 
 
 def _momentum(shape: torch.Size, device: torch.device | str) -> dict[str, Any]:
@@ -547,72 +518,3 @@ def _copy(name: str, value: Any, param: torch.Tensor) -> Any:
     if is_sharded(value):
         return value.detach().clone()
     return value.detach().to("cpu" if name in ("gram", "step") else param.device, copy=True)
-
-
-def _gradient(site: Site) -> torch.Tensor:
-    """The gradient in float32, contiguous, with L2 regularisation where it is not decoupled; zero without one."""
-    parts = []
-    for _, group, param in site.members:
-        theta = local(param)
-        if param.grad is None:
-            parts.append(torch.zeros(theta.shape, dtype=torch.float32, device=theta.device))
-            continue
-        gradient = local(param.grad).to(torch.float32).contiguous()
-        if group["weight_decay"] and not group["decoupled_weight_decay"]:
-            gradient = gradient.add(theta.to(torch.float32), alpha=group["weight_decay"]).contiguous()
-        parts.append(gradient)
-    return parts[0].view(site.shape) if len(parts) == 1 else torch.cat([part.view(-1) for part in parts])
-
-
-def _split(
-    site: Site, updates: Iterable[tuple[slice, torch.Tensor]]
-) -> Iterator[tuple[Member, Iterable[tuple[slice, torch.Tensor]]]]:
-    """The updates of each parameter that has a gradient."""
-    if len(site.members) == 1:
-        yield site.members[0], updates
-        return
-    whole = torch.cat([update for _, update in updates])
-    for member, span in _spans(site):
-        if member.param.grad is not None:
-            yield member, [(slice(0, member.param.numel()), whole[span])]
-
-
-def _apply(member: Member, state: dict[str, Any], updates: Iterable[tuple[slice, torch.Tensor]]) -> None:
-    """`theta <- (1 - lr weight_decay) theta - lr v`, slab by slab of the flattened parameter."""
-    group, param = member.group, local(member.param)
-    lr = float(group["lr"])
-    keep = 1.0 - lr * group["weight_decay"] if group["decoupled_weight_decay"] else 1.0
-    in_place = param.dtype == torch.float32 and param.is_contiguous()
-    # A view of a non-contiguous parameter may be a copy, and low precision would round every slab twice.
-    theta = param if in_place else param.to(torch.float32).contiguous()
-    flat = theta.view(-1)
-    for span, update in updates:
-        if group["momentum"]:
-            update = state["momentum"].view(-1)[span].mul_(group["momentum"]).add_(update)
-        if keep != 1.0:
-            flat[span].mul_(keep)
-        flat[span].add_(update, alpha=-lr)
-    if not in_place:
-        param.copy_(theta)
-
-
-def _count(states: Iterable[dict[str, Any]]) -> dict[str, int]:
-    """Bytes of the tensors in some states, by part."""
-    parts = dict.fromkeys(("indices", "values", "error", "momentum", "gram"), 0)
-    for state in states:
-        for name, value in state.items():
-            if isinstance(value, torch.Tensor):
-                parts[_PART.get(name.partition("_")[0], "values")] += local(value).nbytes
-    return {**parts, "total": sum(parts.values())}
-
-
-# By the first word of a tensor's name; all else is part of a window.
-_PART = {
-    "indices": "indices",
-    "error": "error",
-    "momentum": "momentum",
-    "exp": "momentum",
-    "step": "momentum",
-    "sum": "momentum",
-    "gram": "gram",
-}

@@ -1,0 +1,88 @@
+"""What is compressed as one, its gradient, and how updates reach the parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from .shards import local
+
+Group = dict[str, Any]
+
+
+class Member(NamedTuple):
+    """A parameter, its group, and its position among all parameters of the optimizer."""
+
+    position: int
+    group: Group
+    param: torch.Tensor
+
+
+class Site(NamedTuple):
+    """What is compressed as one: a parameter, or with global Top-k all of them as one long vector."""
+
+    state: dict[str, Any]
+    shape: torch.Size
+    members: list[Member]
+
+
+def joint_shape(members: list[Member]) -> torch.Size:
+    """The shape of all parameters as one vector."""
+    return torch.Size([sum(member.param.numel() for member in members)])
+
+
+def spans(site: Site) -> Iterator[tuple[Member, slice]]:
+    """Where the parameters of a joint vector are in it."""
+    start = 0
+    for member in site.members:
+        yield member, slice(start, start + member.param.numel())
+        start += member.param.numel()
+
+
+def gradient_of(site: Site) -> torch.Tensor:
+    """The gradient in float32, contiguous, with L2 regularisation where it is not decoupled; zero without one."""
+    parts = []
+    for _, group, param in site.members:
+        theta = local(param)
+        if param.grad is None:
+            parts.append(torch.zeros(theta.shape, dtype=torch.float32, device=theta.device))
+            continue
+        gradient = local(param.grad).to(torch.float32).contiguous()
+        if group["weight_decay"] and not group["decoupled_weight_decay"]:
+            gradient = gradient.add(theta.to(torch.float32), alpha=group["weight_decay"]).contiguous()
+        parts.append(gradient)
+    return parts[0].view(site.shape) if len(parts) == 1 else torch.cat([part.view(-1) for part in parts])
+
+
+def split_updates(
+    site: Site, updates: Iterable[tuple[slice, torch.Tensor]]
+) -> Iterator[tuple[Member, Iterable[tuple[slice, torch.Tensor]]]]:
+    """The updates of each parameter that has a gradient."""
+    if len(site.members) == 1:
+        yield site.members[0], updates
+        return
+    whole = torch.cat([update for _, update in updates])
+    for member, span in spans(site):
+        if member.param.grad is not None:
+            yield member, [(slice(0, member.param.numel()), whole[span])]
+
+
+def apply_updates(member: Member, state: dict[str, Any], updates: Iterable[tuple[slice, torch.Tensor]]) -> None:
+    """`theta <- (1 - lr weight_decay) theta - lr v`, slab by slab of the flattened parameter."""
+    group, param = member.group, local(member.param)
+    lr = float(group["lr"])
+    keep = 1.0 - lr * group["weight_decay"] if group["decoupled_weight_decay"] else 1.0
+    in_place = param.dtype == torch.float32 and param.is_contiguous()
+    # A view of a non-contiguous parameter may be a copy, and low precision would round every slab twice.
+    theta = param if in_place else param.to(torch.float32).contiguous()
+    flat = theta.view(-1)
+    for span, update in updates:
+        if group["momentum"]:
+            update = state["momentum"].view(-1)[span].mul_(group["momentum"]).add_(update)
+        if keep != 1.0:
+            flat[span].mul_(keep)
+        flat[span].add_(update, alpha=-lr)
+    if not in_place:
+        param.copy_(theta)
