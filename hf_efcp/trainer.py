@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import os
+import logging
 from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers import Trainer
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
-from transformers.trainer_utils import TrainOutput, get_last_checkpoint
+from transformers.trainer_utils import TrainOutput
 
+from . import checkpoints, setups
 from .factory import create_optimizer, efcp_name, parse_optim_args
 from .optimizer import EFCP
+
+logger = logging.getLogger(__name__)
 
 # Heads whose loss is a mean over their own batch, by what the names of their classes have in common.
 _MEAN_HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForMultipleChoice", "ForQuestionAnswering")
@@ -28,8 +30,12 @@ class EFCPTrainer(Trainer):
       The classification, multiple-choice and question-answering heads take the mean over their own batch, and their
       gradient came out too large by the accumulation steps and the number of processes. The steps and processes are
       now averaged, each with the same weight. A `compute_loss_func` is left to its author.
-    - What an EFCP optimizer cannot do is refused at construction: DeepSpeed, FSDP, float16 parameters under fp16.
-    - `train` refuses a checkpoint without the optimizer's state, which the parent would start afresh without a word.
+    - What an EFCP optimizer cannot do is refused at construction: DeepSpeed, FSDP version 1, float16 parameters
+      under fp16. FSDP version 2 is Trainer's default and works.
+    - Checkpoints are written file by file. `train(resume_from_checkpoint=True)` takes the newest complete one and
+      warns about newer ones; a given one that is incomplete is refused, where the parent would go on with an empty
+      window without a word. Stock optimizers are resumed as by the parent.
+    - Steps that `nonfinite="skip"` left out are in the logs as `skipped_steps`, with a warning at the end.
 
     Args:
         *args: As in `transformers.Trainer`.
@@ -45,7 +51,7 @@ class EFCPTrainer(Trainer):
             self.model_accepts_loss_kwargs = False
         self._efcp = self._asks_for_efcp()
         if self._efcp:
-            self._refuse_what_cannot_work()
+            setups.refuse_what_cannot_work(self)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Create the optimizer that the arguments ask for, unless there is one.
@@ -71,7 +77,7 @@ class EFCPTrainer(Trainer):
         """Train, as the parent does.
 
         Args:
-            resume_from_checkpoint: A checkpoint's folder, or True for the last one in `args.output_dir`.
+            resume_from_checkpoint: A checkpoint's folder, or True for the newest complete one in `args.output_dir`.
             *args: The parent's further arguments.
             **kwargs: The parent's further arguments.
 
@@ -79,16 +85,50 @@ class EFCPTrainer(Trainer):
             What the parent returns.
 
         Raises:
-            FileNotFoundError: If the checkpoint lacks the state of the optimizer or the scheduler.
+            ValueError: If the checkpoint, or every checkpoint, is incomplete.
         """
-        last = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
-        for name in (OPTIMIZER_NAME, SCHEDULER_NAME):
-            if self._efcp and last and not os.path.isfile(os.path.join(last, name)):
-                raise FileNotFoundError(
-                    f"{last} has no {name}: training would go on with an empty window of gradients. Resume from "
-                    "another checkpoint, or load the model from this one and train without resume_from_checkpoint."
-                )
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        if self._efcp and resume_from_checkpoint:
+            resume_from_checkpoint = checkpoints.choose(self, resume_from_checkpoint)
+        output = super().train(resume_from_checkpoint, *args, **kwargs)
+        if skipped := self._skipped_steps():
+            logger.warning(
+                "%d of %d steps were skipped because gradients were NaN or infinite", skipped, output.global_step
+            )
+        return output
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, as the parent does, with the steps that were skipped so far if there are any.
+
+        Args:
+            logs: The values.
+            start_time: When training started.
+        """
+        if skipped := self._skipped_steps():
+            logs["skipped_steps"] = skipped
+        super().log(logs, start_time)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self._efcp:
+            checkpoints.invalidate(self, self._get_output_dir(trial=trial))
+        super()._save_checkpoint(model, trial)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        optimizer = self._efcp_optimizer()
+        try:
+            if checkpoint and optimizer and self.is_fsdp_enabled:
+                checkpoints.check_settings(checkpoint, self, optimizer)
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except Exception as error:
+            error.add_note(f"raised while the optimizer was loaded from {checkpoint}")
+            raise
+
+    def _efcp_optimizer(self) -> EFCP | None:
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # Accelerate wraps it
+        return optimizer if isinstance(optimizer, EFCP) else None
+
+    def _skipped_steps(self) -> int:
+        optimizer = self._efcp_optimizer()
+        return optimizer.skipped_steps if optimizer else 0
 
     def _module(self) -> nn.Module:
         return cast(nn.Module, self.model)  # the parent types it as optional; after construction it never is None
@@ -100,24 +140,6 @@ class EFCPTrainer(Trainer):
             given = self.optimizer_cls_and_kwargs[0]
             return isinstance(given, type) and issubclass(given, EFCP)
         return efcp_name(self.args.optim) is not None
-
-    def _refuse_what_cannot_work(self) -> None:
-        if self.is_deepspeed_enabled:
-            raise ValueError(
-                "EFCP optimizers do not work with DeepSpeed, which hands them flattened parameters: train without it, "
-                "on one device or with torchrun (DDP)"
-            )
-        if self.args.fsdp or self.is_fsdp_enabled or self.is_distributed_loading_by_transformers:
-            raise ValueError(
-                "EFCP optimizers do not support FSDP or other sharded parameters yet: train on one device or with "
-                "torchrun (DDP)"
-            )
-        half = [name for name, p in self._module().named_parameters() if p.requires_grad and p.dtype == torch.float16]
-        if half and self.args.mixed_precision == "fp16":
-            raise ValueError(
-                f"fp16=True cannot train float16 parameters, got {len(half)} such as {half[0]}: load the model with "
-                "dtype=torch.float32 (fp16=True or bf16=True then give mixed precision) or dtype=torch.bfloat16"
-            )
 
 
 def _takes_own_mean(model: nn.Module) -> bool:

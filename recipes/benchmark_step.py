@@ -1,7 +1,10 @@
-"""Time and memory of one optimizer step: AdamW, and sparse M-FAC with full windows, side by side in one run.
+"""Time and memory of one optimizer step: AdamW, and EFCP's optimizers with full windows, side by side in one run.
 
     python recipes/benchmark_step.py
-    python recipes/benchmark_step.py --num_grads 64 256 1024 --density 0.01 0.05 --output_dir outputs/benchmark
+    python recipes/benchmark_step.py --optim sparse_mfac --num_grads 64 256 1024 --output_dir outputs/benchmark
+    python recipes/benchmark_step.py --optim all
+
+Every optimizer of `--optim` runs at its default window, and sparse M-FAC at every `--num_grads`.
 
 The model is the demo extra's MiniLM (22.7 M parameters); gradients are random. Windows are filled by writing random
 rows into the state, which takes seconds where a thousand steps would take an hour. The optimizers take turns, and the
@@ -27,11 +30,11 @@ import torch
 from cli import require
 
 import hf_efcp
-from hf_efcp import SparseMFAC
-from hf_efcp.blocks import cut
+from hf_efcp import EFCP, OPTIMIZERS, SparseMFAC
+from hf_efcp.blocks import Piece, cut
 
-# The parts of a step, as the kernels and the preconditioner name them.
-PARTS = ("accumulate_topk", "dots", "coefficients", "combine")
+# The parts of a step: kernels of sparse windows, and the preconditioner's solve.
+PARTS = ("accumulate_topk", "dots", "solve", "combine")
 
 
 def load_parameters(seed: int) -> list[torch.nn.Parameter]:
@@ -54,7 +57,7 @@ def load_parameters(seed: int) -> list[torch.nn.Parameter]:
     return list(model.parameters())
 
 
-def fill_window(optimizer: SparseMFAC, seed: int) -> None:
+def fill_window(optimizer: EFCP, seed: int) -> None:
     """Fill the window of a stepped optimizer with random rows, and the Gram matrix with one that fits them roughly.
 
     Args:
@@ -65,21 +68,31 @@ def fill_window(optimizer: SparseMFAC, seed: int) -> None:
     group = optimizer.param_groups[0]
     capacity = group["num_grads"]
     for param, state in optimizer.state.items():
-        for piece in cut(param.numel(), group["block_size"], group["density"]):
-            span = slice(capacity * piece.offset, capacity * (piece.offset + piece.row))
-            # One entry from each of `kept` equal stretches of the block: distinct, ascending, everywhere.
-            edges = torch.arange(piece.kept + 1) * piece.length // piece.kept
-            width = edges.diff()
-            for start in range(0, piece.blocks, 64):
-                shape = (min(64, piece.blocks - start), capacity, piece.kept)
-                at = edges[:-1] + (torch.rand(shape, generator=generator) * width).long()
-                begin = span.start + start * capacity * piece.kept
-                state["indices"][begin : begin + at.numel()] = at.view(-1).to(state["indices"].dtype)
-            state["values"][span].normal_(0.0, 1e-2, generator=generator)
-        if "gram" in state:
-            square = 1e-4 * optimizer.memory()["values"] / state["values"].element_size() / capacity
-            state["gram"].copy_(square * torch.eye(capacity, dtype=torch.float64))
+        for name in ("values", "left", "right"):
+            if name in state:
+                state[name].normal_(0.0, 1e-2, generator=generator)
+        if "indices" in state:
+            _fill_indices(
+                state["indices"], cut(param.numel(), group["block_size"], group["density"]), capacity, generator
+            )
+        if "pushed" in state:
             state["pushed"] = capacity
+        if "gram" in state:
+            square = 1e-4 * optimizer.memory()["values"] / 4 / capacity
+            state["gram"].copy_(square * torch.eye(capacity, dtype=torch.float64))
+
+
+def _fill_indices(indices: torch.Tensor, pieces: tuple[Piece, ...], capacity: int, generator: torch.Generator) -> None:
+    """One entry from each of `kept` equal stretches of a block: distinct, ascending, everywhere."""
+    for piece in pieces:
+        start = capacity * piece.offset
+        edges = torch.arange(piece.kept + 1) * piece.length // piece.kept
+        width = edges.diff()
+        for block in range(0, piece.blocks, 64):
+            shape = (min(64, piece.blocks - block), capacity, piece.kept)
+            at = edges[:-1] + (torch.rand(shape, generator=generator) * width).long()
+            begin = start + block * capacity * piece.kept
+            indices[begin : begin + at.numel()] = at.view(-1).to(indices.dtype)
 
 
 def measure(step: Callable[[], Any]) -> tuple[float, dict[str, float]]:
@@ -104,34 +117,33 @@ def measure(step: Callable[[], Any]) -> tuple[float, dict[str, float]]:
 
     def choose(*args: Any) -> Any:
         kernels = hf_efcp.kernels.choose(*args)
-        return SimpleNamespace(**{
-            name: timed(name, getattr(kernels, name)) for name in PARTS if hasattr(kernels, name)
-        })
+        names = [name for name, value in vars(kernels).items() if callable(value) and not name.startswith("_")]
+        return SimpleNamespace(**{name: timed(name, getattr(kernels, name)) for name in names})
 
-    coefficients = timed("coefficients", hf_efcp.preconditioners.MFAC.coefficients)
-    with (
-        patch("hf_efcp.optimizer.choose", choose),
-        patch.object(hf_efcp.preconditioners.MFAC, "coefficients", lambda *args: coefficients(*args)),
-    ):
+    rule = hf_efcp.preconditioners.GramPreconditioner
+    plan = timed("solve", rule.plan)
+    with patch("hf_efcp.optimizer.choose", choose), patch.object(rule, "plan", lambda *args: plan(*args)):
         start = time.perf_counter()
         step()
         return time.perf_counter() - start, seconds
 
 
-def stream(optimizer: SparseMFAC) -> float:
+def stream(optimizer: EFCP) -> float:
     """Seconds of reading all bytes of the window once."""
     start = time.perf_counter()
     for state in optimizer.state.values():
-        for name in ("indices", "values"):
-            state[name][: state[name].numel() // 4 * 4].view(torch.int64).sum()
+        for name in ("indices", "values", "left", "right"):
+            if name in state:
+                flat = state[name].view(-1)
+                flat[: flat.numel() // 8 * 8].view(torch.int64).sum()
     return time.perf_counter() - start
 
 
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--num_grads", type=int, nargs="+", default=[256, 1024], help="window capacities m")
-    parser.add_argument("--density", type=float, nargs="+", default=[0.01], help="fractions kept")
+    parser.add_argument("--optim", nargs="+", default=["sparse_mfac"], choices=["all", *OPTIMIZERS])
+    parser.add_argument("--num_grads", type=int, nargs="+", default=[256, 1024], help="windows of sparse M-FAC")
     parser.add_argument("--repeats", type=int, default=7, help="the median of so many steps is reported")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/benchmark_step"))
@@ -141,20 +153,25 @@ def main() -> None:
     numel = sum(param.numel() for param in params)
     adamw = torch.optim.AdamW(params, lr=0.0, fused=True)
     contestants: dict[str, torch.optim.Optimizer] = {"AdamW (fused)": adamw}
-    for num_grads in arguments.num_grads:
-        for density in arguments.density:
-            name = f"sparse M-FAC, m = {num_grads}, density {density:g}"
-            print(f"filling the window: {name}", flush=True)
-            # Learning rate 0: the parameters stay what they are, and the work is the same.
-            sparse = SparseMFAC(params, lr=0.0, num_grads=num_grads, density=density)
-            sparse.step()
-            fill_window(sparse, arguments.seed)
-            contestants[name] = sparse
+    wanted: list[tuple[str, type[EFCP], dict[str, Any]]] = [
+        (f"sparse_mfac, m = {m}", SparseMFAC, {"num_grads": m}) for m in arguments.num_grads
+    ]
+    for name in OPTIMIZERS if "all" in arguments.optim else arguments.optim:
+        if name != "sparse_mfac":
+            wanted.append((f"{name}, m = {{}}", OPTIMIZERS[name], {}))
+    for name, cls, settings in wanted:
+        # Learning rate 0: the parameters stay what they are, and the work is the same.
+        stepped = cls(params, lr=0.0, **settings)
+        name = name.format(stepped.param_groups[0]["num_grads"])
+        print(f"filling the window: {name}", flush=True)
+        stepped.step()
+        fill_window(stepped, arguments.seed)
+        contestants[name] = stepped
 
     runs: dict[str, list[tuple[float, dict[str, float], float]]] = defaultdict(list)
     for repeat in range(arguments.repeats + 1):
         for name, optimizer in contestants.items():
-            floor = stream(optimizer) if isinstance(optimizer, SparseMFAC) else 0.0
+            floor = stream(optimizer) if isinstance(optimizer, EFCP) else 0.0
             whole, parts = measure(optimizer.step)
             if repeat:  # the first round warms up
                 runs[name].append((whole, parts, floor))
@@ -170,7 +187,7 @@ def main() -> None:
             **parts,
             "stream": statistics.median(r[2] for r in runs[name]),
         }
-        if isinstance(optimizer, SparseMFAC):
+        if isinstance(optimizer, EFCP):
             result["memory"] = optimizer.memory()
             result["bytes_per_parameter"] = result["memory"]["total"] / numel
         else:

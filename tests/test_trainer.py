@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,9 +21,10 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
-from hf_efcp import EFCPTrainer, SparseMFAC
+from hf_efcp import EFCP, EFCPTrainer, SparseMFAC
+from hf_efcp.compressors import TopK
+from hf_efcp.preconditioners import MFAC
 
 SPARSE = {
     "optim": "sparse_mfac",
@@ -206,7 +209,7 @@ def test_the_arguments_decide_the_optimizer(tmp_path):
     optimizer = EFCPTrainer(model=tiny_bert(), args=args).create_optimizer()
     assert type(optimizer) is SparseMFAC
     settings = [(g["num_grads"], g["density"], g["value_dtype"]) for g in optimizer.param_groups]
-    assert settings == [(5, 0.5, torch.float32)] * 4
+    assert settings == [(5, 0.5, "float32")] * 4
     found = [(g["preconditioned"], g["lr"], g["weight_decay"]) for g in optimizer.param_groups]
     assert found == [(True, 5e-4, 0.1), (True, 5e-4, 0.0), (False, 1e-4, 0.1), (False, 1e-4, 0.0)]
 
@@ -378,49 +381,77 @@ def test_the_checkpoint_holds_the_window_with_its_dtypes(tmp_path, dtype):
             torch.testing.assert_close(optimizer.state_dict()["state"][position][name], value, rtol=0, atol=0)
 
 
-def test_a_checkpoint_without_the_optimizer_is_refused(tmp_path):
-    _, folder = interrupted(tmp_path, torch.float32)
-    checkpoint = Path(get_last_checkpoint(str(folder)))
-    for name in ("scheduler.pt", "optimizer.pt"):
-        (checkpoint / name).unlink()
-        for given in (True, str(checkpoint)):
-            trainer = EFCPTrainer(model=tiny_bert(), args=arguments(folder, **resumable()), train_dataset=toy_rows(40))
-            with pytest.raises(
-                FileNotFoundError, match=f"checkpoint-8 has no {name}: training would go on with an empty"
-            ):
-                trainer.train(resume_from_checkpoint=given)
-    args = arguments(folder, optim="sgd", max_steps=9)
-    EFCPTrainer(model=tiny_bert(), args=args, train_dataset=toy_rows(40)).train(resume_from_checkpoint=True)
+# Steps that are left out
 
 
-def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
-    _, folder = interrupted(tmp_path, torch.float32)
-    args = arguments(folder, **{**resumable(), "optim_args": "num_grads=5,density=0.1,block_size=1024,momentum=0.5"})
-    trainer = EFCPTrainer(model=tiny_bert(), args=args, train_dataset=toy_rows(40))
-    with pytest.raises(ValueError, match=r"num_grads|group"):
-        trainer.train(resume_from_checkpoint=True)
+def test_skipped_steps_are_logged_and_counted_at_the_end(tmp_path, caplog):
+    class Spoil(TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step in (2, 3):
+                next(kwargs["model"].parameters()).grad[0] = float("nan")
+
+    def run(*callbacks: TrainerCallback) -> list[dict[str, Any]]:
+        model = tiny_bert()
+        optimizer = EFCP(
+            model.parameters(), 1e-3, compressor=TopK(0.1, 256), preconditioner=MFAC(1e-3), num_grads=3,
+            nonfinite="skip",
+        )  # fmt: skip
+        args = arguments(tmp_path, max_steps=6, logging_strategy="steps", logging_steps=1, max_grad_norm=0.0)
+        trainer = EFCPTrainer(
+            model=model, args=args, train_dataset=toy_rows(64), optimizers=(optimizer, None), callbacks=list(callbacks)
+        )
+        with caplog.at_level(logging.WARNING, logger="hf_efcp"):
+            trainer.train()
+        return trainer.state.log_history
+
+    assert all("skipped_steps" not in entry for entry in run())
+    assert [record for record in caplog.records if record.name.startswith("hf_efcp")] == []
+    history = run(Spoil())
+    assert [entry.get("skipped_steps") for entry in history] == [None, None, 1, 2, 2, 2, 2]
+    (record,) = [record for record in caplog.records if record.name == "hf_efcp.trainer"]
+    assert record.getMessage() == "2 of 6 steps were skipped because gradients were NaN or infinite"
 
 
 # What cannot work
 
 
 @pytest.mark.parametrize(
-    ("flag", "message"),
-    [("is_deepspeed_enabled", "do not work with DeepSpeed, .*DDP"), ("is_fsdp_enabled", "do not support FSDP .*DDP")],
+    ("plugin", "message"),
+    [
+        ("deepspeed", "DeepSpeed, which hands them flattened parameters: train on .*DDP.*FSDP version 2"),
+        ("fsdp", "FSDP version 1, which hands them flattened parameters: use version 2"),
+    ],
 )
-def test_sharded_training_is_refused_for_efcp_only(tmp_path, monkeypatch, flag, message):
+def test_flattened_parameters_are_refused_for_efcp_only(tmp_path, monkeypatch, plugin, message):
     original = EFCPTrainer.create_accelerator_and_postprocess
 
-    def with_flag(self: EFCPTrainer) -> None:
+    def pretend(self: EFCPTrainer) -> None:
         original(self)
-        setattr(self, flag, True)
+        setattr(self, f"is_{plugin}_enabled", True)
+        self.accelerator = Pretended(self.accelerator)
 
-    monkeypatch.setattr(EFCPTrainer, "create_accelerator_and_postprocess", with_flag)
+    class Pretended:
+        state = SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=1, state_dict_type=""))
+
+        def __init__(self, accelerator: Any) -> None:
+            self.accelerator = accelerator
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.accelerator, name)
+
+    monkeypatch.setattr(EFCPTrainer, "create_accelerator_and_postprocess", pretend)
     with pytest.raises(ValueError, match=message):
         EFCPTrainer(model=tiny_bert(), args=arguments(tmp_path, **SPARSE))
     with pytest.raises(ValueError, match=message):
         EFCPTrainer(model=tiny_bert(), args=arguments(tmp_path), optimizer_cls_and_kwargs=(SparseMFAC, {}))
     EFCPTrainer(model=tiny_bert(), args=arguments(tmp_path, optim="sgd"))
+
+
+def test_a_model_that_was_distributed_while_it_was_loaded_is_refused(tmp_path, monkeypatch):
+    model = tiny_bert()
+    monkeypatch.setattr(type(model), "is_distributed_loading_by_transformers", True)
+    with pytest.raises(ValueError, match="that from_pretrained has distributed .*: load it whole and train on"):
+        EFCPTrainer(model=model, args=arguments(tmp_path, **SPARSE))
 
 
 def test_float16_parameters_under_fp16_are_refused(tmp_path):
