@@ -7,7 +7,7 @@ import torch
 from ranks import run
 from torch import nn
 
-from hf_efcp import EFCP, DenseMFAC, SparseGGT, SparseMFAC
+from hf_efcp import EFCP, DenseMFAC, LowRankMFAC, MicroAdam, SparseGGT, SparseMFAC
 from hf_efcp.compressors import TopK
 from hf_efcp.preconditioners import MFAC
 
@@ -19,8 +19,11 @@ SETTINGS = {
         dict(lr=0.03, num_grads=5, damp=1e-3, density=1.0, block_size=16, value_dtype=torch.float32),
     ),
     "sparse": (SparseMFAC, dict(lr=0.03, num_grads=5, damp=1e-3, density=0.1, block_size=16, momentum=0.5)),
+    "low rank": (LowRankMFAC, dict(lr=0.03, num_grads=5, damp=1e-3, rank=1, momentum=0.5)),
+    "4-bit error": (MicroAdam, dict(lr=0.02, num_grads=5, density=0.2, block_size=16)),
     "ggt": (SparseGGT, dict(lr=0.1, num_grads=5, eps=1e-3, density=0.1, block_size=16)),
 }
+RESUMED = ("dense", "sparse", "low rank", "4-bit error")
 
 
 def network():
@@ -160,9 +163,10 @@ def refused_run(rank):
 
 def everything(rank, ranks, folder):
     """All runs in one pair of processes: starting them is what takes the time."""
-    results = {name: sharded_run(rank, name, ranks) for name in SETTINGS}
+    compared = ("dense", "sparse at density 1", "sparse", "ggt")
+    results = {name: sharded_run(rank, name, ranks) for name in compared}
     if ranks == 2:
-        for name in ("dense", "sparse"):
+        for name in RESUMED:
             for full in (False, True):
                 results["resumed", name, full] = resumed_run(rank, name, full, f"{folder}/{name}")
         results["faults"] = [faulty_run(rank, policy) for policy in ("raise", "skip")]
@@ -230,7 +234,7 @@ def test_sparse_equals_one_process_whose_parameters_are_cut_at_the_borders(name,
 
 
 @pytest.mark.parametrize("full", [False, True])
-@pytest.mark.parametrize("name", ["dense", "sparse"])
+@pytest.mark.parametrize("name", RESUMED)
 def test_resuming_through_distributed_checkpoints_is_bit_equal(name, full, two):
     for result in two:
         through, resumed, middle, dtypes = result["resumed", name, full]
