@@ -59,6 +59,31 @@ def test_learns(name):
         assert (param != start).float().mean() > 0.9
 
 
+QUADRATIC_RATES = {"mfac": 0.1, "ggt": 1.0, "microadam": 0.03, "adagrad": 1.0}
+
+
+def test_a_badly_conditioned_quadratic_beats_gradient_descent(name):
+    """Condition number 1e4, 300 steps: lower than gradient descent at the best of its rates, 2 / (h_max + h_min)."""
+    generator = torch.Generator().manual_seed(0)
+    curvature = torch.logspace(0, -4, 64)[torch.randperm(64, generator=generator)].view(8, 8)
+    start = torch.randn(8, 8, generator=generator)
+
+    def descend(make, rate, decay):
+        param = torch.nn.Parameter(start.clone())
+        optimizer = make([param])
+        for step in range(300):
+            optimizer.param_groups[0]["lr"] = rate * (1 - step / 300) if decay else rate
+            set_gradients([param], [curvature * param])
+            optimizer.step()
+        return 0.5 * (curvature * param.detach() ** 2).sum().item()
+
+    rates = [0.5, 1.0, 1.9, 2 / (1 + 1e-4)]
+    best = min(descend(torch.optim.SGD, rate, decay) for rate in rates for decay in (False, True))
+    rate = next(value for kind, value in QUADRATIC_RATES.items() if kind in name)
+    changes = taken(name, num_grads=40, damp=1e-2, rank=3, beta1=0.0, beta2=1.0) if "microadam" not in name else {}
+    assert descend(lambda params: build(name, params, **changes), rate, True) < 0.7 * best
+
+
 def test_closure(name):
     problem = Regression()
     params = problem.parameters()

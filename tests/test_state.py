@@ -124,6 +124,9 @@ def test_other_dtypes_shapes_and_optimizers_are_refused():
     refuse(build("sparse_mfac", params[:2]), good, r"groups of \[4\] parameters, this optimizer of \[2\]")
     adamw = torch.optim.AdamW(fresh())
     refuse(build("sparse_mfac", fresh()), adamw.state_dict(), "another optimizer: its groups lack block_size, damp")
+    newer = copy.deepcopy(good)
+    newer["param_groups"][0]["efcp_format"] += 1
+    refuse(build("sparse_mfac", fresh()), newer, "state in format 2, this version of hf_efcp reads format 1")
     groups = [{"params": fresh(), "preconditioned": False}]
     refuse(build("sparse_mfac", groups), good, "made with preconditioned=True")
 
