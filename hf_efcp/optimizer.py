@@ -159,7 +159,8 @@ class EFCP(torch.optim.Optimizer):
         super().add_param_group(param_group)
         try:
             for param in self.param_groups[-1]["params"]:
-                checks.check_parameter(param, self._name)
+                if param.requires_grad:
+                    checks.check_parameter(param, self._name)
         except TypeError:
             self.param_groups.pop()
             raise
@@ -262,6 +263,12 @@ class EFCP(torch.optim.Optimizer):
         for member in active:
             checks.check_parameter(member.param, self._name)
             checks.check_gradient(member.param, self._name)
+            state = self.state.get(member.param)
+            if state and ("exp_avg" in state) == member.group["preconditioned"]:
+                raise ValueError(
+                    f"preconditioned of a group was changed after the first step, and {self._name(member.param)} has "
+                    "the other kind of state: set it before the first step"
+                )
         processes = shards.check([member.param for member in active], self._joint)
         if self._refuses_nonfinite(active, processes, device):
             return False
@@ -358,12 +365,13 @@ class EFCP(torch.optim.Optimizer):
         for member in active:
             group, param, state = member.group, member.param, self.state[member.param]
             if not state:
-                state.update(self._fresh(member, param.device))
+                fresh = self._fresh(member, param.device)
                 if group["preconditioned"] and (
                     self._structure["scope"] == "layer" or not self._keeper(self._members())
                 ):
                     # With a parameter, since a checkpoint keeps nothing that no parameter owns.
-                    state.update(self._fresh_keeper(preconditioned, param.device))
+                    fresh |= self._fresh_keeper(preconditioned, param.device)
+                state.update(fresh)  # all of it or, if memory runs out, nothing
             elif group["preconditioned"] and group["momentum"] and "momentum" not in state:
                 state.update(shards.allocate(param, _momentum, param.device))
 
@@ -488,13 +496,21 @@ class EFCP(torch.optim.Optimizer):
 
     def _check_saved(self, saved: dict[str, Any], member: Member, trained: list[Member]) -> None:
         expected = self._fresh(member._replace(group={**member.group, "momentum": 1.0}), "meta")
+        own = set(expected) - {"step"}
         if member.group["preconditioned"]:
             expected |= {name: v for name, v in self._fresh_keeper(trained, "meta").items() if name in saved}
         name = self._name(member.param)
+        if is_sharded(member.param) and any(
+            torch.is_tensor(v) and not is_sharded(v) and k in own for k, v in saved.items()
+        ):
+            raise ValueError(
+                f"the checkpoint's state of {name} is whole, but the parameter is sharded: load it with "
+                "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
+            )
         checks.check_tensors(saved, expected, {"momentum"}, name)
         if member.group["preconditioned"] and not self._joint:
-            own = shards.view(saved, member.param, self._maker(member))
-            self._window.check(own, local(member.param).shape, name)
+            view = shards.view(saved, member.param, self._maker(member))
+            self._window.check(view, local(member.param).shape, name)
         elif "indices" in saved:
             self._window.check(saved, joint_shape(trained), "all parameters")
 
@@ -515,6 +531,4 @@ def _copy(name: str, value: Any, param: torch.Tensor) -> Any:
     """A copy of a saved value, on the device where it belongs."""
     if not isinstance(value, torch.Tensor):
         return value
-    if is_sharded(value):
-        return value.detach().clone()
     return value.detach().to("cpu" if name in ("gram", "step") else param.device, copy=True)

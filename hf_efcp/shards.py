@@ -47,6 +47,11 @@ def check(params: Iterable[torch.Tensor], joint: bool) -> torch.distributed.Proc
         ValueError: Some are split and others are not, or not by rows over one row of processes, or the compressor
             cannot work on shards.
     """
+    if any(getattr(param, "_fsdp_flattened", False) or getattr(param, "_is_flat_param", False) for param in params):
+        raise ValueError(
+            "the parameters were flattened by FSDP version 1, and every rank would precondition its part alone: use "
+            "version 2 (fully_shard)"
+        )
     split = {is_sharded(param): param for param in params}
     if True not in split:
         return None
@@ -123,11 +128,11 @@ def allocate(param: torch.Tensor, make: Maker, device: torch.device | str) -> St
     for name, tensor in own.items():
         longest = max(plan[name].numel() for plan in plans)
         if device == "meta":
-            state[name] = torch.empty(mesh.size(), longest, dtype=tensor.dtype, device="meta")
+            state[name] = _sendable(torch.empty(mesh.size(), longest, dtype=tensor.dtype, device="meta"))
             continue
         row = torch.zeros(1, longest, dtype=tensor.dtype, device=tensor.device)
         row[0, : tensor.numel()].copy_(tensor.view(-1))
-        state[name] = DTensor.from_local(row, mesh, [Shard(0)], run_check=False)
+        state[name] = DTensor.from_local(_sendable(row), mesh, [Shard(0)], run_check=False)
     return state
 
 
@@ -145,4 +150,9 @@ def view(state: State, param: torch.Tensor, make: Maker) -> State:
     if not is_sharded(param):
         return state
     plan = make(local(param).shape, "meta")
-    return {name: local(state[name]).view(-1)[: t.numel()].view(t.shape) for name, t in plan.items()}
+    return {name: local(state[name]).view(-1).view(t.dtype)[: t.numel()].view(t.shape) for name, t in plan.items()}
+
+
+def _sendable(rows: torch.Tensor) -> torch.Tensor:
+    """Rows as the collectives of a full checkpoint can send them, which know no uint16."""
+    return rows.view(torch.uint8) if rows.dtype == torch.uint16 else rows

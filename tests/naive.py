@@ -8,13 +8,18 @@ import math
 import torch
 
 
+def largest(block, kept):
+    """Indices of the entries of largest magnitude, ascending; the lowest index first among equals."""
+    magnitudes = block.abs().tolist()
+    return sorted(sorted(range(len(magnitudes)), key=lambda i: (-magnitudes[i], i))[:kept])
+
+
 def top_k(accumulator, density, block_size):
-    """Indices that block-wise Top-k keeps of a flat vector: by magnitude, the lowest index first among equals."""
+    """Indices that block-wise Top-k keeps of a flat vector."""
     kept = []
     for start in range(0, accumulator.numel(), block_size):
-        block = accumulator[start : start + block_size].abs().tolist()
-        ranked = sorted(range(len(block)), key=lambda i: (-block[i], i))
-        kept += [start + i for i in sorted(ranked[: math.ceil(density * len(block))])]
+        block = accumulator[start : start + block_size]
+        kept += [start + i for i in largest(block, math.ceil(density * len(block)))]
     return kept
 
 

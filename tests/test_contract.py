@@ -385,3 +385,24 @@ def test_groups_that_are_not_preconditioned_are_stepped_as_adamw(name):
     assert (params[0] - problem.start[0]).abs().max() > 5e-3
     assert torch.equal(flat(params[1:]), flat(reference[1:]))
     assert "values" not in optimizer.state[params[0]]
+
+
+def test_the_kind_of_a_group_cannot_change(name):
+    problem = Regression(seed=15)
+    params = problem.parameters()
+    optimizer = build(name, [{"params": params[:2]}, {"params": params[2:]}])
+    train(params, optimizer, problem, 1)
+    optimizer.param_groups[1]["preconditioned"] = False
+    before = snapshot(params, optimizer)
+    with pytest.raises(ValueError, match="preconditioned of a group was changed after the first step, and parameter 0"):
+        optimizer.step()
+    assert_same(before, snapshot(params, optimizer))
+
+
+def test_frozen_parameters_may_have_any_dtype(name):
+    params = Regression().parameters()
+    frozen = torch.nn.Parameter(torch.zeros(4, dtype=torch.int8), requires_grad=False)
+    optimizer = build(name, [frozen, *params])
+    set_gradients(params, [torch.ones_like(param) for param in params])
+    optimizer.step()
+    assert frozen not in optimizer.state

@@ -6,6 +6,7 @@ import pytest
 import torch
 from ranks import run
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from hf_efcp import EFCP, DenseMFAC, LowRankMFAC, MicroAdam, SparseGGT, SparseMFAC
 from hf_efcp.compressors import TopK
@@ -19,11 +20,12 @@ SETTINGS = {
         dict(lr=0.03, num_grads=5, damp=1e-3, density=1.0, block_size=16, value_dtype=torch.float32),
     ),
     "sparse": (SparseMFAC, dict(lr=0.03, num_grads=5, damp=1e-3, density=0.1, block_size=16, momentum=0.5)),
+    "wide indices": (SparseMFAC, dict(lr=0.03, num_grads=5, damp=1e-3, density=0.1)),
     "low rank": (LowRankMFAC, dict(lr=0.03, num_grads=5, damp=1e-3, rank=1, momentum=0.5)),
     "4-bit error": (MicroAdam, dict(lr=0.02, num_grads=5, density=0.2, block_size=16)),
     "ggt": (SparseGGT, dict(lr=0.1, num_grads=5, eps=1e-3, density=0.1, block_size=16)),
 }
-RESUMED = ("dense", "sparse", "low rank", "4-bit error")
+RESUMED = ("dense", "sparse", "wide indices", "low rank", "4-bit error")
 
 
 def network():
@@ -158,6 +160,24 @@ def refused_run(rank):
             optimizer.step()
         except ValueError as error:
             messages.append(str(error))
+    flattened = FullyShardedDataParallel(nn.Linear(8, 8), use_orig_params=True, device_id=torch.device("cpu"))
+    optimizer = SparseMFAC(flattened.parameters())
+    flattened(torch.ones(2, 8)).sum().backward()
+    try:
+        optimizer.step()
+    except ValueError as error:
+        messages.append(str(error))
+    optimizer = SparseMFAC(model.parameters(), num_grads=4, block_size=256)
+    optimizer.step()
+    gathered = optimizer.state_dict()
+    gathered["state"] = {
+        key: {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in state.items()}
+        for key, state in gathered["state"].items()
+    }
+    try:
+        optimizer.load_state_dict(gathered)
+    except ValueError as error:
+        messages.append(str(error))
     return messages
 
 
@@ -255,6 +275,8 @@ def test_all_ranks_refuse_or_skip_together(two):
 
 def test_what_cannot_work_on_shards_is_refused(two):
     for result in two:
-        whole_needed, mixed = result["refused"]
+        whole_needed, mixed, flattened, gathered = result["refused"]
         assert "global Top-k needs whole parameters" in whole_needed
         assert "some parameters are sharded and others are not" in mixed
+        assert "the parameters were flattened by FSDP version 1" in flattened
+        assert "is whole, but the parameter is sharded" in gathered

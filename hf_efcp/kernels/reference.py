@@ -64,11 +64,9 @@ def dots(indices: torch.Tensor, values: torch.Tensor, newest: int, rows: int, le
     total = torch.zeros(rows, dtype=wide, device=values.device)
     for part in _chunks(blocks, rows * kept):
         count = part.stop - part.start
-        index = indices[part, :rows].to(torch.int64).view(count, rows * kept)
-        value = values[part, :rows].to(wide)
         row = torch.zeros(count, length, dtype=wide, device=values.device)
         row.scatter_(1, indices[part, newest].to(torch.int64), values[part, newest].to(wide))
-        total += (row.gather(1, index).view(count, rows, kept) * value).sum(dim=(0, 2))
+        _add_products(indices[part], values[part], row, total)
     return total
 
 
@@ -88,10 +86,7 @@ def project(indices: torch.Tensor, values: torch.Tensor, dense: torch.Tensor, ro
     wide = widest(values.device)
     total = torch.zeros(rows, dtype=wide, device=values.device)
     for part in _chunks(blocks, rows * kept):
-        count = part.stop - part.start
-        index = indices[part, :rows].to(torch.int64).view(count, rows * kept)
-        value = values[part, :rows].to(wide)
-        total += (dense[part].to(wide).gather(1, index).view(count, rows, kept) * value).sum(dim=(0, 2))
+        _add_products(indices[part], values[part], dense[part].to(wide), total)
     return total
 
 
@@ -122,11 +117,12 @@ def combine(
     weights = coefficients.to(values.device, wide)[:, None]
     for part in _chunks(blocks, rows * kept):
         count = part.stop - part.start
-        index = indices[part, :rows].to(torch.int64).view(count, rows * kept)
-        value = values[part, :rows].to(wide)
-        weighted = ((value * value if squared else value) * weights).view(count, rows * kept)
         total = torch.zeros_like(out[part], dtype=wide) if base is None else scale * base[part].to(wide)
-        out[part] = total.scatter_add_(1, index, weighted).to(out.dtype)
+        for some in _chunks(rows, count * kept):
+            index = indices[part, some].to(torch.int64).flatten(1)
+            value = values[part, some].to(wide)
+            total.scatter_add_(1, index, ((value * value if squared else value) * weights[some]).flatten(1))
+        out[part] = total.to(out.dtype)
 
 
 def quantize(error: torch.Tensor, stored: torch.Tensor, scale: torch.Tensor, key: int) -> None:
@@ -211,6 +207,15 @@ def _entries(buckets: slice, flat: torch.Tensor) -> slice:
 def _padded(flat: torch.Tensor, multiple: int) -> torch.Tensor:
     """The tensor with zeros behind it, up to a multiple."""
     return torch.nn.functional.pad(flat, (0, -flat.shape[0] % multiple))
+
+
+def _add_products(indices: torch.Tensor, values: torch.Tensor, dense: torch.Tensor, total: torch.Tensor) -> None:
+    """Add the inner products of dense blocks with their rows to `total`, in its dtype."""
+    count, _, kept = indices.shape
+    for some in _chunks(total.shape[0], count * kept):
+        index = indices[:, some].to(torch.int64)
+        gathered = dense.gather(1, index.flatten(1)).view(index.shape)
+        total[some] += (gathered * values[:, some].to(total.dtype)).sum(dim=(0, 2))
 
 
 def _chunks(blocks: int, entries: int) -> list[slice]:

@@ -15,8 +15,9 @@ class SparseGGT(EFCP):
     """Full-matrix AdaGrad over a window of Top-k gradients with error feedback (arXiv 2306.06098, 1806.02958).
 
     `u = ((sum_i beta2^(2 age_i) row_i row_i^T)^(1/2) + eps I)^-1 row_t`; see `EFCP` for the step and for what groups
-    may set. An update has a norm near 1 at any `num_grads` and any scale of the gradients, so that the learning rate
-    is the distance that a step moves all parameters together: of the order of 0.1, not of 1e-4.
+    may set. An update is at most 1 long, and about that for rows that differ and are much longer than `eps`, at any
+    `num_grads` and scale of the gradients: the learning rate is the distance that a step moves all parameters together,
+    of the order of 0.1, not of 1e-4. A row shorter than 1e-6 of the longest in the window makes no update.
 
     Bytes per parameter: as `SparseMFAC`.
 
