@@ -35,7 +35,7 @@ class DenseMFAC(EFCP):
     def __init__(
         self,
         params: ParamsT,
-        lr: float = 5e-4,
+        lr: float = 4e-3,
         *,
         num_grads: int = 32,
         damp: Schedule = 1e-5,

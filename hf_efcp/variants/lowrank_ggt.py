@@ -45,7 +45,7 @@ class LowRankGGT(EFCP):
         params: ParamsT,
         lr: float = 0.1,
         *,
-        num_grads: int = 256,
+        num_grads: int = 32,
         rank: int = 4,
         eps: Schedule = 1e-4,
         beta1: float = 0.0,

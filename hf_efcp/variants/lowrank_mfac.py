@@ -45,9 +45,9 @@ class LowRankMFAC(EFCP):
     def __init__(
         self,
         params: ParamsT,
-        lr: float = 5e-4,
+        lr: float = 4e-3,
         *,
-        num_grads: int = 256,
+        num_grads: int = 32,
         rank: int = 4,
         damp: Schedule = 1e-5,
         value_dtype: torch.dtype = torch.bfloat16,

@@ -49,7 +49,7 @@ class MicroAdam(EFCP):
     def __init__(
         self,
         params: ParamsT,
-        lr: float = 1e-4,
+        lr: float = 3e-4,
         *,
         num_grads: int = 10,
         density: float = 0.01,

@@ -50,7 +50,7 @@ class SparseGGT(EFCP):
         params: ParamsT,
         lr: float = 0.1,
         *,
-        num_grads: int = 256,
+        num_grads: int = 32,
         density: float = 0.01,
         eps: Schedule = 1e-4,
         beta1: float = 0.0,
