@@ -1,0 +1,42 @@
+"""Every optimizer by its name trains a model through the Trainer: the loss falls, and every tensor moves."""
+
+import pytest
+import torch
+from tiny import arguments, parameters, tiny_bert, toy_rows, train
+
+from hf_efcp import OPTIMIZERS, EFCPTrainer
+
+# A tiny model wants larger windows' entries and rates than the defaults, which were measured on a pretrained BERT.
+SETTINGS = {
+    "sparse_mfac": (5e-3, "num_grads=16,density=0.1"),
+    "sparse_ggt": (0.1, "num_grads=16,density=0.1"),
+    "dense_mfac": (5e-3, "num_grads=16"),
+    "dense_ggt": (0.1, "num_grads=16"),
+    "lowrank_mfac": (5e-3, "num_grads=16,rank=2"),
+    "lowrank_ggt": (0.1, "num_grads=16,rank=2"),
+    "sparse_adagrad": (1e-2, "density=0.1"),
+    "microadam": (3e-3, "density=0.1"),
+}
+
+
+def loss_of(model, rows, folder):
+    return EFCPTrainer(model=model, args=arguments(folder, optim="sparse_mfac")).evaluate(rows)["eval_loss"]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_loss_falls_and_every_tensor_moves(name, tmp_path):
+    rows = toy_rows(128)
+    model = tiny_bert()
+    before, loss = parameters(model), loss_of(model, rows, tmp_path)
+    rate, options = SETTINGS[name]
+    train(
+        arguments(
+            tmp_path, optim=name, optim_args=options, learning_rate=rate, max_steps=80, warmup_steps=0.1,
+            per_device_train_batch_size=16,
+        ),
+        model,
+        rows,
+    )  # fmt: skip
+    assert loss_of(model, rows, tmp_path) < 0.8 * loss
+    still = [key for key, value in parameters(model).items() if torch.equal(value, before[key])]
+    assert not still
