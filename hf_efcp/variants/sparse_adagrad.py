@@ -40,7 +40,7 @@ class SparseAdaGrad(EFCP):
     def __init__(
         self,
         params: ParamsT,
-        lr: float = 1e-2,
+        lr: float = 1e-3,
         *,
         density: float = 0.01,
         eps: float = 1e-10,
