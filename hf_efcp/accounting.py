@@ -14,6 +14,7 @@ _PART = {
     "indices": "indices",
     "error": "error",
     "momentum": "momentum",
+    "squares": "momentum",
     "exp": "momentum",
     "step": "momentum",
     "sum": "momentum",

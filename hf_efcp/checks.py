@@ -10,6 +10,7 @@ import torch
 
 from .shards import local
 
+UPDATE_SCALES = ("tensor", "none")
 PARAMETER_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -28,6 +29,9 @@ def check_group(group: Mapping[str, Any], shared: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} must be a finite number of at least 0, got {group[name]}")
     if not 0.0 <= group["momentum"] < 1.0:
         raise ValueError(f"momentum must be in [0, 1), got {group['momentum']}")
+    check_choice("update_scale", group["update_scale"], UPDATE_SCALES)
+    if not (math.isfinite(group["update_rms"]) and group["update_rms"] > 0.0):
+        raise ValueError(f"update_rms must be a finite positive number, got {group['update_rms']}")
     for name, value in shared.items():
         if group[name] != value:
             raise ValueError(

@@ -11,7 +11,7 @@ import torch
 
 from .kernels import Kernels
 from .preconditioners import Moment
-from .windows import State, Window
+from .windows import Slab, State, Window
 
 _FLOAT32 = torch.finfo(torch.float32)
 
@@ -27,6 +27,9 @@ class DiagonalPreconditioner:
     def allocate(self, shape: torch.Size, device: torch.device | str) -> State:
         """Nothing: all it needs is the window."""
         return {}
+
+    def observe(self, moment: Moment, window: Window, state: State, shape: torch.Size, kernels: Kernels) -> None:
+        """Nothing: all it needs is the window."""
 
     def plan_outside(self, gram: torch.Tensor, products: torch.Tensor, moment: Moment) -> Any:
         """Refuse: the rule is made of the window's rows, entry by entry.
@@ -91,7 +94,8 @@ class AdamMoments(DiagonalPreconditioner):
         shape: torch.Size,
         kernels: Kernels,
         base: torch.Tensor | None,
-    ) -> Iterator[tuple[slice, torch.Tensor]]:
+        start: int = 0,
+    ) -> Iterator[Slab]:
         """`u = m / (sqrt(v) + eps)`, slab by slab.
 
         Args:
@@ -101,12 +105,13 @@ class AdamMoments(DiagonalPreconditioner):
             shape: Shape of the parameter.
             kernels: The backend.
             base: Not used.
+            start: Where an earlier slab ended: leave out everything before.
 
         Yields:
             Where the slab goes in the flattened parameter, and its entries in float32.
         """
-        first = window.combine(state, shape, plan[0], kernels)
-        second = window.combine(state, shape, plan[1], kernels, squared=True)
+        first = window.combine(state, shape, plan[0], kernels, start=start)
+        second = window.combine(state, shape, plan[1], kernels, squared=True, start=start)
         for (span, m), (_, v) in zip(first, second, strict=True):
             yield span, m.div_(_root_(v).add_(self.eps))
 
@@ -141,6 +146,21 @@ class AdaGradSum(DiagonalPreconditioner):
         """
         return {"sum": torch.zeros(shape, dtype=torch.float32, device=device)}
 
+    def observe(self, moment: Moment, window: Window, state: State, shape: torch.Size, kernels: Kernels) -> None:
+        """`s += row^2`.
+
+        Args:
+            moment: Where the window stands.
+            window: The window.
+            state: The parameter's tensors; `sum` is updated.
+            shape: Shape of the parameter.
+            kernels: The backend.
+        """
+        total = state["sum"].view(-1)
+        for span, squares in window.combine(state, shape, self.plan(None, moment), kernels, squared=True):
+            # A square beyond float32 saturates: infinity in the state would be there for ever.
+            total[span].add_(squares).clamp_(max=_FLOAT32.max)
+
     def plan(self, gram: torch.Tensor | None, moment: Moment) -> torch.Tensor:
         """The coefficients that pick the newest row.
 
@@ -163,26 +183,26 @@ class AdaGradSum(DiagonalPreconditioner):
         shape: torch.Size,
         kernels: Kernels,
         base: torch.Tensor | None,
-    ) -> Iterator[tuple[slice, torch.Tensor]]:
-        """`s += row^2`, `u = row / (sqrt(s) + eps)`, slab by slab.
+        start: int = 0,
+    ) -> Iterator[Slab]:
+        """`u = row / (sqrt(s) + eps)`, slab by slab; `s` has the row already.
 
         Args:
             plan: The coefficients.
             window: The window.
-            state: The parameter's tensors; `sum` is updated.
+            state: The parameter's tensors.
             shape: Shape of the parameter.
             kernels: The backend.
             base: Not used.
+            start: Where an earlier slab ended: leave out everything before.
 
         Yields:
             Where the slab goes in the flattened parameter, and its entries in float32.
         """
-        for span, row in window.combine(state, shape, plan, kernels):
-            total = state["sum"].view(-1)[span]
-            # A square beyond float32 saturates: infinity in the state would be there for ever. As s >= row^2, u is at
-            # most 1 without the clamp as well, unless that has happened.
-            total.add_(row * row).clamp_(max=_FLOAT32.max)
-            yield span, row.div_(_root_(total.clone()).add_(self.eps)).clamp_(-1.0, 1.0)
+        for span, row in window.combine(state, shape, plan, kernels, start=start):
+            root = _root_(state["sum"].view(-1)[span].clone())
+            # As s >= row^2, u is at most 1 without the clamp as well, unless the sum has saturated.
+            yield span, row.div_(root.add_(self.eps)).clamp_(-1.0, 1.0)
 
 
 def _root_(squares: torch.Tensor) -> torch.Tensor:

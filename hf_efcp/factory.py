@@ -243,7 +243,7 @@ def _bool(text: str) -> bool:
 
 _PARSERS: dict[Any, tuple[str, Callable[[str], Any]]] = {
     bool: ("true or false", _bool),
-    Schedule: ("a number", float),
+    Schedule | None: ("a number", float),
     int: ("an integer", int),
     float: ("a number", float),
     str: ("a name", str),

@@ -11,7 +11,7 @@ import torch
 
 from .kernels import Kernels, pool, widest
 from .threads import one_thread
-from .windows import DenseWindow, State
+from .windows import DenseWindow, Slab, State
 
 # A row of a window: views of `P^T` and `Q^T`, or of the flat row of a parameter that is kept whole.
 Row = tuple[torch.Tensor, torch.Tensor] | torch.Tensor
@@ -283,7 +283,8 @@ class LowRankWindow:
         base: torch.Tensor | None = None,
         scale: float = 0.0,
         squared: bool = False,
-    ) -> Iterator[tuple[slice, torch.Tensor]]:
+        start: int = 0,
+    ) -> Iterator[Slab]:
         """`scale x + G^T c`, slab by slab, so that no temporary of the parameter's size exists.
 
         Args:
@@ -294,6 +295,7 @@ class LowRankWindow:
             base: `x`, in the parameter's shape, float32, contiguous; zero without it.
             scale: Factor of `base`.
             squared: Refused.
+            start: Where an earlier slab ended: leave out everything before.
 
         Returns:
             Where each slab goes in the flattened parameter, and its entries in float32.
@@ -307,18 +309,20 @@ class LowRankWindow:
                 "the compressor, or MFAC or GGT as the preconditioner"
             )
         if "values" in state:
-            return self._whole.combine(state, shape, coefficients, kernels, base=base, scale=scale)
-        return self._combine(state, coefficients, base, scale)
+            return self._whole.combine(state, shape, coefficients, kernels, base=base, scale=scale, start=start)
+        return self._combine(state, coefficients, base, scale, start)
 
     @staticmethod
     def _combine(
-        state: State, coefficients: torch.Tensor, base: torch.Tensor | None, scale: float
-    ) -> Iterator[tuple[slice, torch.Tensor]]:
+        state: State, coefficients: torch.Tensor, base: torch.Tensor | None, scale: float, start: int
+    ) -> Iterator[Slab]:
         rank, (height, width), wide = _layout(state)
         device = state["left"].device
         P, Q = (state[name][: len(coefficients)].flatten(0, 1) for name in ("left", "right"))
         c = coefficients.to(device, wide).repeat_interleave(rank)[:, None]
         for slab in _cuts(height, max(1, _SLAB // width)):
+            if slab.start * width < start:
+                continue
             out = torch.empty(slab.stop - slab.start, width, dtype=torch.float32, device=device)
             x = None if base is None else base.view(height, width)[slab]
             _weighted_product(P[:, slab], c, Q, x, scale, out)

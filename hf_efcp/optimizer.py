@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any, overload
 
 import torch
 from torch.optim.optimizer import ParamsT
 
-from . import adamw, checks, shards
+from . import adamw, checks, shards, step_size
 from .accounting import count_bytes
 from .compressors import Compressor
 from .errors import error_store
@@ -17,9 +19,11 @@ from .kernels import Kernels, check_name, choose, widest
 from .preconditioners import Moment, Preconditioner
 from .shards import is_sharded, local
 from .sites import Group, Member, Site, apply_updates, gradient_of, joint_shape, spans, split_updates
+from .step_size import Updates
 from .threads import one_thread
+from .windows import Slab
 
-FORMAT = 1  # of the state; a checkpoint says which it has
+FORMAT = 2  # of the state; a checkpoint says which it has
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
@@ -36,9 +40,15 @@ class EFCP(torch.optim.Optimizer):
         v_t   = momentum v_t-1 + u_t    heavy ball on the update
         theta <- (1 - lr weight_decay) theta - lr v_t
 
-    Parameter groups may set `lr`, `weight_decay`, `decoupled_weight_decay`, `momentum` and `preconditioned`; all else
-    is one value for the optimizer, because the preconditioner is one matrix over all groups. `preconditioned=False`
-    steps a group as `torch.optim.AdamW` would (betas 0.9 and 0.999, eps 1e-8) at the group's own learning rate.
+    With `update_scale="tensor"` the preconditioner decides the direction of `u_t` and the gradients its length, tensor
+    by tensor: `|u| = update_rms sqrt(n) |g| / sqrt(v)`, `v` the mean of `|g|^2` over the past with weights `0.999^age`
+    (`hf_efcp/step_size.py` says why). Learning rates are then those of AdamW, whatever the window, the dampening and
+    the scale of the gradients. `"none"` takes `u_t` as it is, as the paper does.
+
+    Parameter groups may set `lr`, `weight_decay`, `decoupled_weight_decay`, `momentum`, `update_scale`, `update_rms`
+    and `preconditioned`; all else is one value for the optimizer, because the preconditioner is one matrix over all
+    groups. `preconditioned=False` steps a group as `torch.optim.AdamW` would (betas 0.9 and 0.999, eps 1e-8) at the
+    group's own learning rate.
 
     Arithmetic is float32, the Gram matrix and every sum over rows float64. A parameter without a gradient is neither
     decayed nor moved, its row is zero and its error kept; a step in which no parameter has a gradient does nothing.
@@ -59,6 +69,9 @@ class EFCP(torch.optim.Optimizer):
         weight_decay: Weight decay, at least 0.
         decoupled_weight_decay: True shrinks the parameters (AdamW's way); False adds `weight_decay * theta` to the
             gradient before the accumulator (L2 regularisation).
+        update_scale: "tensor" for a length per tensor, "none" for the preconditioner's own.
+        update_rms: Root mean square of the update of a tensor whose gradient is as long as in the past, positive;
+            without effect on "none".
         precondition: What `P(G)^-1` is applied to: "row", the compressed row, or "gradient", the dense gradient.
         scope: "model", one preconditioner over all parameters, or "layer", one for each parameter.
         error_dtype: How the error is kept.
@@ -84,6 +97,8 @@ class EFCP(torch.optim.Optimizer):
         momentum: float = 0.0,
         weight_decay: float = 0.0,
         decoupled_weight_decay: bool = True,
+        update_scale: str = "none",
+        update_rms: float = 1.0,
         precondition: str = "row",
         scope: str = "model",
         error_dtype: torch.dtype = torch.float32,
@@ -122,6 +137,8 @@ class EFCP(torch.optim.Optimizer):
             "momentum": momentum,
             "weight_decay": weight_decay,
             "decoupled_weight_decay": decoupled_weight_decay,
+            "update_scale": update_scale,
+            "update_rms": update_rms,
             "preconditioned": True,
             "skipped_steps": 0,
             "efcp_format": FORMAT,
@@ -219,7 +236,8 @@ class EFCP(torch.optim.Optimizer):
         states = [self._fresh(member, "meta") for member in trainable]
         for member, state in zip(trainable, states, strict=True):
             if is_sharded(member.param) and member.group["preconditioned"]:
-                state.update({name: tensor[:1] for name, tensor in state.items()})  # this rank's row
+                own = {name: tensor[:1] for name, tensor in state.items() if name != "squares"}
+                state.update(own)  # this rank's row
         units = [member for member in trainable if member.group["preconditioned"]]
         keepers = len(units) if self._structure["scope"] == "layer" else min(1, len(units))
         return count_bytes([*states, *(self._fresh_keeper(units, "meta") for _ in range(keepers))])
@@ -284,7 +302,7 @@ class EFCP(torch.optim.Optimizer):
         for sites, _, length in plans:
             self._check_length(sites, length)
         for sites, plan, _ in plans:
-            self._move(sites, plan, preconditioner, kernels)
+            self._move(sites, plan, preconditioner, kernels, processes)
         return True
 
     def _step_excluded(self) -> None:
@@ -330,6 +348,8 @@ class EFCP(torch.optim.Optimizer):
         if not member.group["preconditioned"]:
             return adamw.allocate(member.param, device)
         state = shards.allocate(member.param, self._maker(member), device)
+        if member.group["update_scale"] == "tensor":
+            state["squares"] = step_size.allocate(device)
         return {"entries": member.param.numel(), **state} if self._joint else state
 
     def _maker(self, member: Member) -> shards.Maker:
@@ -372,8 +392,11 @@ class EFCP(torch.optim.Optimizer):
                     # With a parameter, since a checkpoint keeps nothing that no parameter owns.
                     fresh |= self._fresh_keeper(preconditioned, param.device)
                 state.update(fresh)  # all of it or, if memory runs out, nothing
-            elif group["preconditioned"] and group["momentum"] and "momentum" not in state:
-                state.update(shards.allocate(param, _momentum, param.device))
+            elif group["preconditioned"]:  # what was switched on since
+                if group["momentum"] and "momentum" not in state:
+                    state.update(shards.allocate(param, _momentum, param.device))
+                if group["update_scale"] == "tensor" and "squares" not in state:
+                    state["squares"] = step_size.allocate(param.device)
 
     def _keeper(self, members: Iterable[Member]) -> dict[str, Any]:
         """The state that holds what a unit has in common; empty before the first step."""
@@ -431,6 +454,7 @@ class EFCP(torch.optim.Optimizer):
                 self._window.clear(site.state, site.shape, moment.newest)
             else:
                 self._push(site, moment, kernels)
+                preconditioner.observe(moment, self._window, site.state, site.shape, kernels)
                 present.append(site)
         gram = None
         if preconditioner.uses_gram:
@@ -460,21 +484,46 @@ class EFCP(torch.optim.Optimizer):
         """Refuse an update that may not fit the parameters: without dampening it is as long as a row is short."""
         for group, param in ((member.group, member.param) for site in sites for member in site.members):
             velocity = length / (1.0 - group["momentum"])
+            if group["update_scale"] == "tensor":
+                longest = group["update_rms"] * math.sqrt(param.numel()) * step_size.LONGEST
+                velocity = longest / (1.0 - group["momentum"])
             largest = torch.finfo(param.dtype).max
-            if not (velocity <= _FLOAT32_MAX and float(group["lr"]) * velocity <= largest):
+            if not (max(length, velocity) <= _FLOAT32_MAX and float(group["lr"]) * velocity <= largest):
                 raise ValueError(
                     f"the update has length {length:.3g}, which with lr {float(group['lr']):g} may be beyond "
                     f"{param.dtype} ({largest:.3g}) in {self._name(param)}; no parameter was moved, and the gradient "
                     "is in the window. Use a larger damp or eps, or a lower learning rate"
                 )
 
-    def _move(self, sites: list[Site], plan: Any, preconditioner: Preconditioner, kernels: Kernels) -> None:
+    def _move(
+        self,
+        sites: list[Site],
+        plan: Any,
+        preconditioner: Preconditioner,
+        kernels: Kernels,
+        processes: torch.distributed.ProcessGroup | None,
+    ) -> None:
         """Move the parameters that share a plan."""
         for site in sites:
             base = gradient_of(site) if self._precondition_gradient else None
-            updates = preconditioner.updates(plan, self._window, site.state, site.shape, kernels, base)
+            updates = partial(preconditioner.updates, plan, self._window, site.state, site.shape, kernels, base)
             for member, part in split_updates(site, updates):
-                apply_updates(member, self.state[member.param] if self._joint else site.state, part)
+                factor, slabs = self._sized(member, part, processes)
+                apply_updates(member, self.state[member.param] if self._joint else site.state, slabs, factor)
+
+    def _sized(
+        self, member: Member, updates: Updates, processes: torch.distributed.ProcessGroup | None
+    ) -> tuple[float, Iterable[Slab]]:
+        """An update, and what it is multiplied by."""
+        group, param = member.group, member.param
+        if group["update_scale"] == "none":
+            return 1.0, updates(0)
+        length, slabs = step_size.measured(updates)
+        gradient = gradient_of(Site({}, local(param).shape, [member]))
+        squares = torch.tensor([length, step_size.squared(gradient)], dtype=torch.float64)
+        squares = shards.all_reduce(squares, processes, param.device)
+        memory = self.state[param]["squares"]
+        return step_size.factor(memory, float(squares[0]), float(squares[1]), param.numel(), group["update_rms"]), slabs
 
     def _push(self, site: Site, moment: Moment, kernels: Kernels) -> None:
         """Compress a gradient into the window."""
@@ -495,8 +544,9 @@ class EFCP(torch.optim.Optimizer):
         self._errors.save(state, error, moment.steps, site.members[0].position, kernels)
 
     def _check_saved(self, saved: dict[str, Any], member: Member, trained: list[Member]) -> None:
-        expected = self._fresh(member._replace(group={**member.group, "momentum": 1.0}), "meta")
-        own = set(expected) - {"step"}
+        optional = {"momentum": 1.0, "update_scale": "tensor"}
+        expected = self._fresh(member._replace(group={**member.group, **optional}), "meta")
+        own = set(expected) - {"step", "squares"}
         if member.group["preconditioned"]:
             expected |= {name: v for name, v in self._fresh_keeper(trained, "meta").items() if name in saved}
         name = self._name(member.param)
@@ -507,7 +557,7 @@ class EFCP(torch.optim.Optimizer):
                 f"the checkpoint's state of {name} is whole, but the parameter is sharded: load it with "
                 "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
             )
-        checks.check_tensors(saved, expected, {"momentum"}, name)
+        checks.check_tensors(saved, expected, {"momentum", "squares"}, name)
         if member.group["preconditioned"] and not self._joint:
             view = shards.view(saved, member.param, self._maker(member))
             self._window.check(view, local(member.param).shape, name)
@@ -531,4 +581,4 @@ def _copy(name: str, value: Any, param: torch.Tensor) -> Any:
     """A copy of a saved value, on the device where it belongs."""
     if not isinstance(value, torch.Tensor):
         return value
-    return value.detach().to("cpu" if name in ("gram", "step") else param.device, copy=True)
+    return value.detach().to("cpu" if name in ("gram", "squares", "step") else param.device, copy=True)

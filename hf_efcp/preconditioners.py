@@ -16,7 +16,7 @@ import torch
 
 from .kernels import Kernels
 from .threads import one_thread
-from .windows import State, Window
+from .windows import Slab, State, Window
 
 # Eigenvalues below this fraction of the largest are rounding of zero: the combination of a null vector is zero.
 _NULL = 1e-12
@@ -85,6 +85,9 @@ class Preconditioner(Protocol):
     def allocate(self, shape: torch.Size, device: torch.device | str) -> State:
         """Tensors of its own that it keeps for a parameter, by their names in the state."""
 
+    def observe(self, moment: Moment, window: Window, state: State, shape: torch.Size, kernels: Kernels) -> None:
+        """Update what it keeps for a parameter, once the newest row is in the window."""
+
     def plan(self, gram: torch.Tensor | None, moment: Moment) -> Any:
         """What is common to all parameters, from the Gram matrix (None unless `uses_gram`)."""
 
@@ -99,8 +102,12 @@ class Preconditioner(Protocol):
         shape: torch.Size,
         kernels: Kernels,
         base: torch.Tensor | None,
-    ) -> Iterator[tuple[slice, torch.Tensor]]:
-        """The update of a parameter, slab by slab of the flattened parameter; `base` is `x`."""
+        start: int = 0,
+    ) -> Iterator[Slab]:
+        """The update of a parameter, slab by slab from `start`, where an earlier slab ended; `base` is `x`.
+
+        May be asked for twice in a step: it changes nothing.
+        """
 
 
 class GramPreconditioner:
@@ -143,6 +150,9 @@ class GramPreconditioner:
         """Nothing: all it needs is the Gram matrix."""
         return {}
 
+    def observe(self, moment: Moment, window: Window, state: State, shape: torch.Size, kernels: Kernels) -> None:
+        """Nothing: it keeps nothing."""
+
     def plan(self, gram: torch.Tensor | None, moment: Moment) -> Combination:
         """The coefficients for the newest row."""
         assert gram is not None  # uses_gram
@@ -162,9 +172,10 @@ class GramPreconditioner:
         shape: torch.Size,
         kernels: Kernels,
         base: torch.Tensor | None,
-    ) -> Iterator[tuple[slice, torch.Tensor]]:
+        start: int = 0,
+    ) -> Iterator[Slab]:
         """`scale x + G^T c`."""
-        return window.combine(state, shape, plan.coefficients, kernels, base=base, scale=plan.scale)
+        return window.combine(state, shape, plan.coefficients, kernels, base=base, scale=plan.scale, start=start)
 
 
 @dataclass(frozen=True)
@@ -175,19 +186,24 @@ class MFAC(GramPreconditioner):
     window's capacity `m`, also while it fills: rows that were not written yet are zero.
 
     Args:
-        damp: Dampening `lambda`, at least 0. Where `n lambda` is lost in the rounding of `K` (0, for one), directions
-            in which the window has no curvature are left out, as in a pseudo-inverse.
+        damp: Dampening, at least 0, in the units of a squared gradient: the paper's `lambda`.
+        relative_damp: Dampening as a fraction of the mean eigenvalue that a row brings, at least 0: `lambda = damp +
+            relative_damp mean(diag K) / n`. With `damp` 0, the update of gradients that are all scaled by s is scaled
+            by 1 / s and does not turn. Where `n lambda` is lost in the rounding of `K` (0, for one), directions in
+            which the window has no curvature are left out, as in a pseudo-inverse.
         divide_by: "capacity" for `n = m`, or "rows" for the number of rows present while the window fills.
 
     Raises:
-        ValueError: `damp` is negative or not finite, or `divide_by` is neither.
+        ValueError: A dampening is negative or not finite, or `divide_by` is neither.
     """
 
     damp: float = 1e-5
+    relative_damp: float = 0.0
     divide_by: str = "capacity"
 
     def __post_init__(self) -> None:
         _check_at_least_zero("damp", self.damp)
+        _check_at_least_zero("relative_damp", self.relative_damp)
         if self.divide_by not in ("capacity", "rows"):
             raise ValueError(f'divide_by must be "capacity" or "rows", got {self.divide_by!r}')
 
@@ -199,16 +215,23 @@ class MFAC(GramPreconditioner):
 
     def outside(self, gram: torch.Tensor, products: torch.Tensor, moment: Moment) -> Combination:
         """`u = (x - G^T (n lambda I + K)^-1 G x) / lambda`; see the base class."""
-        if self.damp == 0.0:
+        damp = self._shift(gram, moment) / self._divisor(moment)
+        if self.damp == self.relative_damp == 0.0:
             raise ValueError('precondition="gradient" divides by damp, which is 0: use a positive number')
-        return Combination(-self._solve(gram, products, moment) / self.damp, 1.0 / self.damp)
+        if damp == 0.0:  # relative to rows that are all zero
+            return Combination(torch.zeros_like(products))
+        return Combination(-self._solve(gram, products, moment) / damp, 1.0 / damp)
 
     def _divisor(self, moment: Moment) -> int:
         return moment.capacity if self.divide_by == "capacity" else moment.rows
 
+    def _shift(self, gram: torch.Tensor, moment: Moment) -> float:
+        """`n lambda`."""
+        return self._divisor(moment) * self.damp + self.relative_damp * float(gram.diagonal().mean())
+
     def _solve(self, gram: torch.Tensor, target: torch.Tensor, moment: Moment) -> torch.Tensor:
         """`(n lambda I + K)^-1 target`, by Cholesky, or by `eigh` where the matrix is singular in float64."""
-        shift = self._divisor(moment) * self.damp
+        shift = self._shift(gram, moment)
         if shift > _NULL * float(gram.trace()):
             damped = gram.clone()
             damped.diagonal().add_(shift)
@@ -232,7 +255,10 @@ class GGT(GramPreconditioner):
     Directions in which the window has nothing (`mu <= 1e-12 mu_max`) are left out.
 
     Args:
-        eps: `eps`, positive; in the units of a gradient.
+        eps: Dampening, at least 0, in the units of a gradient: the paper's `eps`.
+        relative_eps: Dampening as a fraction of the root mean square length of a row, at least 0; `eps + relative_eps
+            sqrt(mean(diag K))` takes the place of `eps`. With `eps` 0, the update of gradients that are all scaled by s
+            stays the same.
         beta1: Momentum on the gradient, in [0, 1); 0 is none.
         beta2: Decay of a row's weight with its age, in (0, 1]; 1 is none. At least `beta1`, or old rows would count in
             the momentum that the matrix has forgotten.
@@ -242,12 +268,15 @@ class GGT(GramPreconditioner):
     """
 
     eps: float = 1e-4
+    relative_eps: float = 0.0
     beta1: float = 0.0
     beta2: float = 1.0
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.eps) and self.eps > 0.0):
-            raise ValueError(f"eps must be a finite positive number, got {self.eps}")
+        _check_at_least_zero("eps", self.eps)
+        _check_at_least_zero("relative_eps", self.relative_eps)
+        if self.eps == self.relative_eps == 0.0:
+            raise ValueError("eps must be a finite positive number, unless relative_eps is one; got 0.0")
         if not 0.0 <= self.beta1 < 1.0:
             raise ValueError(f"beta1 must be in [0, 1), got {self.beta1}")
         if not max(self.beta1, 0.0) <= self.beta2 <= 1.0 or self.beta2 == 0.0:
@@ -257,7 +286,7 @@ class GGT(GramPreconditioner):
         """`c = W f(K_w) W^-1 a`; see the base class."""
         ages = moment.ages()
         weights, spectrum, vectors = self._decompose(gram, ages)
-        inverse = torch.where(_present(spectrum), 1.0 / (spectrum.clamp(min=0.0).sqrt() + self.eps), 0.0)
+        inverse = torch.where(_present(spectrum), 1.0 / (spectrum.clamp(min=0.0).sqrt() + self._eps(gram)), 0.0)
         # W^-1 a in one power: apart, both factors underflow for old rows.
         target = (1.0 - self.beta1) * (self.beta1 / self.beta2) ** ages
         coefficients: torch.Tensor = weights * (vectors @ (inverse * (vectors.T @ target)))
@@ -269,9 +298,15 @@ class GGT(GramPreconditioner):
             raise ValueError('beta1 is momentum over the window\'s rows: with precondition="gradient" it must be 0')
         weights, spectrum, vectors = self._decompose(gram, moment.ages())
         roots = spectrum.clamp(min=0.0).sqrt()
-        inverse = torch.where(_present(spectrum), 1.0 / (roots * (roots + self.eps)), 0.0)
+        eps = self._eps(gram)
+        if eps == 0.0:  # relative to rows that are all zero
+            return Combination(torch.zeros_like(products))
+        inverse = torch.where(_present(spectrum), 1.0 / (roots * (roots + eps)), 0.0)
         coefficients = weights * (vectors @ (inverse * (vectors.T @ (weights * products))))
-        return Combination(-coefficients / self.eps, 1.0 / self.eps)
+        return Combination(-coefficients / eps, 1.0 / eps)
+
+    def _eps(self, gram: torch.Tensor) -> float:
+        return self.eps + self.relative_eps * math.sqrt(float(gram.diagonal().mean()))
 
     def _decompose(self, gram: torch.Tensor, ages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         weights = self.beta2**ages

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 
 from .shards import local
+from .step_size import Updates
+from .windows import Slab
 
 Group = dict[str, Any]
 
@@ -56,21 +58,20 @@ def gradient_of(site: Site) -> torch.Tensor:
     return parts[0].view(site.shape) if len(parts) == 1 else torch.cat([part.view(-1) for part in parts])
 
 
-def split_updates(
-    site: Site, updates: Iterable[tuple[slice, torch.Tensor]]
-) -> Iterator[tuple[Member, Iterable[tuple[slice, torch.Tensor]]]]:
+def split_updates(site: Site, updates: Updates) -> Iterator[tuple[Member, Updates]]:
     """The updates of each parameter that has a gradient."""
     if len(site.members) == 1:
         yield site.members[0], updates
         return
-    whole = torch.cat([update for _, update in updates])
+    whole = torch.cat([update for _, update in updates(0)])
     for member, span in spans(site):
         if member.param.grad is not None:
-            yield member, [(slice(0, member.param.numel()), whole[span])]
+            part = [(slice(0, member.param.numel()), whole[span])]
+            yield member, lambda start, part=part: part  # type: ignore[misc]
 
 
-def apply_updates(member: Member, state: dict[str, Any], updates: Iterable[tuple[slice, torch.Tensor]]) -> None:
-    """`theta <- (1 - lr weight_decay) theta - lr v`, slab by slab of the flattened parameter."""
+def apply_updates(member: Member, state: dict[str, Any], updates: Iterable[Slab], factor: float) -> None:
+    """`v <- momentum v + factor u`, `theta <- (1 - lr weight_decay) theta - lr v`, slab by slab of the parameter."""
     group, param = member.group, local(member.param)
     lr = float(group["lr"])
     keep = 1.0 - lr * group["weight_decay"] if group["decoupled_weight_decay"] else 1.0
@@ -80,9 +81,9 @@ def apply_updates(member: Member, state: dict[str, Any], updates: Iterable[tuple
     flat = theta.view(-1)
     for span, update in updates:
         if group["momentum"]:
-            update = state["momentum"].view(-1)[span].mul_(group["momentum"]).add_(update)
+            update = state["momentum"].view(-1)[span].mul_(group["momentum"]).add_(update, alpha=factor)
         if keep != 1.0:
             flat[span].mul_(keep)
-        flat[span].add_(update, alpha=-lr)
+        flat[span].add_(update, alpha=-lr if group["momentum"] else -lr * factor)
     if not in_place:
         param.copy_(theta)

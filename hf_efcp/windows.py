@@ -17,6 +17,8 @@ from .kernels import Kernels, pool, widest
 State = dict[str, torch.Tensor]
 # One row of a sparse window, piece by piece: the piece, its indices and its values, both `(blocks, kept)` views.
 Row = list[tuple[Piece, torch.Tensor, torch.Tensor]]
+# A part of an update: where it goes in the flattened parameter, and its entries in float32.
+Slab = tuple[slice, torch.Tensor]
 
 _SLAB = 1 << 20  # entries of an update that exist at a time
 _TILE = 1 << 17  # entries of a dense window that exist in float64 at a time, on each thread
@@ -55,8 +57,12 @@ class Window(Protocol):
         base: torch.Tensor | None = None,
         scale: float = 0.0,
         squared: bool = False,
-    ) -> Iterator[tuple[slice, torch.Tensor]]:
-        """`scale x + G^T c`, slab by slab: where it goes in the flattened parameter, and its entries in float32."""
+        start: int = 0,
+    ) -> Iterator[Slab]:
+        """`scale x + G^T c`, slab by slab: where it goes in the flattened parameter, and its entries in float32.
+
+        With `start`, where an earlier slab ended, only the slabs behind it.
+        """
 
 
 @dataclass(frozen=True)
@@ -193,7 +199,8 @@ class SparseWindow:
         base: torch.Tensor | None = None,
         scale: float = 0.0,
         squared: bool = False,
-    ) -> Iterator[tuple[slice, torch.Tensor]]:
+        start: int = 0,
+    ) -> Iterator[Slab]:
         """`scale x + G^T c`, slab by slab, so that no temporary of the parameter's size exists.
 
         Args:
@@ -204,6 +211,7 @@ class SparseWindow:
             base: `x`, in the parameter's shape, float32, contiguous; zero without it.
             scale: Factor of `base`.
             squared: Take the squares of the rows' entries.
+            start: Where an earlier slab ended: leave out everything before.
 
         Yields:
             Where the slab goes in the flattened parameter, and its entries in float32.
@@ -213,6 +221,9 @@ class SparseWindow:
             x = None if base is None else piece.of(base.view(-1))
             for begin in range(0, piece.blocks, step):
                 end = min(begin + step, piece.blocks)
+                first = piece.start + begin * piece.length
+                if first < start:
+                    continue
                 out = torch.empty(end - begin, piece.length, dtype=torch.float32, device=values.device)
                 kernels.combine(
                     indices[begin:end],
@@ -223,8 +234,7 @@ class SparseWindow:
                     scale=scale,
                     squared=squared,
                 )
-                start = piece.start + begin * piece.length
-                yield slice(start, start + out.numel()), out.view(-1)
+                yield slice(first, first + out.numel()), out.view(-1)
 
     def _pieces(self, shape: torch.Size) -> tuple[Piece, ...]:
         return cut(shape.numel(), self.block_size, self.density)
@@ -343,7 +353,8 @@ class DenseWindow:
         base: torch.Tensor | None = None,
         scale: float = 0.0,
         squared: bool = False,
-    ) -> Iterator[tuple[slice, torch.Tensor]]:
+        start: int = 0,
+    ) -> Iterator[Slab]:
         """`scale x + G^T c`, slab by slab, as in `SparseWindow.combine`.
 
         Args:
@@ -354,6 +365,7 @@ class DenseWindow:
             base: `x`, in the parameter's shape, float32, contiguous; zero without it.
             scale: Factor of `base`.
             squared: Take the squares of the rows' entries.
+            start: Where an earlier slab ended: leave out everything before.
 
         Yields:
             Where the slab goes in the flattened parameter, and its entries in float32.
@@ -362,15 +374,15 @@ class DenseWindow:
         wide, step = widest(values.device), max(1, _TILE // coefficients.shape[0])
         c = coefficients.to(values.device, wide)
         x = None if base is None else base.view(-1)
-        for start in range(0, shape.numel(), _SLAB):
-            span = slice(start, min(start + _SLAB, shape.numel()))
+        for first in range(start, shape.numel(), _SLAB):
+            span = slice(first, min(first + _SLAB, shape.numel()))
             out = torch.empty(span.stop - span.start, dtype=torch.float32, device=values.device)
 
-            def work(index: int, begin: int, end: int, start: int = start, out: torch.Tensor = out) -> None:
-                rows = values[:, start + begin : start + end].to(wide)
+            def work(index: int, begin: int, end: int, first: int = first, out: torch.Tensor = out) -> None:
+                rows = values[:, first + begin : first + end].to(wide)
                 total = c @ (rows * rows if squared else rows)
                 if x is not None:
-                    total += scale * x[start + begin : start + end].to(wide)
+                    total += scale * x[first + begin : first + end].to(wide)
                 out[begin:end] = total
 
             pool.run_torch(work, out.numel(), step, values.device)

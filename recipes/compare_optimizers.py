@@ -15,6 +15,7 @@ a result; one that raises an error is tried again at the next start.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import statistics
 import sys
@@ -43,7 +44,7 @@ class Slot:
 
 
 class Comparison:
-    """The runs of a plan, in an order in which every start is loaded once: the search first, then seed by seed.
+    """The runs of a plan, in an order in which every start is loaded once: the search on all tasks first, then seed by seed.
 
     Args:
         plan: the plan.
@@ -57,8 +58,10 @@ class Comparison:
         self.slots: list[Slot] = []
         for bench in self.benches:
             self.slots += [Slot(bench, c, rate, search_seed) for c in plan.contenders for rate in c.learning_rates]
-            others = [seed for seed in seeds if seed != search_seed]
-            self.slots += [Slot(bench, c, None, seed) for seed in others for c in plan.contenders]
+        for bench, seed in itertools.product(self.benches, [seed for seed in seeds if seed != search_seed]):
+            for contender in plan.contenders:
+                rates = contender.learning_rates if plan.comparison.every_rate else (None,)
+                self.slots += [Slot(bench, contender, rate, seed) for rate in rates]
 
     def run(self) -> None:
         """Do every run that is not finished, and print a line for each."""

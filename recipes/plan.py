@@ -33,6 +33,9 @@ class ComparisonArguments(TextArguments):
     tasks: list[str] = dataclasses.field(metadata={"help": "GLUE tasks such as sst2, or rotten_tomatoes"})
     seeds: list[int] = dataclasses.field(metadata={"help": "the seeds that the results are averaged over"})
     search_seed: int = dataclasses.field(default=42, metadata={"help": "the seed that all learning rates are tried on"})
+    every_rate: bool = dataclasses.field(
+        default=False, metadata={"help": "train with every learning rate and every seed, not with the best rate only"}
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ from torch.optim.optimizer import ParamsT
 from ..compressors import Identity
 from ..optimizer import EFCP
 from ..preconditioners import GGT
-from ..schedules import Schedule, split
+from ..schedules import Schedule, dampening
 
 
 class DenseGGT(EFCP):
@@ -18,14 +18,18 @@ class DenseGGT(EFCP):
 
     Args:
         params: Parameters or groups.
-        lr: Learning rate.
+        lr: Learning rate: AdamW's, while `update_scale` is "tensor".
         num_grads: Capacity `m` of the window, in gradients.
-        eps: `eps`, positive, in the units of a gradient; a number, or a function of the number of steps so far.
+        eps: `eps` in the units of a gradient, as in the paper, positive; a number, or a function of the number of steps
+            so far. None, the default, takes `relative_eps`.
+        relative_eps: `eps` without `eps`: a fraction of the root mean square of `|row|` in the window, positive.
         beta1: Momentum on the gradient, over the rows of the window, in [0, 1); at most `beta2`.
         beta2: Decay of a row's weight with its age, in (0, 1].
         momentum: Heavy-ball factor of the update, in [0, 1).
         weight_decay: Weight decay, at least 0.
         decoupled_weight_decay: True for AdamW's decay, False for L2 regularisation.
+        update_scale: "tensor": learning rates are AdamW's; "none": the paper's length.
+        update_rms: Root mean square of an update where `update_scale` is "tensor", positive.
         nonfinite: "raise" an error at a gradient with NaN or infinity, or "skip" the step and count it.
 
     Raises:
@@ -36,18 +40,21 @@ class DenseGGT(EFCP):
     def __init__(
         self,
         params: ParamsT,
-        lr: float = 0.1,
+        lr: float = 5e-5,
         *,
         num_grads: int = 32,
-        eps: Schedule = 1e-4,
+        eps: Schedule | None = None,
+        relative_eps: float = 1e-4,
         beta1: float = 0.0,
         beta2: float = 1.0,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
         decoupled_weight_decay: bool = True,
+        update_scale: str = "tensor",
+        update_rms: float = 1.0,
         nonfinite: str = "raise",
     ) -> None:
-        numbers, schedules = split(eps=eps)
+        numbers, schedules = dampening("eps", eps, relative_eps)
         super().__init__(
             params,
             lr,
@@ -57,6 +64,8 @@ class DenseGGT(EFCP):
             momentum=momentum,
             weight_decay=weight_decay,
             decoupled_weight_decay=decoupled_weight_decay,
+            update_scale=update_scale,
+            update_rms=update_rms,
             schedules=schedules,
             nonfinite=nonfinite,
         )

@@ -8,7 +8,7 @@ from torch.optim.optimizer import ParamsT
 from ..lowrank import LowRank
 from ..optimizer import EFCP
 from ..preconditioners import GGT
-from ..schedules import Schedule, split
+from ..schedules import Schedule, dampening
 
 
 class LowRankGGT(EFCP):
@@ -20,10 +20,12 @@ class LowRankGGT(EFCP):
 
     Args:
         params: Parameters or groups.
-        lr: Learning rate.
+        lr: Learning rate: AdamW's, while `update_scale` is "tensor".
         num_grads: Capacity `m` of the window, in gradients.
         rank: Rank `rho` of a row, at least 1.
-        eps: `eps`, positive, in the units of a gradient; a number, or a function of the number of steps so far.
+        eps: `eps` in the units of a gradient, as in the paper, positive; a number, or a function of the number of steps
+            so far. None, the default, takes `relative_eps`.
+        relative_eps: `eps` without `eps`: a fraction of the root mean square of `|row|` in the window, positive.
         beta1: Momentum on the gradient, over the rows of the window, in [0, 1); at most `beta2`.
         beta2: Decay of a row's weight with its age, in (0, 1].
         value_dtype: How the window stores factors, float32 or bfloat16.
@@ -32,6 +34,8 @@ class LowRankGGT(EFCP):
         momentum: Heavy-ball factor of the update, in [0, 1).
         weight_decay: Weight decay, at least 0.
         decoupled_weight_decay: True for AdamW's decay, False for L2 regularisation.
+        update_scale: "tensor": learning rates are AdamW's; "none": the paper's length.
+        update_rms: Root mean square of an update where `update_scale` is "tensor", positive.
         precondition: "row" for the compressed row, "gradient" for the dense gradient (without `beta1`).
         nonfinite: "raise" an error at a gradient with NaN or infinity, or "skip" the step and count it.
 
@@ -43,11 +47,12 @@ class LowRankGGT(EFCP):
     def __init__(
         self,
         params: ParamsT,
-        lr: float = 0.1,
+        lr: float = 5e-5,
         *,
         num_grads: int = 32,
         rank: int = 4,
-        eps: Schedule = 1e-4,
+        eps: Schedule | None = None,
+        relative_eps: float = 1e-4,
         beta1: float = 0.0,
         beta2: float = 1.0,
         value_dtype: torch.dtype = torch.bfloat16,
@@ -56,10 +61,12 @@ class LowRankGGT(EFCP):
         momentum: float = 0.0,
         weight_decay: float = 0.0,
         decoupled_weight_decay: bool = True,
+        update_scale: str = "tensor",
+        update_rms: float = 1.0,
         precondition: str = "row",
         nonfinite: str = "raise",
     ) -> None:
-        numbers, schedules = split(eps=eps)
+        numbers, schedules = dampening("eps", eps, relative_eps)
         super().__init__(
             params,
             lr,
@@ -69,6 +76,8 @@ class LowRankGGT(EFCP):
             momentum=momentum,
             weight_decay=weight_decay,
             decoupled_weight_decay=decoupled_weight_decay,
+            update_scale=update_scale,
+            update_rms=update_rms,
             precondition=precondition,
             scope=scope,
             schedules=schedules,

@@ -8,7 +8,7 @@ from torch.optim.optimizer import ParamsT
 from ..lowrank import LowRank
 from ..optimizer import EFCP
 from ..preconditioners import MFAC
-from ..schedules import Schedule, split
+from ..schedules import Schedule, dampening
 
 
 class LowRankMFAC(EFCP):
@@ -23,16 +23,21 @@ class LowRankMFAC(EFCP):
 
     Args:
         params: Parameters or groups.
-        lr: Learning rate.
+        lr: Learning rate: AdamW's, while `update_scale` is "tensor".
         num_grads: Capacity `m` of the window, in gradients.
         rank: Rank `rho` of a row, at least 1.
-        damp: Dampening `lambda`, at least 0; a number, or a function of the number of steps so far.
+        damp: Dampening `lambda` in the units of a squared gradient, as in the paper, at least 0; a number, or a
+            function of the number of steps so far. None, the default, takes `relative_damp`.
+        relative_damp: Dampening without `damp`: `m lambda` as a fraction of the mean `|row|^2` in the window, at least
+            0.
         value_dtype: How the window stores factors, float32 or bfloat16.
         scope: "model", one preconditioner over all parameters, or "layer", one for each parameter.
         seed: Of the vectors that the compression starts from, at least 0.
         momentum: Heavy-ball factor of the update, in [0, 1).
         weight_decay: Weight decay, at least 0.
         decoupled_weight_decay: True for AdamW's decay, False for L2 regularisation.
+        update_scale: "tensor": learning rates are AdamW's; "none": the paper's length.
+        update_rms: Root mean square of an update where `update_scale` is "tensor", positive.
         precondition: "row" for the compressed row, "gradient" for the dense gradient.
         divide_by: What the sum over the window is divided by while it fills: "capacity" or "rows".
         nonfinite: "raise" an error at a gradient with NaN or infinity, or "skip" the step and count it.
@@ -45,22 +50,25 @@ class LowRankMFAC(EFCP):
     def __init__(
         self,
         params: ParamsT,
-        lr: float = 4e-3,
+        lr: float = 5e-5,
         *,
         num_grads: int = 32,
         rank: int = 4,
-        damp: Schedule = 1e-5,
+        damp: Schedule | None = None,
+        relative_damp: float = 0.01,
         value_dtype: torch.dtype = torch.bfloat16,
         scope: str = "model",
         seed: int = 0,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
         decoupled_weight_decay: bool = True,
+        update_scale: str = "tensor",
+        update_rms: float = 1.0,
         precondition: str = "row",
         divide_by: str = "capacity",
         nonfinite: str = "raise",
     ) -> None:
-        numbers, schedules = split(damp=damp)
+        numbers, schedules = dampening("damp", damp, relative_damp)
         super().__init__(
             params,
             lr,
@@ -70,6 +78,8 @@ class LowRankMFAC(EFCP):
             momentum=momentum,
             weight_decay=weight_decay,
             decoupled_weight_decay=decoupled_weight_decay,
+            update_scale=update_scale,
+            update_rms=update_rms,
             precondition=precondition,
             scope=scope,
             schedules=schedules,

@@ -27,7 +27,7 @@ class MicroAdam(EFCP):
 
     Args:
         params: Parameters or groups.
-        lr: Learning rate.
+        lr: Learning rate: AdamW's, while `update_scale` is "tensor".
         num_grads: Capacity `m` of the window, in gradients.
         density: Fraction `k / d` of each block that enters the window, in (0, 1].
         beta1: Decay of the first moment, in [0, 1).
@@ -38,6 +38,8 @@ class MicroAdam(EFCP):
         error_dtype: How the error is kept: `torch.uint4` (4 bits), int8, bfloat16 or float32.
         weight_decay: Weight decay, at least 0.
         decoupled_weight_decay: True for AdamW's decay, False for L2 regularisation.
+        update_scale: "tensor": learning rates are AdamW's; "none": the paper's length.
+        update_rms: Root mean square of an update where `update_scale` is "tensor", positive.
         nonfinite: "raise" an error at a gradient with NaN or infinity, or "skip" the step and count it.
         backend: "auto", "reference" or "numba".
 
@@ -49,7 +51,7 @@ class MicroAdam(EFCP):
     def __init__(
         self,
         params: ParamsT,
-        lr: float = 3e-4,
+        lr: float = 5e-5,
         *,
         num_grads: int = 10,
         density: float = 0.01,
@@ -61,6 +63,8 @@ class MicroAdam(EFCP):
         error_dtype: torch.dtype = UINT4,
         weight_decay: float = 0.0,
         decoupled_weight_decay: bool = True,
+        update_scale: str = "tensor",
+        update_rms: float = 1.0,
         nonfinite: str = "raise",
         backend: str = "auto",
     ) -> None:
@@ -72,6 +76,8 @@ class MicroAdam(EFCP):
             num_grads=num_grads,
             weight_decay=weight_decay,
             decoupled_weight_decay=decoupled_weight_decay,
+            update_scale=update_scale,
+            update_rms=update_rms,
             error_dtype=error_dtype,
             nonfinite=nonfinite,
             backend=backend,

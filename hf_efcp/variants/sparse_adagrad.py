@@ -21,7 +21,7 @@ class SparseAdaGrad(EFCP):
 
     Args:
         params: Parameters or groups.
-        lr: Learning rate.
+        lr: Learning rate: AdamW's, while `update_scale` is "tensor".
         density: Fraction `k / d` of each block that is kept, in (0, 1].
         eps: What is added to the root of the sum, positive.
         block_size: Entries `B_d` of a Top-k block, 1 to 65,536.
@@ -29,6 +29,8 @@ class SparseAdaGrad(EFCP):
         momentum: Heavy-ball factor of the update, in [0, 1).
         weight_decay: Weight decay, at least 0.
         decoupled_weight_decay: True for AdamW's decay, False for L2 regularisation.
+        update_scale: "tensor": learning rates are AdamW's; "none": the paper's length.
+        update_rms: Root mean square of an update where `update_scale` is "tensor", positive.
         nonfinite: "raise" an error at a gradient with NaN or infinity, or "skip" the step and count it.
         backend: "auto", "reference" or "numba".
 
@@ -40,7 +42,7 @@ class SparseAdaGrad(EFCP):
     def __init__(
         self,
         params: ParamsT,
-        lr: float = 1e-3,
+        lr: float = 5e-5,
         *,
         density: float = 0.01,
         eps: float = 1e-10,
@@ -49,6 +51,8 @@ class SparseAdaGrad(EFCP):
         momentum: float = 0.0,
         weight_decay: float = 0.0,
         decoupled_weight_decay: bool = True,
+        update_scale: str = "tensor",
+        update_rms: float = 1.0,
         nonfinite: str = "raise",
         backend: str = "auto",
     ) -> None:
@@ -61,6 +65,8 @@ class SparseAdaGrad(EFCP):
             momentum=momentum,
             weight_decay=weight_decay,
             decoupled_weight_decay=decoupled_weight_decay,
+            update_scale=update_scale,
+            update_rms=update_rms,
             nonfinite=nonfinite,
             backend=backend,
         )

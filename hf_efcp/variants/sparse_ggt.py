@@ -8,25 +8,28 @@ from torch.optim.optimizer import ParamsT
 from ..compressors import top_k
 from ..optimizer import EFCP
 from ..preconditioners import GGT
-from ..schedules import Schedule, split
+from ..schedules import Schedule, dampening
 
 
 class SparseGGT(EFCP):
     """Full-matrix AdaGrad over a window of Top-k gradients with error feedback (arXiv 2306.06098, 1806.02958).
 
     `u = ((sum_i beta2^(2 age_i) row_i row_i^T)^(1/2) + eps I)^-1 row_t`; see `EFCP` for the step and for what groups
-    may set. An update is at most 1 long, and about that for rows that differ and are much longer than `eps`, at any
-    `num_grads` and scale of the gradients: the learning rate is the distance that a step moves all parameters together,
-    of the order of 0.1, not of 1e-4. A row shorter than 1e-6 of the longest in the window makes no update.
+    may set. The direction of an update is GGT's; its length is AdamW's, as in `SparseMFAC`. With `update_scale="none"`
+    a model's update is at most 1 long, and about that for rows that differ and are much longer than `eps`, at any
+    `num_grads` and scale of the gradients: the learning rate is then the distance that a step moves all parameters
+    together, of the order of 0.1, not of 1e-4. A row shorter than 1e-6 of the longest in the window makes no update.
 
     Bytes per parameter: as `SparseMFAC`.
 
     Args:
         params: Parameters or groups.
-        lr: Learning rate.
+        lr: Learning rate: AdamW's, while `update_scale` is "tensor".
         num_grads: Capacity `m` of the window, in gradients.
         density: Fraction `k / d` of each block that enters the window, in (0, 1].
-        eps: `eps`, positive, in the units of a gradient; a number, or a function of the number of steps so far.
+        eps: `eps` in the units of a gradient, as in the paper, positive; a number, or a function of the number of steps
+            so far. None, the default, takes `relative_eps`.
+        relative_eps: `eps` without `eps`: a fraction of the root mean square of `|row|` in the window, positive.
         beta1: Momentum on the gradient, over the rows of the window, in [0, 1); at most `beta2`.
         beta2: Decay of a row's weight with its age, in (0, 1].
         selection: "block" for Top-k in each block, "global" for Top-k over all parameters at once, as in the paper's
@@ -36,6 +39,8 @@ class SparseGGT(EFCP):
         momentum: Heavy-ball factor of the update, in [0, 1).
         weight_decay: Weight decay, at least 0.
         decoupled_weight_decay: True for AdamW's decay, False for L2 regularisation.
+        update_scale: "tensor": learning rates are AdamW's; "none": the paper's length.
+        update_rms: Root mean square of an update where `update_scale` is "tensor", positive.
         precondition: "row" for the compressed row, "gradient" for the dense gradient (without `beta1`).
         nonfinite: "raise" an error at a gradient with NaN or infinity, or "skip" the step and count it.
         backend: "auto", "reference" or "numba".
@@ -48,11 +53,12 @@ class SparseGGT(EFCP):
     def __init__(
         self,
         params: ParamsT,
-        lr: float = 0.1,
+        lr: float = 5e-5,
         *,
         num_grads: int = 32,
         density: float = 0.01,
-        eps: Schedule = 1e-4,
+        eps: Schedule | None = None,
+        relative_eps: float = 1e-4,
         beta1: float = 0.0,
         beta2: float = 1.0,
         selection: str = "block",
@@ -61,11 +67,13 @@ class SparseGGT(EFCP):
         momentum: float = 0.0,
         weight_decay: float = 0.0,
         decoupled_weight_decay: bool = True,
+        update_scale: str = "tensor",
+        update_rms: float = 1.0,
         precondition: str = "row",
         nonfinite: str = "raise",
         backend: str = "auto",
     ) -> None:
-        numbers, schedules = split(eps=eps)
+        numbers, schedules = dampening("eps", eps, relative_eps)
         super().__init__(
             params,
             lr,
@@ -75,6 +83,8 @@ class SparseGGT(EFCP):
             momentum=momentum,
             weight_decay=weight_decay,
             decoupled_weight_decay=decoupled_weight_decay,
+            update_scale=update_scale,
+            update_rms=update_rms,
             precondition=precondition,
             schedules=schedules,
             nonfinite=nonfinite,

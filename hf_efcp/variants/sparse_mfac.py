@@ -8,7 +8,7 @@ from torch.optim.optimizer import ParamsT
 from ..compressors import top_k
 from ..optimizer import EFCP
 from ..preconditioners import MFAC
-from ..schedules import Schedule, split
+from ..schedules import Schedule, dampening
 
 
 class SparseMFAC(EFCP):
@@ -16,20 +16,25 @@ class SparseMFAC(EFCP):
 
     `u = (lambda I + (1/m) sum_i row_i row_i^T)^-1 row_t`; see `EFCP` for the step and for what groups may set.
 
-    The length of an update is about `m / |row|`, at most `0.5 sqrt(m / lambda)`: scaling the gradients by s divides it
-    by s. A learning rate therefore belongs to one `num_grads`, one `damp` and one gradient clipping; the default was
-    measured with clipping at 1.0 and a warm-up of 10 % of the steps (the error starts empty, so early rows are small
-    and early updates large).
+    The direction of an update is M-FAC's; its length is AdamW's, tensor by tensor (`update_scale="tensor"`, see
+    `EFCP`), so that AdamW's learning rates and schedules fit, at any `num_grads` and dampening. With
+    `update_scale="none"`, the paper's rule, a model's update is about `m / |row|` long, at most `0.5 sqrt(m / lambda)`:
+    scaling the gradients by s divides it by s, and a learning rate belongs to one `num_grads`, one `damp` and one
+    gradient clipping. 5e-4 is a good one at the default window with `damp=1e-5`, clipping at 1.0 and a warm-up of 10 %
+    of the steps (the error starts empty, so early rows are small and early updates large).
 
     Bytes per parameter: `num_grads * density * (index + value)` for the window (10 at the defaults: 2 + 2 bytes an
     entry), 4 for the error, 4 for momentum unless it is 0, and `8 num_grads^2` in all for the Gram matrix.
 
     Args:
         params: Parameters or groups.
-        lr: Learning rate.
+        lr: Learning rate: AdamW's, while `update_scale` is "tensor".
         num_grads: Capacity `m` of the window, in gradients.
         density: Fraction `k / d` of each block that enters the window, in (0, 1].
-        damp: Dampening `lambda`, at least 0; a number, or a function of the number of steps so far.
+        damp: Dampening `lambda` in the units of a squared gradient, as in the paper, at least 0; a number, or a
+            function of the number of steps so far. None, the default, takes `relative_damp`.
+        relative_damp: Dampening without `damp`: `m lambda` as a fraction of the mean `|row|^2` in the window, at least
+            0.
         selection: "block" for Top-k in each block, "global" for Top-k over all parameters at once, as in the paper's
             pseudocode: 6 bytes an entry, slower, and all parameters must be there at the first step.
         block_size: Entries `B_d` of a Top-k block, 1 to 65,536; without effect on global Top-k.
@@ -37,6 +42,8 @@ class SparseMFAC(EFCP):
         momentum: Heavy-ball factor of the update, in [0, 1).
         weight_decay: Weight decay, at least 0.
         decoupled_weight_decay: True for AdamW's decay, False for L2 regularisation.
+        update_scale: "tensor": learning rates are AdamW's; "none": the paper's length.
+        update_rms: Root mean square of an update where `update_scale` is "tensor", positive.
         precondition: "row" for the compressed row, "gradient" for the dense gradient.
         divide_by: What the sum over the window is divided by while it fills: "capacity" or "rows".
         nonfinite: "raise" an error at a gradient with NaN or infinity, or "skip" the step and count it.
@@ -50,23 +57,26 @@ class SparseMFAC(EFCP):
     def __init__(
         self,
         params: ParamsT,
-        lr: float = 5e-4,
+        lr: float = 5e-5,
         *,
         num_grads: int = 256,
         density: float = 0.01,
-        damp: Schedule = 1e-5,
+        damp: Schedule | None = None,
+        relative_damp: float = 0.01,
         selection: str = "block",
         block_size: int = 4096,
         value_dtype: torch.dtype = torch.bfloat16,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
         decoupled_weight_decay: bool = True,
+        update_scale: str = "tensor",
+        update_rms: float = 1.0,
         precondition: str = "row",
         divide_by: str = "capacity",
         nonfinite: str = "raise",
         backend: str = "auto",
     ) -> None:
-        numbers, schedules = split(damp=damp)
+        numbers, schedules = dampening("damp", damp, relative_damp)
         super().__init__(
             params,
             lr,
@@ -76,6 +86,8 @@ class SparseMFAC(EFCP):
             momentum=momentum,
             weight_decay=weight_decay,
             decoupled_weight_decay=decoupled_weight_decay,
+            update_scale=update_scale,
+            update_rms=update_rms,
             precondition=precondition,
             schedules=schedules,
             nonfinite=nonfinite,
