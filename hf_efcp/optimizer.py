@@ -301,8 +301,8 @@ class EFCP(torch.optim.Optimizer):
         plans = [self._plan_unit(unit, preconditioner, kernels, processes) for unit in self._units()]
         for sites, _, length in plans:
             self._check_length(sites, length)
-        for sites, plan, _ in plans:
-            self._move(sites, plan, preconditioner, kernels, processes)
+        for sites, plan, length in plans:
+            self._move(sites, plan, length, preconditioner, kernels, processes)
         return True
 
     def _step_excluded(self) -> None:
@@ -483,14 +483,14 @@ class EFCP(torch.optim.Optimizer):
     def _check_length(self, sites: list[Site], length: float) -> None:
         """Refuse an update that may not fit the parameters: without dampening it is as long as a row is short."""
         for group, param in ((member.group, member.param) for site in sites for member in site.members):
-            velocity = length / (1.0 - group["momentum"])
-            if group["update_scale"] == "tensor":
-                longest = group["update_rms"] * math.sqrt(param.numel()) * step_size.LONGEST
-                velocity = longest / (1.0 - group["momentum"])
+            own = length
+            if group["update_scale"] == "tensor" and math.isfinite(length):
+                own = group["update_rms"] * math.sqrt(param.numel()) * step_size.LONGEST
+            velocity = own / (1.0 - group["momentum"])
             largest = torch.finfo(param.dtype).max
-            if not (max(length, velocity) <= _FLOAT32_MAX and float(group["lr"]) * velocity <= largest):
+            if not (velocity <= _FLOAT32_MAX and float(group["lr"]) * velocity <= largest):
                 raise ValueError(
-                    f"the update has length {length:.3g}, which with lr {float(group['lr']):g} may be beyond "
+                    f"the update has length {own:.3g}, which with lr {float(group['lr']):g} may be beyond "
                     f"{param.dtype} ({largest:.3g}) in {self._name(param)}; no parameter was moved, and the gradient "
                     "is in the window. Use a larger damp or eps, or a lower learning rate"
                 )
@@ -499,25 +499,31 @@ class EFCP(torch.optim.Optimizer):
         self,
         sites: list[Site],
         plan: Any,
+        length: float,
         preconditioner: Preconditioner,
         kernels: Kernels,
         processes: torch.distributed.ProcessGroup | None,
     ) -> None:
-        """Move the parameters that share a plan."""
+        """Move the parameters that share a plan, whose update has a length, unless nothing is known of it."""
+        unit = 1.0
+        if length and any(member.group["update_scale"] == "tensor" for site in sites for member in site.members):
+            # What is measured and made longer or shorter has to fit float32 first. A power of two changes no bits.
+            unit = 2.0 ** round(math.log2(length))
+            plan = plan.times(1.0 / unit)
         for site in sites:
             base = gradient_of(site) if self._precondition_gradient else None
             updates = partial(preconditioner.updates, plan, self._window, site.state, site.shape, kernels, base)
             for member, part in split_updates(site, updates):
-                factor, slabs = self._sized(member, part, processes)
+                factor, slabs = self._sized(member, part, unit, processes)
                 apply_updates(member, self.state[member.param] if self._joint else site.state, slabs, factor)
 
     def _sized(
-        self, member: Member, updates: Updates, processes: torch.distributed.ProcessGroup | None
+        self, member: Member, updates: Updates, unit: float, processes: torch.distributed.ProcessGroup | None
     ) -> tuple[float, Iterable[Slab]]:
-        """An update, and what it is multiplied by."""
+        """An update, given as a multiple of `unit`, and what it is multiplied by."""
         group, param = member.group, member.param
         if group["update_scale"] == "none":
-            return 1.0, updates(0)
+            return unit, updates(0)
         length, slabs = step_size.measured(updates)
         gradient = gradient_of(Site({}, local(param).shape, [member]))
         squares = torch.tensor([length, step_size.squared(gradient)], dtype=torch.float64)

@@ -55,6 +55,10 @@ class Combination:
     coefficients: torch.Tensor
     scale: float = 0.0
 
+    def times(self, factor: float) -> Combination:
+        """The update, multiplied."""
+        return Combination(factor * self.coefficients, factor * self.scale)
+
     def length(self, gram: torch.Tensor, products: torch.Tensor, square: float) -> float:
         """`|u|`, from `|u|^2 = c^T K c + 2 scale c^T G x + scale^2 |x|^2`.
 

@@ -35,6 +35,7 @@ LONGEST = 1.0 / math.sqrt(1.0 - DECAY)  # of |g| / sqrt(v)
 
 _HELD = 6 << 20  # entries of an update that are kept while it is measured; what is beyond is computed again
 _SLAB = 1 << 20  # entries whose squares are summed in float32
+_NOTHING = 1e-30  # length of a part of an update that is about 1 long
 _SAFE = 1e-30, 1e30  # such sums that are exact enough
 
 
@@ -67,7 +68,9 @@ def factor(squares: torch.Tensor, update: float, gradient: float, numel: int, rm
         return 0.0
     squares.mul_(DECAY).add_(torch.tensor([gradient, 1.0], dtype=torch.float64), alpha=1.0 - DECAY)
     moment = float(squares[0] / squares[1])
-    return rms * math.sqrt(numel) * math.sqrt(gradient / moment) / math.sqrt(update) if update else 0.0
+    wanted = rms * math.sqrt(numel) * math.sqrt(gradient / moment)
+    # A tensor with so small a part in the update of the whole model would be made of what rounding left.
+    return wanted / max(math.sqrt(update), _NOTHING) if update else 0.0
 
 
 def measured(updates: Updates) -> tuple[float, Iterator[Slab]]:

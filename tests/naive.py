@@ -37,12 +37,13 @@ class Naive:
         num_grads: Capacity of the window.
         momentum: Heavy ball on the update.
         dense_gradient: The matrix is applied to the gradient instead of the row.
+        rms: Root mean square of an update, tensor by tensor; None leaves it its length.
         **matrix: What the matrix needs.
     """
 
     def __init__(
         self, thetas, *, lr, num_grads, density=1.0, block_size=4096, value_dtype=torch.float32, momentum=0.0,
-        weight_decay=0.0, l2=False, dense_gradient=False, **matrix,
+        weight_decay=0.0, l2=False, dense_gradient=False, rms=None, **matrix,
     ):  # fmt: skip
         self.shapes = [theta.shape for theta in thetas]
         self.thetas = [theta.detach().to(torch.float64).reshape(-1).clone() for theta in thetas]
@@ -53,7 +54,8 @@ class Naive:
         self.weight_decay = weight_decay if isinstance(weight_decay, list) else [weight_decay] * count
         self.num_grads, self.momentum, self.matrix = num_grads, momentum, matrix
         self.density, self.block_size, self.value_dtype = density, block_size, value_dtype
-        self.l2, self.dense_gradient = l2, dense_gradient
+        self.l2, self.dense_gradient, self.rms = l2, dense_gradient, rms
+        self.lengths = [[] for _ in thetas]
         self.rows = []
 
     def compress(self, accumulator):
@@ -91,10 +93,23 @@ class Naive:
         for i, (gradient, part) in enumerate(zip(gradients, update.split(sizes), strict=True)):
             if gradient is None:
                 continue
+            if self.rms is not None:
+                # What the matrix's rounding leaves of zero is zero.
+                part = part * self.factor(i, part if part.norm() > 1e-12 * update.norm() else 0 * part, dense[i])
             self.velocity[i] = self.momentum * self.velocity[i] + part
             if not self.l2:
                 self.thetas[i] *= 1 - self.lr[i] * self.weight_decay[i]
             self.thetas[i] -= self.lr[i] * self.velocity[i]
+
+    def factor(self, i, update, gradient):
+        """What an update is multiplied by: the gradient's length over its mean, and the wanted root mean square."""
+        length, norm = float(gradient.norm()), float(update.norm())
+        if length == 0.0 or norm == 0.0:
+            return 0.0
+        self.lengths[i].append(length)
+        weights = [0.999**age for age in reversed(range(len(self.lengths[i])))]
+        mean = sum(w * x * x for w, x in zip(weights, self.lengths[i], strict=True)) / sum(weights)
+        return self.rms * math.sqrt(update.numel()) * length / math.sqrt(mean) / norm
 
     def parameters(self):
         """The parameters in their shapes."""
@@ -106,7 +121,10 @@ class NaiveMFAC(Naive):
 
     def update(self, x):
         count = len(self.rows) if self.matrix.get("present") else self.num_grads
-        fisher = self.matrix["damp"] * torch.eye(x.numel(), dtype=torch.float64)
+        damp = self.matrix.get("damp", 0.0)
+        mean = sum(float(g @ g) for g in self.rows) / len(self.rows)
+        damp += self.matrix.get("relative_damp", 0.0) * mean / count
+        fisher = damp * torch.eye(x.numel(), dtype=torch.float64)
         for g in self.rows:
             fisher += torch.outer(g, g) / count
         return torch.linalg.solve(fisher, x)
@@ -116,7 +134,9 @@ class NaiveGGT(Naive):
     """`((sum_i w_i^2 g_i g_i^T)^(1/2) + eps I)^-1 x`, or of the momentum over the rows."""
 
     def update(self, x):
-        eps, beta1, beta2 = self.matrix["eps"], self.matrix.get("beta1", 0.0), self.matrix.get("beta2", 1.0)
+        mean = sum(float(g @ g) for g in self.rows) / len(self.rows)
+        eps = self.matrix.get("eps", 0.0) + self.matrix.get("relative_eps", 0.0) * math.sqrt(mean)
+        beta1, beta2 = self.matrix.get("beta1", 0.0), self.matrix.get("beta2", 1.0)
         second = torch.zeros(x.numel(), x.numel(), dtype=torch.float64)
         first = torch.zeros_like(x)
         for age, g in enumerate(reversed(self.rows)):

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from naive import Naive, top_k
+from papers import MicroAdam, SparseAdaGrad
 from problems import Regression, distance, flat, set_gradients
 
-from hf_efcp import EFCP, MicroAdam, SparseAdaGrad
+from hf_efcp import EFCP
 from hf_efcp.compressors import TopK
 from hf_efcp.diagonal import AdaGradSum, AdamMoments
 

@@ -8,12 +8,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from papers import MicroAdam
 from problems import Regression, flat, set_gradients
 from test_contract import assert_same, train
 from test_state import refuse, through_a_file
 from variants import build
 
-from hf_efcp import EFCP, MicroAdam, estimate_memory
+from hf_efcp import EFCP, estimate_memory
 from hf_efcp.compressors import TopK
 from hf_efcp.errors import error_store
 from hf_efcp.kernels import cpu, reference

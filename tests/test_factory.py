@@ -12,7 +12,7 @@ from transformers import Trainer, TrainingArguments
 from hf_efcp import OPTIMIZERS, SparseMFAC, create_optimizer
 from hf_efcp.factory import _PARSERS, _settings, default_lr, parse_optim_args
 
-SETTINGS = "num_grads, density, damp, selection, block_size, value_dtype, momentum"  # and more
+SETTINGS = "num_grads, density, damp, relative_damp, selection, block_size, value_dtype, momentum"  # and more
 
 
 def names_of(model: nn.Module, group: dict) -> list[str]:
@@ -47,8 +47,8 @@ def test_arguments_reach_the_optimizer():
 
 
 def test_without_lr_the_optimizer_takes_its_own():
-    assert default_lr("sparse_mfac") == 5e-4
-    assert {g["lr"] for g in create_optimizer("sparse_mfac", tiny_bert()).param_groups} == {5e-4}
+    assert default_lr("sparse_mfac") == 5e-5
+    assert {g["lr"] for g in create_optimizer("sparse_mfac", tiny_bert()).param_groups} == {5e-5}
 
 
 def test_any_module_is_stepped_and_frozen_parameters_stay_out():
@@ -113,7 +113,7 @@ def test_the_log_says_what_is_preconditioned_and_at_which_rate(caplog):
     with caplog.at_level(logging.INFO, "hf_efcp"):
         create_optimizer("sparse_mfac", nn.Sequential(nn.Linear(40, 50), nn.Linear(50, 2)), exclude="^1")
     assert caplog.messages == [
-        "sparse_mfac: 2,050 parameters preconditioned at lr 0.0005",
+        "sparse_mfac: 2,050 parameters preconditioned at lr 5e-05",
         "sparse_mfac: 102 parameters in 2 tensors excluded, stepped as AdamW at lr 5e-05",
     ]
 

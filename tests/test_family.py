@@ -5,10 +5,11 @@ from dataclasses import dataclass
 import pytest
 import torch
 from naive import NaiveGGT, NaiveMFAC
+from papers import DenseGGT, DenseMFAC, SparseGGT, SparseMFAC
 from problems import Regression, distance, flat, set_gradients
 from variants import VARIANTS, build
 
-from hf_efcp import EFCP, DenseGGT, DenseMFAC, SparseGGT, SparseMFAC
+from hf_efcp import EFCP
 from hf_efcp.compressors import Identity, TopK
 from hf_efcp.preconditioners import GGT, MFAC, GramPreconditioner
 

@@ -4,11 +4,12 @@ import shutil
 
 import pytest
 import torch
+from papers import SparseMFAC
 from tiny import Gradients, arguments, parameters, tiny_bert, toy_rows, train
 from transformers import TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from hf_efcp import EFCPTrainer, SparseMFAC
+from hf_efcp import EFCPTrainer
 
 SPARSE = {"optim": "sparse_mfac", "optim_args": "num_grads=4,density=0.2,block_size=256", "learning_rate": 1e-3}
 # Rows that do not hang on which entries are the largest, which the last bit may decide.

@@ -4,11 +4,12 @@ import copy
 
 import pytest
 import torch
+from papers import DenseMFAC, LowRankMFAC, MicroAdam, SparseGGT, SparseMFAC
 from ranks import run
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from hf_efcp import EFCP, DenseMFAC, LowRankMFAC, MicroAdam, SparseGGT, SparseMFAC
+from hf_efcp import EFCP
 from hf_efcp.compressors import TopK
 from hf_efcp.preconditioners import MFAC
 

@@ -7,12 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from naive import NaiveGGT, NaiveMFAC
+from papers import DenseGGT, DenseMFAC, LowRankGGT, LowRankMFAC
 from problems import Regression, distance, flat, set_gradients
 from test_contract import assert_same, train, trained
 from test_state import refuse
 from variants import build
 
-from hf_efcp import DenseGGT, DenseMFAC, LowRankGGT, LowRankMFAC, estimate_memory, lowrank
+from hf_efcp import estimate_memory, lowrank
 from hf_efcp.kernels import pool, reference
 from hf_efcp.lowrank import LowRank, LowRankWindow, matrix
 

@@ -3,9 +3,8 @@
 import pytest
 import torch
 from naive import NaiveMFAC
+from papers import SparseMFAC
 from problems import Regression, distance, flat, set_gradients
-
-from hf_efcp import SparseMFAC
 
 BACKENDS = ["reference", "numba"]
 

@@ -9,11 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from naive import top_k
+from papers import SparseMFAC
 from problems import Regression, flat, set_gradients
 from test_contract import assert_same, train, trained
 from variants import VARIANTS, build, names
 
-from hf_efcp import SparseMFAC, estimate_memory
+from hf_efcp import estimate_memory
 
 
 def through_a_file(state_dict):
@@ -126,7 +127,7 @@ def test_other_dtypes_shapes_and_optimizers_are_refused():
     refuse(build("sparse_mfac", fresh()), adamw.state_dict(), "another optimizer: its groups lack block_size, damp")
     newer = copy.deepcopy(good)
     newer["param_groups"][0]["efcp_format"] += 1
-    refuse(build("sparse_mfac", fresh()), newer, "state in format 2, this version of hf_efcp reads format 1")
+    refuse(build("sparse_mfac", fresh()), newer, "state in format 3, this version of hf_efcp reads format 2")
     groups = [{"params": fresh(), "preconditioned": False}]
     refuse(build("sparse_mfac", groups), good, "made with preconditioned=True")
 
@@ -233,7 +234,8 @@ def test_memory_is_what_was_announced(name):
         expected = 8 * grams * arguments["num_grads"] ** 2 if optimizer._preconditioner.uses_gram else 0
         assert memory["gram"] == expected
         buffers = ("momentum" in changes) + ("sum" in optimizer.state[params[0]])
-        assert memory["momentum"] == 4 * entries * buffers
+        lengths = 16 * (len(params) - 1) if arguments.get("update_scale") != "none" else 0
+        assert memory["momentum"] == 4 * entries * buffers + lengths
 
 
 def test_memory_of_groups_and_models():
@@ -242,9 +244,9 @@ def test_memory_of_groups_and_models():
     assert estimate_memory(model) == estimate_memory(model.named_parameters())
     groups = [{"params": [model.weight]}, {"params": [model.bias], "preconditioned": False}]
     estimate = estimate_memory(groups, num_grads=8)
-    assert estimate["momentum"] == 2 * 2 * 4 + 4
+    assert estimate["momentum"] == 2 * 2 * 4 + 4 + 16  # AdamW's of the bias, and what is known of the weight's length
     assert set(groups[0]) == {"params"}
-    optimizer = SparseMFAC(groups, num_grads=8)
+    optimizer = SparseMFAC(groups, num_grads=8, update_scale="tensor")
     set_gradients([model.weight, model.bias], [torch.ones(2, 4096), torch.ones(2)])
     optimizer.step()
     assert optimizer.memory() == estimate

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from papers import SparseMFAC
 from tiny import VOCAB, arguments, parameters, tiny_bert, toy_rows, train
 from torch import nn
 from transformers import (
@@ -22,7 +23,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_efcp import EFCP, EFCPTrainer, SparseMFAC
+from hf_efcp import EFCP, EFCPTrainer
 from hf_efcp.compressors import TopK
 from hf_efcp.preconditioners import MFAC
 

@@ -7,7 +7,7 @@ import torch
 from hf_efcp import DenseGGT, DenseMFAC, LowRankGGT, LowRankMFAC, MicroAdam, SparseAdaGrad, SparseGGT, SparseMFAC
 
 # name: (class, settings that make its window wrap in a few steps of a small problem)
-VARIANTS = {
+PAPERS = {
     "sparse_mfac": (SparseMFAC, dict(lr=0.02, num_grads=5, density=0.2, damp=1e-3, block_size=16)),
     "sparse_mfac_float32": (
         SparseMFAC,
@@ -26,6 +26,12 @@ VARIANTS = {
     "sparse_adagrad": (SparseAdaGrad, dict(lr=0.1, density=0.2, block_size=16)),
     "microadam": (MicroAdam, dict(lr=0.02, num_grads=5, density=0.2, block_size=16)),
 }
+# The paper's lengths, and with "tensor" AdamW's for some that differ in how the update comes about.
+VARIANTS = {name: (cls, {**settings, "update_scale": "none"}) for name, (cls, settings) in PAPERS.items()}
+for name in ("sparse_mfac", "sparse_mfac_global", "lowrank_ggt", "microadam"):
+    cls, settings = PAPERS[name]
+    VARIANTS[f"{name}_tensor"] = (cls, {**settings, "lr": 0.01})
+VARIANTS["dense_mfac_relative"] = (DenseMFAC, dict(lr=0.01, num_grads=5, relative_damp=0.1))
 
 
 def build(name, params, **changes):
@@ -48,6 +54,11 @@ def exact(name):
 def names():
     """For `pytest.mark.parametrize`."""
     return sorted(VARIANTS)
+
+
+def papers_names():
+    """Those whose updates have the paper's lengths."""
+    return [name for name in names() if VARIANTS[name][1].get("update_scale") == "none"]
 
 
 def sparse_names():

@@ -1,0 +1,238 @@
+"""Lengths of updates, tensor by tensor, against `naive.py`; and what does not change them."""
+
+import math
+
+import pytest
+import torch
+from naive import NaiveGGT, NaiveMFAC
+from problems import Regression, distance, flat, set_gradients
+
+from hf_efcp import DenseMFAC, LowRankMFAC, MicroAdam, SparseAdaGrad, SparseGGT, SparseMFAC, step_size
+
+BACKENDS = ["reference", "numba"]
+EVERY = [SparseMFAC, DenseMFAC, LowRankMFAC, SparseGGT, MicroAdam, SparseAdaGrad]
+
+
+def compare(optimizer, naive, problem, params, steps=40):
+    """Both see the gradients of our trajectory; the third parameter now and then has none."""
+    for step in range(steps):
+        gradients = problem.gradients(params, step)
+        if step % 4 == 1:
+            gradients[2] = None
+        set_gradients(params, gradients)
+        optimizer.step()
+        naive.step(gradients)
+    return distance(params, naive.parameters(), problem.start)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("damping", [dict(damp=1e-2), dict(relative_damp=0.1)], ids=["absolute", "relative"])
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.5, "weight_decay": 0.1}], ids=["plain", "momentum"])
+def test_mfac_equals_brute_force(backend, damping, options):
+    problem = Regression(seed=50, width=15)
+    settings = dict(lr=0.05, num_grads=7, density=0.2, block_size=16, value_dtype=torch.bfloat16, **options, **damping)
+    params = problem.parameters()
+    error, moved = compare(
+        SparseMFAC(params, update_rms=0.7, backend=backend, **settings),
+        NaiveMFAC(problem.start, rms=0.7, **settings),
+        problem,
+        params,
+    )
+    assert moved > 0.05
+    assert error < 1e-4
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("damping", [dict(eps=1e-2), dict(relative_eps=0.1)], ids=["absolute", "relative"])
+def test_ggt_and_global_top_k_equal_brute_force(backend, damping):
+    problem = Regression(seed=51, width=15)
+    settings = dict(lr=0.05, num_grads=7, density=0.1, value_dtype=torch.bfloat16, beta1=0.5, beta2=0.9, **damping)
+    params = problem.parameters()
+    naive = NaiveGGT(problem.start, rms=1.0, block_size=None, **settings)
+    optimizer = SparseGGT(params, selection="global", backend=backend, **settings)
+    error, moved = compare(optimizer, naive, problem, params)
+    assert moved > 0.05
+    assert error < 1e-4
+
+
+def test_relative_dampening_of_a_dense_gradient_equals_brute_force():
+    problem = Regression(seed=52, width=15)
+    settings = dict(lr=0.05, num_grads=7, density=0.3, block_size=16, relative_damp=1.0)
+    params = problem.parameters()
+    optimizer = SparseMFAC(params, precondition="gradient", **settings)
+    naive = NaiveMFAC(problem.start, rms=1.0, dense_gradient=True, value_dtype=torch.bfloat16, **settings)
+    error, moved = compare(optimizer, naive, problem, params)
+    assert moved > 0.05
+    assert error < 1e-4
+
+
+@pytest.mark.parametrize("cls", EVERY)
+def test_the_first_update_has_the_wanted_root_mean_square(cls):
+    problem = Regression(seed=53, width=20)
+    params = problem.parameters()
+    optimizer = cls([{"params": params[:2]}, {"params": params[2:], "update_rms": 3.0}], lr=0.05)
+    set_gradients(params, problem.gradients(params, 0))
+    optimizer.step()
+    for position, (param, start) in enumerate(zip(params, problem.start, strict=True)):
+        rms = (param.detach() - start).square().mean().sqrt().item()
+        assert rms == pytest.approx(0.05 if position < 2 else 0.15, rel=1e-4)
+
+
+@pytest.mark.parametrize("cls", EVERY)
+def test_a_step_is_as_long_as_the_gradient_is(cls):
+    """A gradient s times as long as before makes a step s times as long, by the memory of its squares."""
+    param = torch.nn.Parameter(torch.zeros(40))
+    optimizer = cls([param], lr=1.0)
+    generator = torch.Generator().manual_seed(0)
+    squares = []
+    for size in (1.0, 3.0, 0.5):
+        gradient = torch.randn(40, generator=generator)
+        gradient *= size / gradient.norm()
+        squares.append(size**2)
+        before = param.detach().clone()
+        set_gradients([param], [gradient])
+        optimizer.step()
+        weights = [0.999**age for age in reversed(range(len(squares)))]
+        mean = sum(w * q for w, q in zip(weights, squares, strict=True)) / sum(weights)
+        moved = (param.detach() - before).norm().item()
+        assert moved == pytest.approx(math.sqrt(40) * size / math.sqrt(mean), rel=1e-4)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e3])
+@pytest.mark.parametrize("cls", [SparseMFAC, DenseMFAC, LowRankMFAC, SparseGGT])
+def test_the_scale_of_gradients_changes_nothing(cls, scale):
+    """Loss scaling: with the default, relative dampening, the same trajectory to rounding."""
+    problem = Regression(seed=54, width=20)
+    small = dict(value_dtype=torch.float32) if cls is not DenseMFAC else {}
+    small |= dict(density=0.3) if cls in (SparseMFAC, SparseGGT) else {}
+    ends = []
+    for factor in (1.0, scale):
+        params = problem.parameters()
+        optimizer = cls(params, lr=0.05, num_grads=6, **small)
+        for step in range(15):
+            set_gradients(params, [factor * g for g in problem.gradients(problem.start, step)])
+            optimizer.step()
+        ends.append(params)
+    error, moved = distance(*ends, problem.start)
+    assert moved > 0.1
+    assert error < 1e-3
+
+
+def test_absolute_dampening_turns_with_the_scale_but_steps_stay_as_long():
+    """Why the default is relative."""
+    problem = Regression(seed=55, width=20)
+    lengths, directions = [], []
+    for factor in (1.0, 1e-3):
+        params = problem.parameters()
+        optimizer = SparseMFAC(params, lr=0.05, num_grads=6, density=0.3, damp=1e-3, value_dtype=torch.float32)
+        lengths.append([])
+        for step in range(10):
+            before = flat(params)
+            set_gradients(params, [factor * g for g in problem.gradients(problem.start, step)])
+            optimizer.step()
+            lengths[-1].append((flat(params) - before).norm().item())
+        directions.append(flat(params) - flat(problem.start))
+    assert lengths[0] == pytest.approx(lengths[1], rel=1e-4)
+    assert torch.cosine_similarity(*directions, dim=0) < 0.999
+
+
+def test_none_is_the_papers_rule():
+    """`u = g / (lambda + |g|^2 / m)` for one row; no memory of lengths, no bytes."""
+    gradient = torch.tensor([3.0, 4.0])
+    param = torch.nn.Parameter(torch.zeros(2))
+    optimizer = SparseMFAC([param], lr=1.0, num_grads=8, damp=0.5, density=1.0, update_scale="none")
+    set_gradients([param], [gradient])
+    optimizer.step()
+    torch.testing.assert_close(-param.detach(), gradient / (0.5 + 25 / 8))
+    assert "squares" not in optimizer.state[param]
+    assert optimizer.memory()["momentum"] == 0
+
+
+def test_a_group_keeps_the_papers_rule_beside_others():
+    """The direction is one for all, whatever the lengths of others."""
+    problem = Regression(seed=56, width=20)
+    ends = []
+    for mixed in (False, True):
+        params = problem.parameters()
+        groups = [{"params": params[:2]}, {"params": params[2:]}]
+        if mixed:
+            groups[1]["update_scale"] = "tensor"
+        optimizer = SparseMFAC(groups, lr=0.05, num_grads=6, density=0.3, damp=1e-3, update_scale="none")
+        for step in range(12):
+            set_gradients(params, problem.gradients(problem.start, step))
+            optimizer.step()
+        ends.append(params)
+    assert torch.equal(flat(ends[0][:2]), flat(ends[1][:2]))
+    assert not torch.equal(flat(ends[0][2:]), flat(ends[1][2:]))
+
+
+def test_the_rule_may_change_between_steps_and_survives_saving():
+    problem = Regression(seed=57, width=20)
+    params = problem.parameters()
+    optimizer = SparseMFAC(params, lr=0.05, num_grads=4, update_scale="none")
+    for step in range(6):
+        if step == 3:
+            optimizer.param_groups[0]["update_scale"] = "tensor"
+        set_gradients(params, problem.gradients(params, step))
+        optimizer.step()
+    assert all(optimizer.state[param]["squares"].dtype == torch.float64 for param in params)
+    copies = [torch.nn.Parameter(param.detach().clone()) for param in params]
+    resumed = SparseMFAC(copies, lr=0.05, num_grads=4, update_scale="none")
+    resumed.load_state_dict(optimizer.state_dict())
+    for targets, current in ((params, optimizer), (copies, resumed)):
+        set_gradients(targets, problem.gradients(problem.start, 6))
+        current.step()
+    assert torch.equal(flat(params), flat(copies))
+
+
+def test_zero_gradients_and_zero_updates_do_not_move():
+    """What they would say about the lengths of gradients is nothing, and is not remembered."""
+    param = torch.nn.Parameter(torch.ones(6))
+    optimizer = SparseMFAC([param], lr=1.0)
+    set_gradients([param], [torch.zeros(6)])
+    optimizer.step()
+    assert param.tolist() == [1.0] * 6
+    assert optimizer.state[param]["squares"].tolist() == [0.0, 0.0]
+    set_gradients([param], [torch.full((6,), 1e-30)])
+    optimizer.step()
+    assert (param.detach() - 1).square().mean().sqrt().item() == pytest.approx(1.0, rel=1e-3)
+
+
+@pytest.mark.parametrize("numel", [1, step_size._SLAB + 3, step_size._HELD + step_size._SLAB + 5])
+def test_an_update_is_measured_and_then_given_out_whole(numel):
+    """Beyond what is held, it is computed again, from there on."""
+    values, starts = torch.randn(numel, generator=torch.Generator().manual_seed(0)), []
+
+    def updates(start):
+        starts.append(start)
+        for first in range(start, numel, step_size._SLAB):
+            span = slice(first, min(first + step_size._SLAB, numel))
+            yield span, values[span].clone()
+
+    square, slabs = step_size.measured(updates)
+    assert square == pytest.approx(values.double().square().sum().item(), rel=1e-5)
+    whole = torch.full_like(values, torch.nan)
+    for span, slab in slabs:
+        whole[span] = slab
+    assert torch.equal(whole, values)
+    assert starts == ([0] if numel <= step_size._HELD else [0, step_size._HELD])
+
+
+@pytest.mark.parametrize("size", [1e-38, 1e-25, 1.0, 1e25])
+def test_sums_of_squares_neither_vanish_nor_overflow(size):
+    vector = torch.full((1000,), size)
+    assert step_size.squared(vector) == pytest.approx(1000 * vector[0].double().item() ** 2, rel=1e-5)
+
+
+def test_wrong_values_are_refused():
+    param = torch.nn.Parameter(torch.zeros(3))
+    for options, message in (
+        ({"update_scale": "layer"}, "update_scale must be one of 'tensor', 'none', got 'layer'"),
+        ({"update_rms": 0.0}, "update_rms must be a finite positive number, got 0.0"),
+        ({"update_rms": float("nan")}, "update_rms must be a finite positive number, got nan"),
+        ({"relative_damp": -1.0}, "relative_damp must be a finite number of at least 0, got -1.0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            SparseMFAC([param], **options)
+    with pytest.raises(ValueError, match="relative_eps must be a finite number of at least 0, got -1.0"):
+        SparseGGT([param], relative_eps=-1.0)
