@@ -44,7 +44,7 @@ class Slot:
 
 
 class Comparison:
-    """The runs of a plan, in an order in which every start is loaded once: the search on all tasks first, then seed by seed.
+    """The runs of a plan: the search on all tasks first, then seed by seed, so that every start is loaded once.
 
     Args:
         plan: the plan.

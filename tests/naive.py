@@ -104,9 +104,11 @@ class Naive:
     def factor(self, i, update, gradient):
         """What an update is multiplied by: the gradient's length over its mean, and the wanted root mean square."""
         length, norm = float(gradient.norm()), float(update.norm())
-        if length == 0.0 or norm == 0.0:
+        if length == 0.0:
             return 0.0
         self.lengths[i].append(length)
+        if norm == 0.0:
+            return 0.0
         weights = [0.999**age for age in reversed(range(len(self.lengths[i])))]
         mean = sum(w * x * x for w, x in zip(weights, self.lengths[i], strict=True)) / sum(weights)
         return self.rms * math.sqrt(update.numel()) * length / math.sqrt(mean) / norm
