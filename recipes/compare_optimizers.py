@@ -25,7 +25,7 @@ from typing import Any
 from bench import Bench
 from cli import require
 from plan import Contender, Plan, read_plan
-from report import Result, table
+from report import Curve, Result, rates_table, table
 from runs import RunLog
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
@@ -91,6 +91,23 @@ class Comparison:
             A result for each task and optimizer, tasks first.
         """
         return [self._result(bench, contender) for bench in self.benches for contender in self.plan.contenders]
+
+    def curves(self) -> list[Curve]:
+        """Collect the metric against the learning rate.
+
+        Returns:
+            A curve for each task and optimizer, tasks first.
+        """
+        return [self._curve(bench, contender) for bench in self.benches for contender in self.plan.contenders]
+
+    def _curve(self, bench: Bench, contender: Contender) -> Curve:
+        points = {}
+        for rate in sorted(contender.learning_rates):
+            runs = [self.log.finished(bench.key(contender, rate, seed)) for seed in self.plan.comparison.seeds]
+            values = [run["metrics"][bench.task.headline] for run in runs if run is not None]
+            points[rate] = tuple(float(value) for value in values if value is not None)
+        stock = efcp_name(contender.args.optim) is None
+        return Curve(bench.task.name, bench.task.headline, contender.label, stock, points)
 
     def _result(self, bench: Bench, contender: Contender) -> Result:
         search_seed, seeds = self.plan.comparison.search_seed, self.plan.comparison.seeds
@@ -166,10 +183,14 @@ def write_report(comparison: Comparison) -> None:
     Args:
         comparison: the comparison.
     """
-    from plots import plot_losses, plot_memory, plot_metrics
+    from plots import plot_losses, plot_memory, plot_metrics, plot_rates
 
     output_dir, results = comparison.plan.output_dir, comparison.results()
     text = table(results, comparison.plan.comparison.search_seed, comparison.plan.skipped)
+    if comparison.plan.comparison.every_rate:
+        curves = comparison.curves()
+        text += rates_table(curves)
+        plot_rates(output_dir / "rates.png", curves)
     (output_dir / "table.md").write_text(text, encoding="utf-8")
     for task in comparison.plan.comparison.tasks:
         of_task = [result for result in results if result.task == task]

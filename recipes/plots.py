@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.text import Annotation, Text
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from matplotlib.transforms import Bbox
-from report import Result
+from report import Curve, Result
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")  # Okabe and Ito: told apart by colour-blind eyes, and in grey
 MARKERS = ("o", "s", "^", "D")
@@ -172,6 +172,53 @@ def plot_metrics(path: Path, results: list[Result]) -> None:
         axes.margins(x=0.08)
     _family_legend(figure, results)
     figure.suptitle("After training: mean, standard deviation (bar), each seed (small circle)", fontsize=12)
+    figure.savefig(path)
+
+
+def plot_rates(path: Path, curves: list[Curve]) -> None:
+    """Draw the final metric against the learning rate, a panel for each task and one for their mean.
+
+    Args:
+        path: the PNG file to write.
+        curves: of all tasks.
+    """
+    tasks = list(dict.fromkeys(curve.task for curve in curves))
+    labels = list(dict.fromkeys(curve.label for curve in curves))
+    rates = sorted({rate for curve in curves for rate in curve.points})
+    panels = [*tasks, "mean over tasks"] if len(tasks) > 1 else tasks
+    figure = Figure(figsize=(1 + 3.4 * len(panels), 4.2), dpi=150, layout="constrained")
+    grid = figure.subplots(1, len(panels), squeeze=False, sharex=True)[0]
+    handles = {}
+    for number, label in enumerate(labels):
+        own = [curve for curve in curves if curve.label == label]
+        stock = own[0].stock
+        style = {
+            "color": FAMILIES["stock"][0] if stock else COLOURS[number % len(COLOURS)],
+            "marker": FAMILIES["stock"][1] if stock else MARKERS[number % len(MARKERS)],
+            "linestyle": "--" if stock else "-",
+        }
+        means: dict[float, list[float]] = {}
+        for curve, axes in zip(own, grid, strict=False):
+            points = {rate: values for rate, values in curve.points.items() if values}
+            for rate, values in points.items():
+                means.setdefault(rate, []).append(statistics.fmean(values))
+                axes.scatter([rate] * len(values), values, s=10, color=style["color"], alpha=0.35, linewidths=0)
+            handles[label] = axes.plot(list(points), [statistics.fmean(v) for v in points.values()], **style)[0]
+        complete = {rate: values for rate, values in means.items() if len(values) == len(tasks)}
+        if len(tasks) > 1:
+            grid[-1].plot(list(complete), [statistics.fmean(v) for v in complete.values()], linewidth=2.5, **style)
+    for panel, axes in zip(panels, grid, strict=True):
+        metric = next((curve.headline for curve in curves if curve.task == panel), "metric")
+        axes.set_title(f"{panel}: {_words(metric)}" if panel in tasks else panel, loc="left", fontsize=10)
+        axes.set_xscale("log")
+        axes.set_xticks(rates, [f"{rate:g}" for rate in rates], rotation=45, minor=False)
+        axes.minorticks_off()
+        axes.set_xlabel("learning rate")
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.margins(x=0.08, y=0.1)
+    figure.suptitle("Only the optimizer changes: metric after training against the learning rate", fontsize=12)
+    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=len(handles), frameon=False)
     figure.savefig(path)
 
 

@@ -72,6 +72,61 @@ class Result:
         return sum(run["metrics"]["loss"] is None for run in self.runs)
 
 
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """What one optimizer reached on one task with each learning rate.
+
+    Args:
+        task: the task's name.
+        headline: the metric that stands for the task.
+        label: the optimizer's name in the comparison.
+        stock: whether it is one of Trainer's own.
+        points: for each learning rate, ascending, the headline metric of each seed that has a number.
+    """
+
+    task: str
+    headline: str
+    label: str
+    stock: bool
+    points: dict[float, tuple[float, ...]]
+
+
+def rates_table(curves: list[Curve]) -> str:
+    """Lay out the metric against the learning rate in Markdown.
+
+    Args:
+        curves: for each task and optimizer.
+
+    Returns:
+        A table for each task, and one with the mean over tasks when there are several.
+    """
+    rates = sorted({rate for curve in curves for rate in curve.points})
+    header = ("optimizer", *(f"{rate:g}" for rate in rates))
+    lines = ["", "# Every learning rate", "", "Mean ± sample standard deviation over the seeds that were trained."]
+    for task in dict.fromkeys(curve.task for curve in curves):
+        of_task = [curve for curve in curves if curve.task == task]
+        rows = [(curve.label, *(_spread(curve.points.get(rate, ())) for rate in rates)) for curve in of_task]
+        lines += ["", f"## {task}, {of_task[0].headline.replace('_', ' ')}", "", *_markdown(header, rows)]
+    tasks = len({curve.task for curve in curves})
+    if tasks > 1:
+        rows = []
+        for label in dict.fromkeys(curve.label for curve in curves):
+            cells = []
+            for rate in rates:
+                found = [curve.points.get(rate, ()) for curve in curves if curve.label == label]
+                means = [statistics.fmean(values) for values in found if values]
+                cells.append(f"{statistics.fmean(means):.3f}" if len(means) == tasks else "-")
+            rows.append((label, *cells))
+        lines += ["", "## Mean over tasks", "", *_markdown(header, rows)]
+    return "\n".join(lines) + "\n"
+
+
+def _spread(values: tuple[float, ...]) -> str:
+    if not values:
+        return "-"
+    return f"{statistics.fmean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
+
+
 def table(results: list[Result], search_seed: int, notes: tuple[str, ...] = ()) -> str:
     """Lay out results in Markdown.
 

@@ -154,7 +154,8 @@ def test_every_comparison_binds_and_states_what_matters(recipe, path):
     assert str(plan.output_dir).startswith("outputs/")
     assert plan.comparison.search_seed in plan.comparison.seeds
     assert len(plan.contenders) + len(plan.skipped) == len(written["optimizers"])
-    assert len({len(contender.learning_rates) for contender in plan.contenders}) == 1
+    # As many learning rates for each; the step size's comparison has windows beside that, at one of them.
+    assert len({len(contender.learning_rates) for contender in plan.contenders} - {1}) == 1
     for contender in plan.contenders:
         assert contender.args.max_grad_norm == float(written["max_grad_norm"])
         assert contender.args.logging_nan_inf_filter is False
@@ -262,7 +263,7 @@ def test_the_key_holds_what_decides_the_result_and_nothing_else(recipe, write_co
     efcp, adamw = keys()
     assert efcp["optimizer"] == "sparse_mfac"
     assert (efcp["options"]["num_grads"], efcp["options"]["density"]) == (16, 0.05)
-    assert efcp["options"]["damp"] == 1e-5  # a default, which may change
+    assert efcp["options"]["relative_damp"] == 0.01  # a default, which may change
     assert (adamw["optimizer"], adamw["options"]) == ("adamw_torch", {})
     arguments = {"max_steps": 40, "per_device_train_batch_size": 16, "warmup_steps": 0.1, "use_cpu": True}
     assert efcp["arguments"] == adamw["arguments"] == arguments
@@ -457,6 +458,27 @@ def test_several_tasks_and_the_mean_over_them(recipe, write_config, data_dir, tm
     assert rows(second)["AdamW"][2] == f"{correlation:.3f}"
     assert float(rows(mean)["AdamW"][0]) == pytest.approx((accuracy + correlation) / 2, abs=6e-4)
     assert (tmp_path / "out" / "cola_loss_steps.png").is_file()
+
+
+def test_every_rate_is_trained_with_every_seed_and_drawn(recipe, write_config, counted, tmp_path):
+    optimizers = {
+        "AdamW": {"optim": "adamw_torch", "learning_rates": [1e-3, 1e-4]},
+        "ours": {"optim": "sparse_mfac", "optim_args": "num_grads=4", "learning_rates": [1e-3]},
+    }
+    recipe.compare_optimizers.main([write_config(optimizers=optimizers, every_rate=True, max_steps=3)])
+    pairs = [("AdamW", 1e-3), ("AdamW", 1e-4), ("ours", 1e-3)]
+    assert counted == [("sst2", label, rate, seed) for seed in (3, 4) for label, rate in pairs]
+    found = {(run["label"], run["key"]["learning_rate"]): [] for run in lines(tmp_path / "out")}
+    for run in lines(tmp_path / "out"):
+        found[run["label"], run["key"]["learning_rate"]].append(run["metrics"]["accuracy"])
+    text = (tmp_path / "out" / "table.md").read_text().split("# Every learning rate")[1]
+    assert rows(text)["optimizer"] == ["0.0001", "0.001"]
+    for (label, rate), values in found.items():
+        cell = rows(text)[label][[1e-4, 1e-3].index(rate)]
+        assert float(cell.split(" ± ")[0]) == pytest.approx(sum(values) / 2, abs=6e-4)
+        assert float(cell.split(" ± ")[1]) == pytest.approx(abs(values[0] - values[1]) / 2**0.5, abs=6e-4)
+    assert rows(text)["ours"][0] == "-"
+    assert (tmp_path / "out" / "rates.png").stat().st_size > 10_000
 
 
 # The parts
