@@ -198,6 +198,7 @@ def test_wrong_comparisons_are_refused_before_anything_is_loaded(recipe, write_c
         ({"seed": 1}, [], "seed does not belong here: use search_seed and seeds"),
         ({"learning_rate": 1}, [], "learning_rate does not belong here: use learning_rates under optimizers"),
         ({}, ["--optim", "sgd"], "optim does not belong here"),
+        ({"do_predict": True}, [], "do_predict does not belong here: use run_glue.py: no model is stored"),
         ({"optimizers": ["sgd"]}, [], "must have the key 'optimizers' with a mapping under it"),
         ({"max_step": 1}, [], "unknown key 'max_step' in .*did you mean max_steps"),
     ],
