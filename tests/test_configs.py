@@ -136,7 +136,7 @@ def test_the_configs_of_the_tasks_differ_in_what_they_must_only(task):
 @pytest.mark.parametrize("size", ["tiny", "mini"])
 def test_published_settings_of_mfac(size):
     config = written(FOLDER / "published" / f"mfac_bert_{size}.yaml")
-    assert {"num_grads=1024", "damp=1e-6"} <= set(config["optim_args"].split(","))
+    assert {"num_grads=1024", "damp=1e-6", "update_scale=none"} <= set(config["optim_args"].split(","))
     assert (config["optim"], config["learning_rate"], config["weight_decay"]) == ("dense_mfac", "1e-4", "0.0")
     assert (config["per_device_train_batch_size"], config["num_train_epochs"]) == ("32", "5")
     shape = {"tiny": "L-2_H-128_A-2", "mini": "L-4_H-256_A-4"}[size]
@@ -145,7 +145,7 @@ def test_published_settings_of_mfac(size):
 
 def test_published_settings_of_efcp():
     config = written(FOLDER / "published" / "efcp_bert_base.yaml")
-    assert {"num_grads=1024", "density=0.01", "damp=5e-5"} <= set(config["optim_args"].split(","))
+    assert {"num_grads=1024", "density=0.01", "damp=5e-5", "update_scale=none"} <= set(config["optim_args"].split(","))
     assert (config["optim"], config["learning_rate"], config["num_train_epochs"]) == ("sparse_mfac", "2e-5", "3")
 
 
