@@ -1,10 +1,11 @@
-"""The task table of the GLUE recipes: text columns, labels and metrics of each task.
+"""The task table of the GLUE recipes: text columns, labels, metrics and splits of each task.
 
-Columns and label order are those of `nyu-mll/glue` on the Hub; `rotten_tomatoes` is the quickstart's corpus.
+Columns, splits and label order are those of `nyu-mll/glue` on the Hub; `rotten_tomatoes` is the quickstart's corpus.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,14 +21,22 @@ class GlueTask:
         text_columns: the one or two columns that hold the text.
         labels: the names of the classes, in the order of their numbers; empty for regression.
         metrics: what is reported; the first one is the headline.
+        test_files: what GLUE's server calls the predictions for each of `test_splits`; empty if there are none.
         validation_splits: the labelled splits to evaluate on; training is watched on the first one.
+        test_splits: the splits without labels.
+        submits_names: whether the server takes the names of the classes instead of their numbers.
+        bounds: the smallest and the largest label in regression.
     """
 
     name: str
     text_columns: tuple[str, ...]
     labels: tuple[str, ...]
     metrics: tuple[str, ...]
+    test_files: tuple[str, ...]
     validation_splits: tuple[str, ...] = ("validation",)
+    test_splits: tuple[str, ...] = ("test",)
+    submits_names: bool = False
+    bounds: tuple[float, float] = (-math.inf, math.inf)
 
     @property
     def regression(self) -> bool:
@@ -45,25 +54,31 @@ class GlueTask:
         return self.metrics[0]
 
 
+_PAIR = ("sentence1", "sentence2")
+_ENTAILMENT = ("entailment", "not_entailment")
+
 TASKS: dict[str, GlueTask] = {
     task.name: task
     for task in (
-        GlueTask("cola", ("sentence",), ("unacceptable", "acceptable"), ("matthews_correlation",)),
-        GlueTask("sst2", ("sentence",), ("negative", "positive"), ("accuracy",)),
-        GlueTask("mrpc", ("sentence1", "sentence2"), ("not_equivalent", "equivalent"), ("f1", "accuracy")),
-        GlueTask("stsb", ("sentence1", "sentence2"), (), ("spearmanr", "pearson")),
-        GlueTask("qqp", ("question1", "question2"), ("not_duplicate", "duplicate"), ("f1", "accuracy")),
+        GlueTask("cola", ("sentence",), ("unacceptable", "acceptable"), ("matthews_correlation",), ("CoLA.tsv",)),
+        GlueTask("sst2", ("sentence",), ("negative", "positive"), ("accuracy",), ("SST-2.tsv",)),
+        GlueTask("mrpc", _PAIR, ("not_equivalent", "equivalent"), ("f1", "accuracy"), ("MRPC.tsv",)),
+        GlueTask("stsb", _PAIR, (), ("spearmanr", "pearson"), ("STS-B.tsv",), bounds=(0.0, 5.0)),
+        GlueTask("qqp", ("question1", "question2"), ("not_duplicate", "duplicate"), ("f1", "accuracy"), ("QQP.tsv",)),
         GlueTask(
             "mnli",
             ("premise", "hypothesis"),
             ("entailment", "neutral", "contradiction"),
             ("accuracy",),
+            ("MNLI-m.tsv", "MNLI-mm.tsv"),
             ("validation_matched", "validation_mismatched"),
+            ("test_matched", "test_mismatched"),
+            submits_names=True,
         ),
-        GlueTask("qnli", ("question", "sentence"), ("entailment", "not_entailment"), ("accuracy",)),
-        GlueTask("rte", ("sentence1", "sentence2"), ("entailment", "not_entailment"), ("accuracy",)),
-        GlueTask("wnli", ("sentence1", "sentence2"), ("not_entailment", "entailment"), ("accuracy",)),
-        GlueTask("rotten_tomatoes", ("text",), ("negative", "positive"), ("accuracy",)),
+        GlueTask("qnli", ("question", "sentence"), _ENTAILMENT, ("accuracy",), ("QNLI.tsv",), submits_names=True),
+        GlueTask("rte", _PAIR, _ENTAILMENT, ("accuracy",), ("RTE.tsv",), submits_names=True),
+        GlueTask("wnli", _PAIR, ("not_entailment", "entailment"), ("accuracy",), ("WNLI.tsv",)),
+        GlueTask("rotten_tomatoes", ("text",), ("negative", "positive"), ("accuracy",), (), test_splits=()),
     )
 }
 

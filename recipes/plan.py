@@ -21,7 +21,7 @@ ELSEWHERE = {
     "seed": "search_seed and seeds",
     "learning_rate": "learning_rates under optimizers",
     **dict.fromkeys(("optim", "optim_args", "optim_target_modules"), "it under optimizers"),
-    **dict.fromkeys(("save_strategy", "resume_from_checkpoint"), "run_glue.py: no model is stored"),
+    **dict.fromkeys(("save_strategy", "resume_from_checkpoint", "do_predict"), "run_glue.py: no model is stored"),
     "disable_tqdm": "nothing: there is one line per run",
 }
 

@@ -4,7 +4,9 @@
     python recipes/run_glue.py recipes/configs/quickstart.yaml --baseline adamw_torch --seed 1
     python recipes/run_glue.py --task_name sst2 --data_dir my_folder --model_name_or_path google-bert/bert-base-uncased
 
-The folder `output_dir` then holds the model with its tokenizer, `metrics.json`, `history.json` and `training.png`.
+The folder `output_dir` then holds the model with its tokenizer, `metrics.json`, `history.json` and `training.png`, and
+with `--do_predict true` the predictions for GLUE's test splits in `predictions/`, as its server takes them. The recipe
+always trains and evaluates, whatever `do_train` and `do_eval` say.
 Three defaults are not Trainer's: `optim` is sparse_mfac, `warmup_steps` is 0.1 (of all steps; the window of gradients
 starts empty), and `logging_nan_inf_filter` is off, for it would show a diverged loss as 0.
 """
@@ -19,6 +21,7 @@ from typing import Any
 
 from cli import parse_arguments, require
 from data import load_splits
+from submission import write_predictions
 from training import (
     DEFAULTS,
     ModelArguments,
@@ -104,7 +107,7 @@ def main(argv: list[str]) -> None:
                 output_dir=str(Path(args.output_dir, "baseline")),
             )
         )
-    splits = load_splits(task, data_arguments.data_dir)
+    splits = load_splits(task, data_arguments.data_dir, args.do_predict)
     set_seed(args.seed)  # the new head's weights
     tokenizer, model = load_model(model_arguments, task)
     with args.main_process_first():
@@ -128,6 +131,8 @@ def main(argv: list[str]) -> None:
         if args.process_index == 0:
             write_json(Path(run.output_dir, "metrics.json"), records[-1])
             write_json(Path(run.output_dir, "history.json"), history)
+        if run.do_predict:
+            write_predictions(trainer, task, splits, Path(run.output_dir, "predictions"))
     if args.process_index > 0:
         return
 
@@ -138,6 +143,8 @@ def main(argv: list[str]) -> None:
     if len(records) > 1:
         print(comparison(records))
     print(f"model, metrics.json, history.json and training.png are in {output_dir}")
+    if args.do_predict:
+        print(f"{' and '.join(task.test_files)} for GLUE's server: in {output_dir / 'predictions'}")
     print(
         f"{task.name} {task.headline}: {main_run['metrics'][task.headline]:.3f} "
         f"({main_run['optimizer']}, {main_run['steps']} steps, {main_run['seconds']:.0f} s)"

@@ -134,7 +134,7 @@ def tokenize(task: GlueTask, tokenizer: Any, splits: dict[str, Any], max_length:
         max_length: longer texts are cut.
 
     Returns:
-        The datasets, with the model's inputs and `labels` only.
+        The datasets, with the model's inputs only, and `labels` but in the task's test splits.
 
     Raises:
         ValueError: if the model cannot take so many tokens.
@@ -143,11 +143,18 @@ def tokenize(task: GlueTask, tokenizer: Any, splits: dict[str, Any], max_length:
         raise ValueError(f"--max_seq_length must be in 1..{tokenizer.model_max_length} for this model: {max_length}")
 
     def encode(batch: dict[str, list[Any]]) -> dict[str, Any]:
-        texts = [batch[column] for column in task.text_columns]
-        return {**tokenizer(*texts, truncation=True, max_length=max_length), "labels": batch["label"]}
+        return {**tokenizer(*(batch[column] for column in task.text_columns), truncation=True, max_length=max_length)}
+
+    def encode_labelled(batch: dict[str, list[Any]]) -> dict[str, Any]:
+        return {**encode(batch), "labels": batch["label"]}
 
     return {
-        name: split.map(encode, batched=True, remove_columns=split.column_names, desc=f"tokenize {name}")
+        name: split.map(
+            encode if name in task.test_splits else encode_labelled,
+            batched=True,
+            remove_columns=split.column_names,
+            desc=f"tokenize {name}",
+        )
         for name, split in splits.items()
     }
 
@@ -169,8 +176,7 @@ def build_trainer(
     """
 
     def metrics(output: EvalPrediction) -> dict[str, float]:
-        logits = output.predictions[0] if isinstance(output.predictions, tuple) else output.predictions
-        return compute_metrics(task, logits[:, 0] if task.regression else logits.argmax(-1), output.label_ids)
+        return compute_metrics(task, decide(task, first_output(output.predictions)), output.label_ids)
 
     return EFCPTrainer(
         model=model,
@@ -181,6 +187,31 @@ def build_trainer(
         data_collator=DataCollatorWithPadding(tokenizer),
         compute_metrics=metrics,
     )
+
+
+def first_output(outputs: Any) -> Any:
+    """Pick the logits from what Trainer collects of a model.
+
+    Args:
+        outputs: the logits, or a tuple that begins with them.
+
+    Returns:
+        The logits.
+    """
+    return outputs[0] if isinstance(outputs, tuple) else outputs
+
+
+def decide(task: GlueTask, logits: Any) -> Any:
+    """Turn logits into predictions.
+
+    Args:
+        task: the task.
+        logits: an array with a row for each example.
+
+    Returns:
+        A class number for each row, or in regression a value.
+    """
+    return logits[:, 0] if task.regression else logits.argmax(-1)
 
 
 def train(

@@ -14,8 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+from tiny import WORDS, save_tiny_bert
 
 from hf_efcp import OPTIMIZERS
 from hf_efcp.glue import TASKS
@@ -26,7 +25,6 @@ CONFIGS = [
     for path in sorted((ROOT / "recipes" / "configs").rglob("*.yaml"))
     if "optimizers" in yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
 ]
-WORDS = ["film", "plot", "scene", "actor", "camera", "story", "music", "the", "a", "of"]
 MODULES = ("bench", "compare_optimizers", "data", "plan", "plots", "report", "run_glue", "runs", "training")
 
 
@@ -43,18 +41,7 @@ def recipe(monkeypatch):
 
 @pytest.fixture(scope="module")
 def tiny_model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny")
-    vocabulary = {word: number for number, word in enumerate(["[PAD]", "[UNK]", "[SEP]", "good", "bad", *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", model_max_length=32
-    ).save_pretrained(folder)
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = BertConfig(vocab_size=len(vocabulary), max_position_embeddings=32, initializer_range=0.2, **sizes)
-    BertModel(config).save_pretrained(folder)
-    return folder
+    return save_tiny_bert(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture
@@ -212,6 +199,7 @@ def test_wrong_comparisons_are_refused_before_anything_is_loaded(recipe, write_c
         ({"seed": 1}, [], "seed does not belong here: use search_seed and seeds"),
         ({"learning_rate": 1}, [], "learning_rate does not belong here: use learning_rates under optimizers"),
         ({}, ["--optim", "sgd"], "optim does not belong here"),
+        ({"do_predict": True}, [], "do_predict does not belong here: use run_glue.py: no model is stored"),
         ({"optimizers": ["sgd"]}, [], "must have the key 'optimizers' with a mapping under it"),
         ({"max_step": 1}, [], "unknown key 'max_step' in .*did you mean max_steps"),
     ],

@@ -23,6 +23,11 @@ def test_every_task_is_complete(task):
     assert len(set(task.labels)) == len(task.labels)
     assert task.headline == task.metrics[0]
     assert task.validation_splits[0].startswith("validation")
+    assert (
+        len(task.test_files)
+        == len(task.test_splits)
+        == (0 if task.name == "rotten_tomatoes" else len(task.validation_splits))
+    )
     assert task.num_labels == (1 if task.regression else len(task.labels))
 
 

@@ -13,23 +13,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import yaml
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, Features, Value
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+from tiny import WORDS, save_tiny_bert
 
-from hf_efcp import OPTIMIZERS
 from hf_efcp.glue import TASKS, get_task
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = [
-    path
-    for path in sorted((ROOT / "recipes" / "configs").rglob("*.yaml"))
-    if "optimizers" not in yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)  # a comparison has it
-]
 GLUE_DIR = Path(os.environ.get("HF_EFCP_GLUE_DIR", ROOT.parent / "shared" / "glue"))
-WORDS = ["film", "plot", "scene", "actor", "camera", "story", "music", "the", "a", "of"]
 
 
 @pytest.fixture(autouse=True)
@@ -55,19 +46,7 @@ def parse(recipe):
 
 @pytest.fixture(scope="module")
 def tiny_model(tmp_path_factory):
-    """A folder with a BERT of two small layers, without a head, and a tokenizer that knows a few words."""
-    folder = tmp_path_factory.mktemp("tiny")
-    vocabulary = {word: number for number, word in enumerate(["[PAD]", "[UNK]", "[SEP]", "good", "bad", *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", model_max_length=32
-    ).save_pretrained(folder)
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = BertConfig(vocab_size=len(vocabulary), max_position_embeddings=32, initializer_range=0.2, **sizes)
-    BertModel(config).save_pretrained(folder)
-    return folder
+    return save_tiny_bert(tmp_path_factory.mktemp("tiny"))
 
 
 def sentences(count, seed):
@@ -116,26 +95,6 @@ def small_run(model, data_dir, output_dir, *flags):
 
 
 # Configuration
-
-
-def test_there_are_configs():
-    assert {"quickstart.yaml", "sst2.yaml"} <= {path.name for path in CONFIGS}
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=[str(path.relative_to(ROOT)) for path in CONFIGS])
-def test_every_config_binds_and_states_what_matters(path, parse):
-    text = path.read_text(encoding="utf-8")
-    written = yaml.load(text, Loader=yaml.BaseLoader)
-    data, _, _, args = parse(path)
-    assert text.startswith("# ")
-    assert f"python recipes/run_glue.py {path.relative_to(ROOT)}" in text
-    assert data.task_name in TASKS
-    assert args.optim in OPTIMIZERS
-    assert args.learning_rate == float(written["learning_rate"])
-    assert args.max_grad_norm == float(written["max_grad_norm"])
-    assert written["logging_nan_inf_filter"] == "false"
-    assert args.logging_nan_inf_filter is False
-    assert args.output_dir.startswith("outputs/")
 
 
 def test_the_quickstart_is_the_recipe_that_was_measured(parse):
@@ -265,13 +224,20 @@ def test_two_files_for_one_split_are_an_error(recipe, data_dir):
         ("sst2", {"sentence": ["a"], "label": ["positive"]}, "must be integers, .* got 'positive'"),
         ("sst2", {"sentence": ["a"], "label": [0.5]}, r"must be integers, .* got 0.5 \(float64\)"),
         ("sst2", {"sentence": [3], "label": [0]}, "column sentence of .* must hold text in every row; got int64"),
-        ("sst2", {"sentence": ["a", None], "label": [0, 1]}, "must hold text in every row"),
+        ("sst2", {"sentence": ["a", None], "label": [0, 1]}, "must hold text in every row; got 1 empty rows"),
         ("sst2", {"sentence": [], "label": []}, "could not read a table with rows from .*train.parquet"),
         (
             "stsb",
             {"sentence1": ["a"], "sentence2": ["b"], "label": [3]},
-            "stsb is a regression task: .* floats, got int64",
+            r"stsb is a regression task: .* floats from 0.0 to 5.0, in a text file with a point; got 3 \(int64\)",
         ),
+        ("stsb", {"sentence1": ["a"], "sentence2": ["b"], "label": [5.5]}, r"floats from 0.0 to 5.0.*got 5.5 "),
+        ("stsb", {"sentence1": ["a"], "sentence2": ["b"], "label": [math.nan]}, r"floats from 0.0 .*got nan "),
+        ("stsb", {"sentence1": ["a"], "sentence2": ["b"], "label": ["similar"]}, r"floats .*got 'similar' \(string\)"),
+        ("stsb", {"sentence1": ["a"], "sentence2": ["b"], "label": [-1.0]}, r"is not labelled .*use a split that is"),
+        ("sst2", {"sentence": ["a", "b"], "label": [1, None]}, "must be integers, .* got .*None"),
+        ("sst2", {"sentence": ["a"], "label": [[1]]}, r"must be integers, .* got '\[1\]' \(List\)"),
+        ("sst2", {"sentence": [["a"]], "label": [1]}, "column sentence of .* must hold text in every row; got List"),
         ("rte", {"sentence1": ["a"], "label": [1]}, "no column sentence2"),
     ],
 )
@@ -280,6 +246,19 @@ def test_data_that_does_not_fit_the_task_is_refused(recipe, tmp_path, task, colu
         Dataset.from_dict(columns).to_parquet(tmp_path / f"{split}.parquet")
     with pytest.raises(ValueError, match=message):
         recipe.data.load_splits(get_task(task), str(tmp_path))
+
+
+@pytest.mark.parametrize("names", [["positive", "negative"], ["negative", "positive"], ["neg", "pos"]])
+def test_classes_in_another_order_are_refused(recipe, tmp_path, names):
+    features = Features({"sentence": Value("string"), "label": ClassLabel(names=names)})
+    for split in ("train", "validation"):
+        columns = {"sentence": ["a", "b"], "label": [0, 1]}
+        Dataset.from_dict(columns, features=features).to_parquet(tmp_path / f"{split}.parquet")
+    if names[0] == "positive":
+        with pytest.raises(ValueError, match=r"in the order 0 = negative, 1 = positive; the file has positive, neg"):
+            recipe.data.load_splits(get_task("sst2"), str(tmp_path))
+    else:  # other names for the classes say nothing of their order
+        assert recipe.data.load_splits(get_task("sst2"), str(tmp_path))["train"]["label"] == [0, 1]
 
 
 @pytest.mark.parametrize("name", ["train.csv", "train.json", "train.parquet"])
@@ -299,15 +278,34 @@ def test_a_hub_out_of_reach_is_an_error_that_says_what_to_do(recipe, monkeypatch
     monkeypatch.setattr("datasets.load_dataset", unreachable)
     with pytest.raises(OSError, match=r"could not load mnli from nyu-mll/glue .*HF_HUB_OFFLINE=1.*--data_dir") as info:
         recipe.data.load_splits(get_task("mnli"), None)
-    assert "train.parquet, validation_matched.parquet, validation_mismatched.parquet" in str(info.value)
+    assert "train.parquet, validation_matched.parquet, validation_mismatched.parquet (or" in str(info.value)
+    with pytest.raises(OSError, match=r"validation_mismatched.parquet, test_matched.parquet, test_mismatched.parquet"):
+        recipe.data.load_splits(get_task("mnli"), None, predict=True)
 
 
 def test_the_hub_gives_the_splits_of_the_task(recipe, monkeypatch):
     columns = {"premise": ["a"], "hypothesis": ["b"], "label": [2]}
-    names = ("train", "validation_matched", "validation_mismatched", "test_matched")
-    hub = {name: Dataset.from_dict(columns) for name in names}
+    names = ("train", "validation_matched", "validation_mismatched", "test_matched", "test_mismatched")
+    hub = {name: Dataset.from_dict({**columns, "label": [-1]} if "test" in name else columns) for name in names}
     monkeypatch.setattr("datasets.load_dataset", lambda *args: hub)
     assert list(recipe.data.load_splits(get_task("mnli"), None)) == list(names[:3])
+    assert list(recipe.data.load_splits(get_task("mnli"), None, predict=True)) == list(names)
+
+
+def test_test_splits_need_text_but_no_labels(recipe, data_dir):
+    with pytest.raises(
+        FileNotFoundError, match=r"do_predict: expected one of test.parquet, .* it holds train.csv, val"
+    ):
+        recipe.data.load_splits(get_task("sst2"), str(data_dir), predict=True)
+    write_csv(data_dir / "test.csv", {"sentence": ["a", "b"]})
+    assert len(recipe.data.load_splits(get_task("sst2"), str(data_dir), predict=True)["test"]) == 2
+    write_csv(data_dir / "test.csv", {"text": ["a", "b"]})
+    with pytest.raises(
+        ValueError, match="the test split of sst2 .* has no column sentence: expected sentence, got text"
+    ):
+        recipe.data.load_splits(get_task("sst2"), str(data_dir), predict=True)
+    with pytest.raises(ValueError, match=r"rotten_tomatoes has no test split: leave out do_predict, .* cola, sst2, .*"):
+        recipe.data.load_splits(get_task("rotten_tomatoes"), None, predict=True)
 
 
 def test_rotten_tomatoes_has_one_fixed_split(recipe):

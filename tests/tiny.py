@@ -6,11 +6,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, set_seed
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainerCallback,
+    set_seed,
+)
 
 from hf_efcp import EFCPTrainer, EFCPTrainingArguments
 
 VOCAB, LENGTH = 64, 8
+WORDS = ["film", "plot", "scene", "actor", "camera", "story", "music", "the", "a", "of"]
 
 
 def tiny_bert(
@@ -33,6 +43,21 @@ def tiny_bert(
         num_labels=2,
     )
     return cls(config).to(dtype)
+
+
+def save_tiny_bert(folder: Path) -> Path:
+    """Write a BERT of two small layers, without a head, and a tokenizer that knows good, bad and WORDS."""
+    vocabulary = {word: number for number, word in enumerate(["[PAD]", "[UNK]", "[SEP]", "good", "bad", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", model_max_length=32
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = BertConfig(vocab_size=len(vocabulary), max_position_embeddings=32, initializer_range=0.2, **sizes)
+    BertModel(config).save_pretrained(folder)
+    return folder
 
 
 def toy_rows(n: int, seed: int = 0) -> list[dict[str, torch.Tensor]]:

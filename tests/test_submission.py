@@ -1,0 +1,70 @@
+"""The files that GLUE's server takes, letter by letter."""
+
+import importlib
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from hf_efcp.glue import TASKS, get_task
+
+RECIPES = str(Path(__file__).parents[1] / "recipes")
+
+
+@pytest.fixture
+def module(monkeypatch):
+    monkeypatch.syspath_prepend(RECIPES)
+    return importlib.import_module("submission")
+
+
+def trained(outputs, rank=0):
+    """What `write_predictions` asks of a trainer; a split stands for its own name."""
+    return SimpleNamespace(
+        predict=lambda split: SimpleNamespace(predictions=outputs[split]), is_world_process_zero=lambda: rank == 0
+    )
+
+
+def test_the_files_have_the_names_that_the_server_knows():
+    files = {file for task in TASKS.values() for file in task.test_files}
+    known = "CoLA SST-2 MRPC STS-B QQP MNLI-m MNLI-mm QNLI RTE WNLI"
+    assert files == {f"{name}.tsv" for name in known.split()}
+    assert get_task("mnli").test_splits == ("test_matched", "test_mismatched")
+    assert {name for name, task in TASKS.items() if task.submits_names} == {"mnli", "qnli", "rte"}
+    assert [name for name, task in TASKS.items() if not task.test_splits] == ["rotten_tomatoes"]
+
+
+@pytest.mark.parametrize(
+    ("task", "predictions", "cells"),
+    [
+        ("sst2", [0, 1, 1], ["0", "1", "1"]),
+        ("wnli", [1, 0], ["1", "0"]),
+        ("mnli", [2, 0, 1], ["contradiction", "entailment", "neutral"]),
+        ("qnli", [0, 1], ["entailment", "not_entailment"]),
+        ("rte", [1], ["not_entailment"]),
+        ("stsb", [-0.3, 2.34567, 5.2, 4.9996], ["0.000", "2.346", "5.000", "5.000"]),
+    ],
+)
+def test_numbers_names_and_scores(module, task, predictions, cells):
+    expected = "index\tprediction\n" + "".join(f"{row}\t{cell}\n" for row, cell in enumerate(cells))
+    assert module.submission(get_task(task), np.array(predictions)) == expected
+
+
+def test_each_test_split_gets_its_file(module, tmp_path):
+    matched = np.array([[0.0, 1.0, 0.0], [2.0, 1.0, 0.0]])
+    outputs = {"test_matched": matched, "test_mismatched": (matched[:, ::-1], "hidden states")}
+    module.write_predictions(trained(outputs), get_task("mnli"), {name: name for name in outputs}, tmp_path / "a" / "b")
+    assert (tmp_path / "a" / "b" / "MNLI-m.tsv").read_text() == "index\tprediction\n0\tneutral\n1\tentailment\n"
+    assert (tmp_path / "a" / "b" / "MNLI-mm.tsv").read_text() == "index\tprediction\n0\tneutral\n1\tcontradiction\n"
+    module.write_predictions(
+        trained(outputs, rank=1), get_task("mnli"), {name: name for name in outputs}, tmp_path / "c"
+    )
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize("task", ["sst2", "stsb"])
+def test_a_diverged_model_writes_nothing(module, tmp_path, task):
+    outputs = {"test": np.array([[1.0, 2.0], [np.nan, 0.0]])}
+    with pytest.raises(ValueError, match=rf"test split of {task} are not finite, .* try a smaller learning_rate"):
+        module.write_predictions(trained(outputs), get_task(task), {"test": "test"}, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
