@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 CONFIGS = [
     path
     for path in sorted((ROOT / "recipes" / "configs").rglob("*.yaml"))
-    if "optimizers" not in yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)  # a comparison has it
+    if "task_name" in yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)  # other recipes have none
 ]
 GLUE_DIR = Path(os.environ.get("HF_EFCP_GLUE_DIR", ROOT.parent / "shared" / "glue"))
 WORDS = ["film", "plot", "scene", "actor", "camera", "story", "music", "the", "a", "of"]
