@@ -111,8 +111,8 @@ class Evaluation:
         Returns:
             The value of each metric.
         """
-        # Encoder-decoders return more than the two.
-        self.predictions = self.finder(output.predictions[0], output.predictions[1])
+        logits: Any = output.predictions  # encoder-decoders return more than the two
+        self.predictions = self.finder(logits[0], logits[1])
         return squad_metrics(self.predictions, self.true)
 
 

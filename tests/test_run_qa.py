@@ -596,7 +596,7 @@ def test_a_run_with_a_baseline(recipe, tiny_model, tmp_path, capsys):
     write_flat(tmp_path / "metals", metal_questions(64, seed=1))
     (tmp_path / "metals" / "train.json").write_text(json.dumps(metal_questions(256, seed=0)))
     output = tmp_path / "out"
-    flags = ["--max_steps", 80, "--eval_strategy", "steps", "--eval_steps", 40, "--eval_on_start", "true"]
+    flags = ["--max_steps", 60, "--eval_strategy", "steps", "--eval_steps", 30, "--eval_on_start", "true"]
     flags += ["--baseline", "adamw_torch", "--baseline_learning_rate", "3e-3", "--seed", 3]
     recipe.run_qa.main(small_run(tiny_model, tmp_path / "metals", output, *flags))
 
@@ -611,7 +611,7 @@ def test_a_run_with_a_baseline(recipe, tiny_model, tmp_path, capsys):
     answers = {item["id"]: item["answers"]["text"] for item in metal_questions(64, seed=1)}
     for folder, record, history in zip((output, output / "baseline"), (metrics, baseline), histories, strict=True):
         assert set(record["metrics"]) == {*names, "loss"}
-        assert (record["steps"], record["train_examples"], record["validation_examples"]) == (80, 256, 64)
+        assert (record["steps"], record["train_examples"], record["validation_examples"]) == (60, 256, 64)
         assert record["train_windows"] == 256
         predictions = json.loads((folder / "predictions.json").read_text())
         again = recipe.qa_metrics.squad_metrics(predictions, answers)
@@ -621,14 +621,14 @@ def test_a_run_with_a_baseline(recipe, tiny_model, tmp_path, capsys):
         assert record["metrics"]["NoAns_exact"] >= 0.9
         assert history[0]["eval_f1"] < 0.5
         losses = [entry["loss"] for entry in history if "loss" in entry]
-        assert len(losses) == 40
+        assert len(losses) == 30
         assert np.mean(losses[-5:]) < 0.5 * losses[0]
     assert histories[0][0]["step"] == 0
     assert histories[0][0]["eval_loss"] == histories[1][0]["eval_loss"]
 
     assert (output / "training.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     lines = capsys.readouterr().out.strip().splitlines()
-    assert re.fullmatch(r"metals f1: [01]\.\d{3} \(sparse_mfac, 80 steps, \d+ s\)", lines[-1])
+    assert re.fullmatch(r"metals f1: [01]\.\d{3} \(sparse_mfac, 60 steps, \d+ s\)", lines[-1])
     assert [line.split()[:2] for line in lines[-4:-2]] == [["sparse_mfac", "0.01"], ["adamw_torch", "0.003"]]
     arguments = recipe.run_qa.ModelArguments(str(output))
     _, model = recipe.training.load_pretrained(arguments, recipe.run_qa.AutoModelForQuestionAnswering, {})
@@ -647,7 +647,7 @@ def test_samples_are_limited_and_the_split_is_the_validation_one(recipe, tiny_mo
 
 
 def test_data_without_unanswerable_questions_never_gets_no_answer(recipe, tiny_model, tmp_path):
-    rows = [item for item in sample_rows("validation") if item["answers"]["text"]]
+    rows = [item for item in metal_questions(32, seed=0) if item["answers"]["text"]]
     write_flat(tmp_path / "data", rows)
     flags = ["--max_steps", 2, "--null_score_diff_threshold", -1000]
     recipe.run_qa.main(small_run(tiny_model, tmp_path / "data", tmp_path / "out", *flags))
@@ -663,12 +663,15 @@ def test_data_without_unanswerable_questions_never_gets_no_answer(recipe, tiny_m
 def test_a_run_resumes_from_its_checkpoint(recipe, tiny_model, tmp_path):
     output = tmp_path / "out"
     flags = ["--max_steps", 4, "--save_strategy", "steps", "--save_steps", 2]
-    argv = small_run(tiny_model, SAMPLE, output, *flags)
+    argv = small_run(tiny_model, write_flat(tmp_path / "data", metal_questions(64, seed=0)), output, *flags)
     recipe.run_qa.main(argv)
     whole = load_file(output / "model.safetensors")
-    recipe.run_qa.main([*argv, "--resume_from_checkpoint", str(output / "checkpoint-2")])
-    resumed = load_file(output / "model.safetensors")
-    assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
+    for checkpoint, steps_left in ((str(output / "checkpoint-2"), True), ("true", False)):  # "true" is the newest one
+        recipe.run_qa.main([*argv, "--resume_from_checkpoint", checkpoint])
+        resumed = load_file(output / "model.safetensors")
+        assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
+        metrics = json.loads((output / "metrics.json").read_text())
+        assert (metrics["seconds_per_step"] is not None) == steps_left
     start = load_file(tiny_model / "model.safetensors")
     still = [name for name, tensor in start.items() if torch.equal(tensor, whole.get(f"bert.{name}", tensor))]
     assert all(name.startswith("pooler") for name in still), still
