@@ -303,15 +303,16 @@ def _compare(params: list[Before]) -> dict[str, float]:
             g = gradient[span].to(wide)
             if before.l2:
                 g = g.add(before.theta[span].to(wide), alpha=before.l2)
-            sums[0] += g @ g
+            square = g @ g
+            sums[0] += square
             if not before.lr:
                 continue
             # Decayed as the optimizer does it, so that the difference is 0 where the update is.
             still = before.theta[span].to(torch.float32).mul(before.keep).to(after.dtype)
             u = (still.to(wide) - after[span].to(wide)) / before.lr
-            sums[1:] += torch.stack((g @ g, u @ u, u @ g))
-            both = (u != 0) & (g != 0)
-            ratios.append((u[both] / g[both]).abs().to(torch.float32))
+            product = u * g
+            sums[1:] += torch.stack((square, u @ u, product.sum()))
+            ratios.append((u / g).to(torch.float32).abs()[product != 0])
     total, seen, moved, inner = sums.tolist()
     values = {"gradient_norm": math.sqrt(total)}
     if ratios:
