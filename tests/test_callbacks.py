@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_diagnostics import OF_THE_STEP, sharded  # noqa: F401  # a fixture
+from test_diagnostics import OF_THE_STEP
 from tiny import Gradients, arguments, parameters, tiny_bert, toy_rows
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -309,7 +309,7 @@ def test_another_optimizer_is_refused_before_the_first_step(tmp_path):
     assert all(torch.equal(value, start[name]) for name, value in parameters(model).items())
 
 
-def test_shards_are_refused_before_the_first_step(sharded):  # noqa: F811  # the fixture
+def test_shards_are_refused_before_the_first_step(sharded):
     optimizer = SparseMFAC([sharded])
     with pytest.raises(ValueError, match=r"need whole parameters, but FSDP has sharded them.*turn the diagnostics off"):
         EFCPCallback().on_train_begin(None, None, None, optimizer=SimpleNamespace(optimizer=optimizer))

@@ -193,25 +193,19 @@ def test_gradients_of_zero_have_no_cosine():
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", names())
+# Those whose result for some parameters does not hang on the others.
+@pytest.mark.parametrize("name", [n for n in names() if "lowrank" not in n and "global" not in n])
 def test_a_parameter_without_a_gradient_has_no_update(name):
     problem = Regression()
-    params = problem.parameters()
-    optimizer = build(name, params, weight_decay=0.1)
+    params, others = problem.parameters(), problem.parameters()[1:]
     gradients = problem.gradients(params, 0)
     gradients[0] = None
-    values = measured(optimizer, params, gradients)
-    assert values["gradient_norm"] == pytest.approx(float(flat(gradients[1:]).norm()))
-    others = problem.parameters()[1:]
+    found = measured(build(name, params, weight_decay=0.1, **exact(name)), params, gradients)
     alone = measured(build(name, others, weight_decay=0.1, **exact(name)), others, gradients[1:])
-    assert set(values) == set(alone)
-    if name == "sparse_mfac_global":
-        return  # its k counts the entries of all
-    del values["state_bytes"], values["state_bytes_per_parameter"]
-    rounded = 0.05 if name in ("microadam", "lowrank_mfac", "lowrank_ggt") else 1e-5
-    if "lowrank" in name:
-        return  # another random start
-    assert values == pytest.approx({key: alone[key] for key in values}, rel=rounded)
+    assert found.pop("state_bytes") > alone.pop("state_bytes")
+    del found["state_bytes_per_parameter"], alone["state_bytes_per_parameter"]
+    assert found == alone
+    assert set(found) >= OF_THE_STEP
 
 
 # Error
@@ -381,16 +375,6 @@ def test_gradients_that_are_gone():
     optimizer.zero_grad()
     with pytest.raises(ValueError, match="call measure before zero_grad"):
         measure(optimizer, before)
-
-
-@pytest.fixture
-def sharded():
-    """A parameter as FSDP2 makes them, of a process alone."""
-    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
-
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    yield torch.nn.Parameter(distribute_tensor(torch.zeros(4, 3), init_device_mesh("cpu", (1,)), [Shard(0)]))
-    torch.distributed.destroy_process_group()
 
 
 def test_shards_are_refused(sharded):
