@@ -39,7 +39,7 @@ def nearest(values, q):
 def test_a_step_by_hand(weight_decay):
     """AdaGrad's first step is the sign of the gradient."""
     param = parameter(1.0, -2.0, 3.0, 0.5)
-    optimizer = SparseAdaGrad([param], lr=0.125, density=1.0, weight_decay=weight_decay)
+    optimizer = SparseAdaGrad([param], lr=0.125, density=1.0, weight_decay=weight_decay, update_scale="none")
     values = measured(optimizer, [param], [torch.tensor([3.0, -4.0, 0.0, 12.0])])
     expected = {
         "gradient_norm": 13.0,
@@ -68,7 +68,9 @@ def test_rotation_and_scaling_are_those_of_the_explicit_matrix(cls, naive_cls, m
     rates = [0.02, 0.01, 0.02, 0.0]
     common = dict(num_grads=4, density=0.3, block_size=16, momentum=0.5, value_dtype=torch.float32)
     groups = [{"params": [param], "lr": lr} for param, lr in zip(params, rates, strict=True)]
-    optimizer = cls(groups, lr=1.0, weight_decay=0.1, decoupled_weight_decay=not l2, **common, **matrix)
+    optimizer = cls(
+        groups, lr=1.0, weight_decay=0.1, decoupled_weight_decay=not l2, update_scale="none", **common, **matrix
+    )
     naive = naive_cls(params, lr=rates, weight_decay=[0.1] * 4, l2=l2, **common, **matrix)
     for step in range(7):
         gradients = problem.gradients(params, step)
@@ -101,7 +103,7 @@ def test_weight_decay_is_no_update_in_any_dtype(dtype):
     """One entry of eight is moved by the row; decay alone moves the others, and rounds them."""
     start = torch.linspace(0.31, 0.97, 8).to(dtype)
     param = torch.nn.Parameter(start.clone())
-    optimizer = SparseAdaGrad([param], lr=0.125, density=0.125, weight_decay=0.37)
+    optimizer = SparseAdaGrad([param], lr=0.125, density=0.125, weight_decay=0.37, update_scale="none")
     gradient = torch.arange(1.0, 9.0)
     values = measured(optimizer, [param], [gradient])
     assert (param != start).all()
