@@ -13,6 +13,7 @@ from .optimizer import EFCP
 from .variants import DenseGGT, DenseMFAC, LowRankGGT, LowRankMFAC, MicroAdam, SparseAdaGrad, SparseGGT, SparseMFAC
 
 if TYPE_CHECKING:
+    from .callbacks import EFCPCallback
     from .factory import OPTIMIZERS, create_optimizer
     from .trainer import EFCPTrainer
     from .training_args import EFCPTrainingArguments
@@ -24,6 +25,7 @@ __all__ = [
     "OPTIMIZERS",
     "DenseGGT",
     "DenseMFAC",
+    "EFCPCallback",
     "EFCPTrainer",
     "EFCPTrainingArguments",
     "LowRankGGT",
@@ -39,6 +41,7 @@ __all__ = [
 _LAZY = {
     "OPTIMIZERS": "factory",
     "create_optimizer": "factory",
+    "EFCPCallback": "callbacks",
     "EFCPTrainer": "trainer",
     "EFCPTrainingArguments": "training_args",
 }

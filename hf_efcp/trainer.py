@@ -11,6 +11,7 @@ from transformers import Trainer
 from transformers.trainer_utils import TrainOutput
 
 from . import checkpoints, setups
+from .callbacks import EFCPCallback
 from .factory import create_optimizer, efcp_name, parse_optim_args
 from .optimizer import EFCP
 
@@ -36,6 +37,8 @@ class EFCPTrainer(Trainer):
       warns about newer ones; a given one that is incomplete is refused, where the parent would go on with an empty
       window without a word. Stock optimizers are resumed as by the parent.
     - Steps that `nonfinite="skip"` left out are in the logs as `skipped_steps`, with a warning at the end.
+    - The values of an `EFCPCallback` are in the logs. `efcp_diagnostics_steps` of the arguments adds one, unless there
+      is one.
 
     Args:
         *args: As in `transformers.Trainer`.
@@ -52,6 +55,7 @@ class EFCPTrainer(Trainer):
         self._efcp = self._asks_for_efcp()
         if self._efcp:
             setups.refuse_what_cannot_work(self)
+        self._add_diagnostics(getattr(self.args, "efcp_diagnostics_steps", 0))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Create the optimizer that the arguments ask for, unless there is one.
@@ -97,7 +101,7 @@ class EFCPTrainer(Trainer):
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, as the parent does, with the steps that were skipped so far if there are any.
+        """Log, as the parent does, with the steps that were skipped so far if there are any, and with diagnostics.
 
         Args:
             logs: The values.
@@ -105,6 +109,12 @@ class EFCPTrainer(Trainer):
         """
         if skipped := self._skipped_steps():
             logs["skipped_steps"] = skipped
+        for callback in self._diagnostics():
+            values = callback.take(logs)
+            if "loss" in logs:
+                logs.update(values)
+            elif values:
+                super().log(values)  # not into the summary, which train() returns
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -121,6 +131,17 @@ class EFCPTrainer(Trainer):
         except Exception as error:
             error.add_note(f"raised while the optimizer was loaded from {checkpoint}")
             raise
+
+    def _add_diagnostics(self, every: int) -> None:
+        if not every or self._diagnostics():
+            return
+        if self._efcp:
+            self.add_callback(EFCPCallback(every))
+        else:
+            logger.warning("efcp_diagnostics_steps=%d has no effect: the optimizer is not one of hf_efcp", every)
+
+    def _diagnostics(self) -> list[EFCPCallback]:
+        return [callback for callback in self.callback_handler.callbacks if isinstance(callback, EFCPCallback)]
 
     def _efcp_optimizer(self) -> EFCP | None:
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # Accelerate wraps it

@@ -34,6 +34,8 @@ class EFCPTrainingArguments(TrainingArguments):
         learning_rate: The initial learning rate; None takes the default of the optimizer.
         optim_args: For an EFCP optimizer, its options by name, such as "num_grads=256,density=0.01"; also
             `exclude` and `exclude_lr` of `hf_efcp.create_optimizer`. Checked at construction.
+        efcp_diagnostics_steps: Log what preconditioning does to the gradient, measured every so many steps: see
+            `hf_efcp.EFCPCallback`. 0 does not.
     """
 
     # Typed str, not the parent's enum, for HfArgumentParser would accept the members of the enum only.
@@ -45,13 +47,23 @@ class EFCPTrainingArguments(TrainingArguments):
         default=None,
         metadata={"help": "The initial learning rate; the default of the optimizer when it is not given."},
     )
+    efcp_diagnostics_steps: int = field(
+        default=0,
+        metadata={"help": "Measure what preconditioning does every so many steps, and log it; 0 does not."},
+    )
 
     def __post_init__(self) -> None:
         """Resolve the optimizer and its learning rate, check its options, and let the parent do the rest.
 
         Raises:
-            ValueError: If `optim`, `optim_args` or anything that the parent checks is not valid.
+            ValueError: If `optim`, `optim_args`, `efcp_diagnostics_steps` or anything that the parent checks is not
+                valid.
         """
+        if self.efcp_diagnostics_steps < 0:
+            raise ValueError(
+                "efcp_diagnostics_steps is the number of steps from one sample to the next, or 0 for none; got "
+                f"{self.efcp_diagnostics_steps}"
+            )
         optim = _optimizer(self.optim)
         # Before the parent's turn: a DeepSpeed configuration may copy the learning rate.
         self.learning_rate = _learning_rate(optim, self.learning_rate)

@@ -45,6 +45,7 @@ def test_every_stock_name_by_constructor_and_by_parser(name):
 
 def test_the_defaults_are_the_parents():
     ours = EFCPTrainingArguments(output_dir="out", use_cpu=True).to_dict()
+    assert ours.pop("efcp_diagnostics_steps") == 0
     assert ours == TrainingArguments(output_dir="out", use_cpu=True).to_dict()
 
 
