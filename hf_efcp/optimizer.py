@@ -41,9 +41,10 @@ class EFCP(torch.optim.Optimizer):
         theta <- (1 - lr weight_decay) theta - lr v_t
 
     With `update_scale="tensor"` the preconditioner decides the direction of `u_t` and the gradients its length, tensor
-    by tensor: `|u| = update_rms sqrt(n) |g| / sqrt(v)`, `v` the mean of `|g|^2` over the past with weights `0.999^age`
-    (`hf_efcp/step_size.py` says why). Learning rates are then those of AdamW, whatever the window, the dampening and
-    the scale of the gradients. `"none"` takes `u_t` as it is, as the paper does.
+    by tensor: `|u| = update_rms sqrt(n) |g| / sqrt(v)`, `v` the mean of `|g|^2` over the past with weights `0.999^age`,
+    but no row of a matrix with more than three times this root mean square (`hf_efcp/step_size.py` says why). Learning
+    rates are then those of AdamW, whatever the window, the dampening and the scale of the gradients. `"none"` takes
+    `u_t` as it is, as the paper does.
 
     Parameter groups may set `lr`, `weight_decay`, `decoupled_weight_decay`, `momentum`, `update_scale`, `update_rms`
     and `preconditioned`; all else is one value for the optimizer, because the preconditioner is one matrix over all
@@ -524,12 +525,12 @@ class EFCP(torch.optim.Optimizer):
         group, param = member.group, member.param
         if group["update_scale"] == "none":
             return unit, updates(0)
-        length, slabs = step_size.measured(updates)
-        gradient = gradient_of(Site({}, local(param).shape, [member]))
-        squares = torch.tensor([length, step_size.squared(gradient)], dtype=torch.float64)
+        shape = local(param).shape
+        update, gradient = step_size.measure(updates, shape), gradient_of(Site({}, shape, [member]))
+        squares = torch.tensor([update.square, step_size.squared(gradient)], dtype=torch.float64)
         squares = shards.all_reduce(squares, processes, param.device)
-        memory = self.state[param]["squares"]
-        return step_size.factor(memory, float(squares[0]), float(squares[1]), param.numel(), group["update_rms"]), slabs
+        rms = step_size.wanted(self.state[param]["squares"], float(squares[1]), group["update_rms"])
+        return 1.0, update.sized(rms, float(squares[0]), param.numel())
 
     def _push(self, site: Site, moment: Moment, kernels: Kernels) -> None:
         """Compress a gradient into the window."""

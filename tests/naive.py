@@ -95,23 +95,28 @@ class Naive:
                 continue
             if self.rms is not None:
                 # What the matrix's rounding leaves of zero is zero.
-                part = part * self.factor(i, part if part.norm() > 1e-12 * update.norm() else 0 * part, dense[i])
+                part = self.sized(i, part if part.norm() > 1e-12 * update.norm() else 0 * part, dense[i])
             self.velocity[i] = self.momentum * self.velocity[i] + part
             if not self.l2:
                 self.thetas[i] *= 1 - self.lr[i] * self.weight_decay[i]
             self.thetas[i] -= self.lr[i] * self.velocity[i]
 
-    def factor(self, i, update, gradient):
-        """What an update is multiplied by: the gradient's length over its mean, and the wanted root mean square."""
+    def sized(self, i, update, gradient):
+        """The update with the wanted root mean square, times the gradient's length over its mean; long rows cut."""
         length, norm = float(gradient.norm()), float(update.norm())
         if length == 0.0:
-            return 0.0
+            return 0.0 * update
         self.lengths[i].append(length)
         if norm == 0.0:
-            return 0.0
+            return update
         weights = [0.999**age for age in reversed(range(len(self.lengths[i])))]
         mean = sum(w * x * x for w, x in zip(weights, self.lengths[i], strict=True)) / sum(weights)
-        return self.rms * math.sqrt(update.numel()) * length / math.sqrt(mean) / norm
+        rms = self.rms * length / math.sqrt(mean)
+        update = update * rms * math.sqrt(update.numel()) / norm
+        shape = self.shapes[i]
+        for row in update.view(shape[0], -1) if len(shape) > 1 else []:
+            row *= min(1.0, 3 * rms * math.sqrt(row.numel()) / max(float(row.norm()), 1e-300))
+        return update
 
     def parameters(self):
         """The parameters in their shapes."""

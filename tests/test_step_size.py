@@ -70,7 +70,8 @@ def test_relative_dampening_of_a_dense_gradient_equals_brute_force():
 def test_the_first_update_has_the_wanted_root_mean_square(cls):
     problem = Regression(seed=53, width=20)
     params = problem.parameters()
-    optimizer = cls([{"params": params[:2]}, {"params": params[2:], "update_rms": 3.0}], lr=0.05)
+    whole = {} if cls in (DenseMFAC, LowRankMFAC) else {"density": 1.0}  # else one row may have all entries
+    optimizer = cls([{"params": params[:2]}, {"params": params[2:], "update_rms": 3.0}], lr=0.05, **whole)
     set_gradients(params, problem.gradients(params, 0))
     optimizer.step()
     for position, (param, start) in enumerate(zip(params, problem.start, strict=True)):
@@ -198,24 +199,50 @@ def test_zero_gradients_and_zero_updates_do_not_move():
     assert (param.detach() - 1).square().mean().sqrt().item() == pytest.approx(1.0, rel=1e-3)
 
 
-@pytest.mark.parametrize("numel", [1, step_size._SLAB + 3, step_size._HELD + step_size._SLAB + 5])
-def test_an_update_is_measured_and_then_given_out_whole(numel):
-    """Beyond what is held, it is computed again, from there on."""
-    values, starts = torch.randn(numel, generator=torch.Generator().manual_seed(0)), []
+def test_no_row_is_more_than_three_times_as_long_as_its_share():
+    """One row of a hundred has all of the gradient: ten times the root mean square, and gets three."""
+    for gradient, expected in ((1.0, 3.0), (0.0, 0.0)):
+        param = torch.nn.Parameter(torch.zeros(100, 8))
+        optimizer = SparseMFAC([param], lr=1.0, density=1.0)
+        grad = torch.zeros(100, 8)
+        grad[17] = gradient
+        set_gradients([param], [grad])
+        optimizer.step()
+        lengths = param.detach().square().mean(dim=1).sqrt()
+        assert lengths[17].item() == pytest.approx(expected, rel=1e-4)
+        assert not lengths[torch.arange(100) != 17].any()
+
+
+SLAB, HELD = 1 << 20, step_size._HELD
+SHAPES = [(1,), (SLAB + 3,), (7, 5), (1, 9), (300, 7000), (HELD // 384 + 2731, 384), (2, HELD), (HELD + 5, 1)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_an_update_is_measured_row_by_row_and_given_out_whole(shape):
+    """Whatever rows slabs begin and end in; beyond what is held, the update is computed again, from there on."""
+    values, starts = torch.randn(shape, generator=torch.Generator().manual_seed(0)), []
+    values[-1] *= 100.0  # too long
+    flat_values = values.view(-1)
 
     def updates(start):
         starts.append(start)
-        for first in range(start, numel, step_size._SLAB):
-            span = slice(first, min(first + step_size._SLAB, numel))
-            yield span, values[span].clone()
+        for first in range(start, values.numel(), SLAB):
+            span = slice(first, min(first + SLAB, values.numel()))
+            yield span, flat_values[span].clone()
 
-    square, slabs = step_size.measured(updates)
-    assert square == pytest.approx(values.double().square().sum().item(), rel=1e-5)
-    whole = torch.full_like(values, torch.nan)
-    for span, slab in slabs:
+    update = step_size.measure(updates, values.shape)
+    rows = values.view(shape[0], -1) if len(shape) > 1 else values.view(1, -1)
+    square = values.double().square().sum().item()
+    assert update.square == pytest.approx(square, rel=1e-5)
+    torch.testing.assert_close(update.rows, rows.square().sum(dim=1), rtol=1e-4, atol=0)
+    whole = torch.full_like(flat_values, torch.nan)
+    for span, slab in update.sized(0.5, square, values.numel()):
         whole[span] = slab
-    assert torch.equal(whole, values)
-    assert starts == ([0] if numel <= step_size._HELD else [0, step_size._HELD])
+    expected = rows * 0.5 * (values.numel() / square) ** 0.5
+    lengths = expected.square().mean(dim=1, keepdim=True).sqrt()
+    expected = expected * (1.5 / lengths).clamp(max=1.0)
+    torch.testing.assert_close(whole.view(rows.shape), expected, rtol=1e-4, atol=1e-7)
+    assert starts == ([0] if values.numel() <= HELD else [0, HELD])
 
 
 @pytest.mark.parametrize("size", [1e-38, 1e-25, 1.0, 1e25])
