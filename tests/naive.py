@@ -75,7 +75,8 @@ class Naive:
             scale = max(np.float32(accumulator[at].abs().max().item()) / np.float32(127), np.float32(2.0**-126))
             mantissa, exponent = math.frexp(scale)
             scale = math.ldexp(math.ceil(mantissa * 256), exponent - 8)  # bfloat16, rounded up
-            row[at] = torch.tensor([round(float(np.float32(x / scale))) * scale for x in accumulator[at].tolist()])
+            levels = [round(float(np.float32(x / scale))) for x in accumulator[at].tolist()]
+            row[at] = torch.tensor(levels, dtype=torch.float64) * scale
         return row
 
     def update(self, x):
