@@ -10,6 +10,7 @@ import torch
 
 MAX_BLOCK_SIZE = 65536  # an index inside a block has to fit uint16
 WHOLE = 2**31 - 1  # a block that holds everything: its indices are int32
+SHARED = 4096  # entries of the vector whose int8 values share a scale, in every row
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,11 @@ class Piece:
         return self.blocks * self.length
 
     @property
+    def groups(self) -> int:
+        """Scales that one row of the window stores for the piece, where it stores int8."""
+        return -(-self.blocks // sharing(self.length))
+
+    @property
     def row(self) -> int:
         """Entries that one row of the window stores for the piece."""
         return self.blocks * self.kept
@@ -45,6 +51,11 @@ class Piece:
     def of(self, flat: torch.Tensor) -> torch.Tensor:
         """The piece of a flat tensor, as a view of shape `(blocks, length)`."""
         return flat[self.start : self.start + self.numel].view(self.blocks, self.length)
+
+
+def sharing(length: int) -> int:
+    """Consecutive blocks of a length whose int8 values share a scale: those that fit 4,096 entries, at least one."""
+    return max(1, SHARED // length)
 
 
 @lru_cache(maxsize=4096)

@@ -44,7 +44,8 @@ class TopK:
     Args:
         density: Fraction `k / d` that is kept, in (0, 1]; a block of n entries keeps `ceil(density * n)`.
         block_size: Entries of a block (`B_d`), 1 to 65,536. Never derived from the hardware: results depend on it.
-        value_dtype: How kept values are stored, float32 or bfloat16. What rounding takes away stays in the error.
+        value_dtype: How kept values are stored: float32, bfloat16, or int8 with one bfloat16 scale for each row and as
+            many consecutive blocks as hold 4,096 entries. What rounding takes away stays in the error.
 
     Raises:
         ValueError: A value outside its range, or a dtype that cannot be stored.
@@ -58,7 +59,7 @@ class TopK:
     value_dtype: torch.dtype = torch.bfloat16
 
     def __post_init__(self) -> None:
-        _check_top_k(self.density, self.value_dtype)
+        _check_top_k(self.density, self.value_dtype, (torch.float32, torch.bfloat16, torch.int8))
         if not isinstance(self.block_size, int) or isinstance(self.block_size, bool):
             raise TypeError(f"block_size must be an int, got {self.block_size!r}")
         if not 1 <= self.block_size <= MAX_BLOCK_SIZE:
@@ -92,8 +93,7 @@ class TopK:
             kernels: The backend.
         """
         assert error is not None  # Top-k is not lossless
-        for piece, indices, values in row:
-            kernels.accumulate_topk(piece.of(gradient.view(-1)), piece.of(error.view(-1)), indices, values)
+        _compress(gradient.view(-1), error.view(-1), row, kernels)
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,12 @@ class GlobalTopK:
     value_dtype: torch.dtype = torch.bfloat16
 
     def __post_init__(self) -> None:
-        _check_top_k(self.density, self.value_dtype)
+        if self.value_dtype == torch.int8:
+            raise ValueError(
+                "global Top-k stores float32 or bfloat16, not int8: the values of a row would share one scale over the "
+                'whole model. Use selection="block", or another value_dtype'
+            )
+        _check_top_k(self.density, self.value_dtype, (torch.float32, torch.bfloat16))
 
     def window(self, num_grads: int) -> SparseWindow:
         """The window that stores this compressor's rows.
@@ -147,8 +152,7 @@ class GlobalTopK:
             kernels: The backend.
         """
         assert error is not None  # Top-k is not lossless
-        for piece, indices, values in row:
-            kernels.accumulate_topk(piece.of(gradient.view(-1)), piece.of(error.view(-1)), indices, values)
+        _compress(gradient.view(-1), error.view(-1), row, kernels)
 
 
 @dataclass(frozen=True)
@@ -188,11 +192,17 @@ class Identity:
         row.copy_(gradient.view(-1))
 
 
-def _check_top_k(density: float, value_dtype: torch.dtype) -> None:
+def _compress(gradient: torch.Tensor, error: torch.Tensor, row: Row, kernels: Kernels) -> None:
+    """Top-k of every block of a flat accumulator."""
+    for piece, indices, values, scales in row:
+        kernels.accumulate_topk(piece.of(gradient), piece.of(error), indices, values, scales)
+
+
+def _check_top_k(density: float, value_dtype: torch.dtype, dtypes: tuple[torch.dtype, ...]) -> None:
     if not 0.0 < density <= 1.0:
         raise ValueError(f"density is the fraction of entries kept, in (0, 1]; got {density}")
-    if value_dtype not in (torch.float32, torch.bfloat16):
-        raise ValueError(f"value_dtype must be torch.float32 or torch.bfloat16, got {value_dtype}")
+    if value_dtype not in dtypes:
+        raise ValueError(f"value_dtype must be one of {', '.join(map(str, dtypes))}, got {value_dtype}")
 
 
 def top_k(selection: str, density: float, block_size: int, value_dtype: torch.dtype) -> TopK | GlobalTopK:

@@ -264,8 +264,10 @@ def _error_square(optimizer: EFCP, units: list[list[Member]]) -> float:
         device = unit[0].param.device
         kernels = choose(optimizer._backend, device)
         for site in optimizer._sites(unit):
-            error = optimizer._errors.load(site.state, site.shape, kernels)
-            square += float(torch.linalg.vector_norm(error, dtype=widest(device))) ** 2
+            for start in range(0, site.shape.numel(), _SLAB):
+                slab = slice(start, min(start + _SLAB, site.shape.numel()))
+                error = optimizer._errors.load(site.state, slab, kernels)
+                square += float(torch.linalg.vector_norm(error, dtype=widest(device))) ** 2
     return square
 
 

@@ -25,10 +25,13 @@ class ErrorStore(Protocol):
     def allocate(self, shape: torch.Size, device: torch.device | str) -> State:
         """Tensors for an error of zeros; their names start with "error"."""
 
-    def load(self, state: State, shape: torch.Size, kernels: Kernels) -> torch.Tensor:
-        """The error in the parameter's shape, float32, contiguous, to be updated in place."""
+    def load(self, state: State, slab: slice, kernels: Kernels) -> torch.Tensor:
+        """The error of a slab of the flattened parameter, flat, float32, to be updated in place.
 
-    def save(self, state: State, error: torch.Tensor, step: int, position: int, kernels: Kernels) -> None:
+        A slab begins at a multiple of `BUCKET`, and ends at one or with the parameter.
+        """
+
+    def save(self, state: State, error: torch.Tensor, slab: slice, step: int, position: int, kernels: Kernels) -> None:
         """Keep what `load` returned and the compressor updated, in step `step`, for the parameter at a position."""
 
 
@@ -48,25 +51,26 @@ class Float32Errors:
         """
         return {"error": torch.zeros(shape, dtype=torch.float32, device=device)}
 
-    def load(self, state: State, shape: torch.Size, kernels: Kernels) -> torch.Tensor:
-        """The stored tensor itself.
+    def load(self, state: State, slab: slice, kernels: Kernels) -> torch.Tensor:
+        """A view of the stored tensor.
 
         Args:
             state: The parameter's tensors.
-            shape: Shape of the parameter.
+            slab: Where.
             kernels: Not used.
 
         Returns:
             The error.
         """
-        return state["error"]
+        return state["error"].view(-1)[slab]
 
-    def save(self, state: State, error: torch.Tensor, step: int, position: int, kernels: Kernels) -> None:
+    def save(self, state: State, error: torch.Tensor, slab: slice, step: int, position: int, kernels: Kernels) -> None:
         """Nothing to do: `load` gave out the stored tensor.
 
         Args:
             state: The parameter's tensors.
             error: What `load` returned.
+            slab: Not used.
             step: Not used.
             position: Not used.
             kernels: Not used.
@@ -89,30 +93,31 @@ class BFloat16Errors:
         """
         return {"error": torch.zeros(shape, dtype=torch.bfloat16, device=device)}
 
-    def load(self, state: State, shape: torch.Size, kernels: Kernels) -> torch.Tensor:
+    def load(self, state: State, slab: slice, kernels: Kernels) -> torch.Tensor:
         """A float32 copy.
 
         Args:
             state: The parameter's tensors.
-            shape: Shape of the parameter.
+            slab: Where.
             kernels: Not used.
 
         Returns:
             The error.
         """
-        return state["error"].to(torch.float32)
+        return state["error"].view(-1)[slab].to(torch.float32)
 
-    def save(self, state: State, error: torch.Tensor, step: int, position: int, kernels: Kernels) -> None:
+    def save(self, state: State, error: torch.Tensor, slab: slice, step: int, position: int, kernels: Kernels) -> None:
         """Round, with the noise of this step and parameter.
 
         Args:
             state: The parameter's tensors; updated.
             error: What `load` returned.
+            slab: Where.
             step: Number of the step.
             position: Position of the parameter.
             kernels: The backend.
         """
-        kernels.round_to_bfloat16(error.view(-1), state["error"].view(-1), noise.key(step, position))
+        kernels.round_to_bfloat16(error, state["error"].view(-1)[slab], noise.key(step, position), slab.start)
 
 
 @dataclass(frozen=True)
@@ -147,32 +152,39 @@ class BucketErrors:
         scales = torch.zeros(-(-numel // BUCKET), dtype=torch.float32, device=device)
         return {"error": levels, "error_scale": scales}
 
-    def load(self, state: State, shape: torch.Size, kernels: Kernels) -> torch.Tensor:
-        """Levels times scales, a float32 tensor that lives until the parameter has been compressed.
+    def load(self, state: State, slab: slice, kernels: Kernels) -> torch.Tensor:
+        """Levels times scales, a float32 tensor that lives until the slab has been compressed.
 
         Args:
             state: The parameter's tensors.
-            shape: Shape of the parameter.
+            slab: Where.
             kernels: The backend.
 
         Returns:
             The error.
         """
-        error = torch.empty(shape, dtype=torch.float32, device=state["error"].device)
-        kernels.dequantize(state["error"], state["error_scale"], error.view(-1))
+        error = torch.empty(slab.stop - slab.start, dtype=torch.float32, device=state["error"].device)
+        kernels.dequantize(*self._stored(state, slab), error)
         return error
 
-    def save(self, state: State, error: torch.Tensor, step: int, position: int, kernels: Kernels) -> None:
+    def save(self, state: State, error: torch.Tensor, slab: slice, step: int, position: int, kernels: Kernels) -> None:
         """Round to levels, with the noise of this step and parameter.
 
         Args:
             state: The parameter's tensors; updated.
             error: What `load` returned.
+            slab: Where.
             step: Number of the step.
             position: Position of the parameter.
             kernels: The backend.
         """
-        kernels.quantize(error.view(-1), state["error"], state["error_scale"], noise.key(step, position))
+        kernels.quantize(error, *self._stored(state, slab), noise.key(step, position), slab.start)
+
+    def _stored(self, state: State, slab: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """Levels and scales of a slab."""
+        share = 1 if self.dtype == torch.int8 else 2  # entries of a byte
+        levels = state["error"][slab.start // share : -(-slab.stop // share)]
+        return levels, state["error_scale"][slab.start // BUCKET : -(-slab.stop // BUCKET)]
 
 
 _STORES: dict[torch.dtype, ErrorStore] = {

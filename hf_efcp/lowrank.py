@@ -189,6 +189,18 @@ class LowRankWindow:
             return state["values"][position]
         return state["left"][position], state["right"][position]
 
+    def slabs(self, row: Row, shape: torch.Size) -> Iterator[tuple[slice, Row]]:
+        """The row in one: a matrix is not factored in parts.
+
+        Args:
+            row: What `row` returned.
+            shape: Shape of the parameter.
+
+        Yields:
+            All of the parameter, and the row.
+        """
+        yield slice(0, shape.numel()), row
+
     def clear(self, state: State, shape: torch.Size, position: int) -> None:
         """Make the row at a position zero.
 

@@ -539,16 +539,19 @@ class EFCP(torch.optim.Optimizer):
         if self._compressor.lossless:
             self._compressor.compress(gradient_of(site), None, row, state, kernels)
             return
-        error = self._errors.load(state, shape, kernels)
-        # In a joint vector, parameters without a gradient keep their error and push nothing.
+        gradient = gradient_of(site)
+        # In a joint vector, which is one slab, parameters without a gradient keep their error and push nothing.
         absent = [span for member, span in spans(site) if member.param.grad is None]
-        withheld = [(span, error[span].clone()) for span in absent]
-        for span, _ in withheld:
-            error[span] = 0.0
-        self._compressor.compress(gradient_of(site), error, row, state, kernels)
-        for span, kept in withheld:
-            error[span] = kept
-        self._errors.save(state, error, moment.steps, site.members[0].position, kernels)
+        for slab, part in self._window.slabs(row, shape):
+            error = self._errors.load(state, slab, kernels)
+            withheld = [(span, error[span].clone()) for span in absent]
+            for span, _ in withheld:
+                error[span] = 0.0
+            size = shape if error.numel() == shape.numel() else error.shape
+            self._compressor.compress(gradient.view(-1)[slab].view(size), error.view(size), part, state, kernels)
+            for span, kept in withheld:
+                error[span] = kept
+            self._errors.save(state, error, slab, moment.steps, site.members[0].position, kernels)
 
     def _check_saved(self, saved: dict[str, Any], member: Member, trained: list[Member]) -> None:
         optional = {"momentum": 1.0, "update_scale": "tensor"}

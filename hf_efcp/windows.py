@@ -6,19 +6,44 @@ A window object holds no data: it says how the plain tensors in `optimizer.state
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from math import gcd, lcm
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from .blocks import Piece, cut, index_dtype
-from .kernels import Kernels, pool, widest
+from .blocks import Piece, cut, index_dtype, sharing
+from .kernels import BUCKET, Kernels, pool, widest
 
 State = dict[str, torch.Tensor]
-# One row of a sparse window, piece by piece: the piece, its indices and its values, both `(blocks, kept)` views.
-Row = list[tuple[Piece, torch.Tensor, torch.Tensor]]
 # A part of an update: where it goes in the flattened parameter, and its entries in float32.
 Slab = tuple[slice, torch.Tensor]
+
+
+class Part(NamedTuple):
+    """A piece of a parameter and what a sparse window stores for it.
+
+    Of the whole window: `indices` and `values` `(blocks, m, kept)`, `scales` `(groups, m)`; of one row:
+    `(blocks, kept)` and `(groups,)`. Scales come with int8 values only.
+    """
+
+    piece: Piece
+    indices: torch.Tensor
+    values: torch.Tensor
+    scales: torch.Tensor | None
+
+    def blocks(self, begin: int, end: int, start: int = 0) -> Part:
+        """Some blocks of the part. The first is the first that shares its scale, and `start` is where they begin."""
+        share = sharing(self.piece.length)
+        return Part(
+            replace(self.piece, start=start, blocks=end - begin),
+            self.indices[begin:end],
+            self.values[begin:end],
+            None if self.scales is None else self.scales[begin // share : -(-end // share)],
+        )
+
+
+Row = list[Part]  # of a sparse window
 
 _SLAB = 1 << 20  # entries of an update that exist at a time
 _TILE = 1 << 17  # entries of a dense window that exist in float64 at a time, on each thread
@@ -32,6 +57,12 @@ class Window(Protocol):
 
     def row(self, state: State, shape: torch.Size, position: int) -> Any:
         """Views of the row at a position, for the compressor to write into."""
+
+    def slabs(self, row: Any, shape: torch.Size) -> Iterator[tuple[slice, Any]]:
+        """Parts of a row that can be compressed one after the other, and where they are in the flattened parameter.
+
+        They begin at multiples of `kernels.BUCKET`, and are a few megabytes where rows can be cut at all.
+        """
 
     def clear(self, state: State, shape: torch.Size, position: int) -> None:
         """Make the row at a position zero."""
@@ -73,7 +104,10 @@ class SparseWindow:
     `values`: `value_dtype`), the tail block behind the full ones: one block of the dense vector stays in the
     first-level cache while all rows of the block stream past it.
 
-    Bytes: `m * sum over blocks of ceil(density * length) * (index + value)`.
+    With int8, `values` are levels, -127 to 127, and a third tensor has the `scales`, `(groups, m)` in bfloat16: one for
+    each row and group of consecutive blocks that together hold up to 4,096 entries. The tail is a group of its own.
+
+    Bytes: `m * sum over blocks of ceil(density * length) * (index + value)`, and `2 * m * groups` for the scales.
 
     Args:
         num_grads: Capacity `m`.
@@ -95,13 +129,17 @@ class SparseWindow:
             device: Where; "meta" gives the shapes without the memory.
 
         Returns:
-            `{"indices": ..., "values": ...}`, both of `m * kept` entries.
+            `{"indices": ..., "values": ...}`, both of `m * kept` entries, and for int8 the `"scales"`.
         """
         entries = self.num_grads * sum(piece.row for piece in self._pieces(shape))
-        return {
+        state = {
             "indices": torch.zeros(entries, dtype=index_dtype(self.block_size), device=device),
             "values": torch.zeros(entries, dtype=self.value_dtype, device=device),
         }
+        if self.value_dtype == torch.int8:
+            groups = self.num_grads * sum(piece.groups for piece in self._pieces(shape))
+            state["scales"] = torch.zeros(groups, dtype=torch.bfloat16, device=device)
+        return state
 
     def row(self, state: State, shape: torch.Size, position: int) -> Row:
         """Views of the row at a position, to write into.
@@ -112,11 +150,35 @@ class SparseWindow:
             position: Row, 0 to `m - 1`.
 
         Returns:
-            The pieces with their indices and values, `(blocks, kept)` each.
+            The pieces with their indices and values, `(blocks, kept)` each, and their scales.
         """
         return [
-            (piece, indices[:, position], values[:, position]) for piece, indices, values in self._views(state, shape)
+            Part(piece, indices[:, position], values[:, position], None if scales is None else scales[:, position])
+            for piece, indices, values, scales in self._views(state, shape)
         ]
+
+    def slabs(self, row: Row, shape: torch.Size) -> Iterator[tuple[slice, Row]]:
+        """Parts of a row, cut between groups of blocks and between buckets of a quantised error.
+
+        Args:
+            row: What `row` returned.
+            shape: Shape of the parameter.
+
+        Yields:
+            Where the slab is in the flattened parameter, and its part of the row. Pieces start where they do in the
+            slab.
+        """
+        for first in row[:1]:
+            length, blocks = first.piece.length, first.piece.blocks
+            unit = lcm(sharing(length), BUCKET // gcd(length, BUCKET))
+            step = max(1, _SLAB // (unit * length)) * unit
+            for begin in range(0, blocks, step):
+                end = min(begin + step, blocks)
+                slab = [first.blocks(begin, end)]
+                if end == blocks:  # and the tail
+                    slab += [part.blocks(0, 1, (end - begin) * length) for part in row[1:]]
+                start = begin * length
+                yield slice(start, start + sum(part.piece.numel for part in slab)), slab
 
     def clear(self, state: State, shape: torch.Size, position: int) -> None:
         """Make the row at a position zero.
@@ -126,12 +188,15 @@ class SparseWindow:
             shape: Shape of the parameter.
             position: Row, 0 to `m - 1`.
         """
-        for _, indices, values in self.row(state, shape, position):
-            indices.zero_()
-            values.zero_()
+        for _, *tensors in self.row(state, shape, position):
+            for tensor in tensors:
+                if tensor is not None:
+                    tensor.zero_()
 
     def check(self, state: State, shape: torch.Size, name: str) -> None:
         """Refuse loaded tensors whose indices point outside their block: the kernels would follow them.
+
+        Also scales that no row has: each of them spoils thousands of entries.
 
         Args:
             state: Tensors of the right shapes.
@@ -139,9 +204,14 @@ class SparseWindow:
             name: What to call the parameter.
 
         Raises:
-            ValueError: An index is as large as its block.
+            ValueError: An index is as large as its block, or a scale is negative or not finite.
         """
-        for piece, indices, _ in self._views(state, shape):
+        for piece, indices, _, scales in self._views(state, shape):
+            if scales is not None and not bool((torch.isfinite(scales) & (scales >= 0)).all()):
+                raise ValueError(
+                    f"the window of {name} is damaged: it has scales that are negative, NaN or infinite. Load another "
+                    "checkpoint"
+                )
             step = max(1, _SLAB // (self.num_grads * piece.kept))
             for begin in range(0, piece.blocks, step):
                 lowest, largest = indices[begin : begin + step].to(torch.int32).aminmax()
@@ -165,8 +235,8 @@ class SparseWindow:
             `(rows,)`, float64, on the CPU.
         """
         total = torch.zeros(rows, dtype=torch.float64)
-        for piece, indices, values in self._views(state, shape):
-            total += kernels.dots(indices, values, newest, rows, piece.length).to("cpu", torch.float64)
+        for piece, indices, values, scales in self._views(state, shape):
+            total += kernels.dots(indices, values, newest, rows, piece.length, scales).to("cpu", torch.float64)
         return total
 
     def project(
@@ -185,8 +255,9 @@ class SparseWindow:
             `(rows,)`, float64, on the CPU.
         """
         total = torch.zeros(rows, dtype=torch.float64)
-        for piece, indices, values in self._views(state, shape):
-            total += kernels.project(indices, values, piece.of(dense.view(-1)), rows).to("cpu", torch.float64)
+        for piece, indices, values, scales in self._views(state, shape):
+            x = piece.of(dense.view(-1))
+            total += kernels.project(indices, values, x, rows, scales).to("cpu", torch.float64)
         return total
 
     def combine(
@@ -216,20 +287,23 @@ class SparseWindow:
         Yields:
             Where the slab goes in the flattened parameter, and its entries in float32.
         """
-        for piece, indices, values in self._views(state, shape):
-            step = max(1, _SLAB // piece.length)
+        for part in self._views(state, shape):
+            piece, share = part.piece, sharing(part.piece.length)
+            step = max(1, _SLAB // (share * piece.length)) * share
             x = None if base is None else piece.of(base.view(-1))
             for begin in range(0, piece.blocks, step):
                 end = min(begin + step, piece.blocks)
                 first = piece.start + begin * piece.length
                 if first < start:
                     continue
+                _, indices, values, scales = part.blocks(begin, end)
                 out = torch.empty(end - begin, piece.length, dtype=torch.float32, device=values.device)
                 kernels.combine(
-                    indices[begin:end],
-                    values[begin:end],
+                    indices,
+                    values,
                     coefficients,
                     out,
+                    scales=scales,
                     base=None if x is None else x[begin:end],
                     scale=scale,
                     squared=squared,
@@ -241,11 +315,16 @@ class SparseWindow:
 
     def _views(self, state: State, shape: torch.Size) -> Row:
         """The window piece by piece, `(blocks, m, kept)` each."""
+        m, groups = self.num_grads, 0
         views = []
         for piece in self._pieces(shape):
-            span = slice(self.num_grads * piece.offset, self.num_grads * (piece.offset + piece.row))
-            size = (piece.blocks, self.num_grads, piece.kept)
-            views.append((piece, state["indices"][span].view(size), state["values"][span].view(size)))
+            span = slice(m * piece.offset, m * (piece.offset + piece.row))
+            size = (piece.blocks, m, piece.kept)
+            scales = None
+            if "scales" in state:
+                scales = state["scales"][m * groups : m * (groups + piece.groups)].view(piece.groups, m)
+            views.append(Part(piece, state["indices"][span].view(size), state["values"][span].view(size), scales))
+            groups += piece.groups
         return views
 
 
@@ -283,6 +362,18 @@ class DenseWindow:
             `(numel,)`.
         """
         return state["values"][position]
+
+    def slabs(self, row: torch.Tensor, shape: torch.Size) -> Iterator[tuple[slice, torch.Tensor]]:
+        """The row in one: nothing of its size is made to compress it.
+
+        Args:
+            row: What `row` returned.
+            shape: Shape of the parameter.
+
+        Yields:
+            All of the parameter, and the row.
+        """
+        yield slice(0, shape.numel()), row
 
     def clear(self, state: State, shape: torch.Size, position: int) -> None:
         """Make the row at a position zero.

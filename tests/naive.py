@@ -3,8 +3,10 @@
 Nothing here is shared with the package, so that an error in one is seen in the other.
 """
 
+import itertools
 import math
 
+import numpy as np
 import torch
 
 
@@ -62,7 +64,19 @@ class Naive:
         """The row that is stored for one parameter, dense."""
         row = torch.zeros_like(accumulator)
         kept = top_k(accumulator, self.density, self.block_size or max(1, accumulator.numel()))
-        row[kept] = accumulator[kept].to(self.value_dtype).to(torch.float64)
+        if self.value_dtype != torch.int8:
+            row[kept] = accumulator[kept].to(self.value_dtype).to(torch.float64)
+            return row
+        full = accumulator.numel() // self.block_size * self.block_size
+        share = max(1, 4096 // self.block_size) * self.block_size
+        edges = sorted({*range(0, full, share), full, accumulator.numel()})
+        for start, stop in itertools.pairwise(edges):
+            at = [i for i in kept if start <= i < stop]
+            scale = max(np.float32(accumulator[at].abs().max().item()) / np.float32(127), np.float32(2.0**-126))
+            mantissa, exponent = math.frexp(scale)
+            scale = math.ldexp(math.ceil(mantissa * 256), exponent - 8)  # bfloat16, rounded up
+            levels = [round(float(np.float32(x / scale))) for x in accumulator[at].tolist()]
+            row[at] = torch.tensor(levels, dtype=torch.float64) * scale
         return row
 
     def update(self, x):

@@ -21,12 +21,18 @@ SETTINGS = {
         dict(lr=0.03, num_grads=5, damp=1e-3, density=1.0, block_size=16, value_dtype=torch.float32),
     ),
     "sparse": (SparseMFAC, dict(lr=0.03, num_grads=5, damp=1e-3, density=0.1, block_size=16, momentum=0.5)),
+    "int8": (
+        SparseMFAC,
+        dict(
+            lr=0.03, num_grads=5, damp=1e-3, density=0.1, block_size=16, value_dtype=torch.int8, error_dtype=torch.uint4
+        ),
+    ),
     "wide indices": (SparseMFAC, dict(lr=0.03, num_grads=5, damp=1e-3, density=0.1)),
     "low rank": (LowRankMFAC, dict(lr=0.03, num_grads=5, damp=1e-3, rank=1, momentum=0.5)),
     "4-bit error": (MicroAdam, dict(lr=0.02, num_grads=5, density=0.2, block_size=16)),
     "ggt": (SparseGGT, dict(lr=0.1, num_grads=5, eps=1e-3, density=0.1, block_size=16)),
 }
-RESUMED = ("dense", "sparse", "wide indices", "low rank", "4-bit error")
+RESUMED = ("dense", "sparse", "int8", "wide indices", "low rank", "4-bit error")
 
 
 def network():

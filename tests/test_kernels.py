@@ -15,12 +15,12 @@ from naive import largest
 from variants import build, sparse_names
 
 from hf_efcp import kernels
-from hf_efcp.blocks import cut, index_dtype
+from hf_efcp.blocks import cut, index_dtype, sharing
 from hf_efcp.kernels import cpu, reference
 
 BACKENDS = [reference, cpu]
 LARGEST = torch.finfo(torch.bfloat16).max
-DTYPES = [torch.float32, torch.bfloat16]
+DTYPES = [torch.float32, torch.bfloat16, torch.int8]
 # Few distinct values make ties; the rest are the corners of float32.
 CORNERS = [0.0, -0.0, 1.0, -1.0, 1.5, 1e-45, -1e-40, 1e-38, 3e38, -3e38, 0.1, 1 + 2**-9, 3.4e38]
 ENTRIES = st.one_of(st.sampled_from(CORNERS), st.floats(-10, 10, width=32))
@@ -41,10 +41,34 @@ def compress(backend, gradient, error, kept, dtype):
     error = error.clone()
     indices = torch.zeros(count, 3, kept, dtype=index_dtype(length))
     values = torch.zeros(count, 3, kept, dtype=dtype)
-    backend.accumulate_topk(gradient, error, indices[:, 1], values[:, 1])
+    if dtype != torch.int8:
+        backend.accumulate_topk(gradient, error, indices[:, 1], values[:, 1])
+        scale = torch.ones(count, 1)
+    else:
+        scales = torch.zeros(-(-count // sharing(length)), 3, dtype=torch.bfloat16)
+        backend.accumulate_topk(gradient, error, indices[:, 1], values[:, 1], scales[:, 1])
+        assert not scales[:, ::2].any()
+        scale = per_block(scales, count, length)[:, 1:2]
     assert not values[:, ::2].any()
     assert not indices[:, ::2].to(torch.int64).any()
-    return error, indices[:, 1].to(torch.int64), values[:, 1]
+    return error, indices[:, 1].to(torch.int64), values[:, 1], scale
+
+
+def per_block(scales, count, length):
+    """The scales of every block, in float32."""
+    return scales.float().repeat_interleave(sharing(length), dim=0)[:count]
+
+
+def scales_by_hand(kept_values, length):
+    """Per block: the largest magnitude of its group over 127, rounded up to bfloat16, never below 2^-126."""
+    result = []
+    for block in range(len(kept_values)):
+        first = block // sharing(length) * sharing(length)
+        largest = kept_values[first : first + sharing(length)].double().abs().max().item()
+        scale = max(torch.tensor(largest, dtype=torch.float32).item() / 127, 2.0**-126)
+        mantissa, exponent = math.frexp(np.float32(scale))
+        result.append(math.ldexp(math.ceil(mantissa * 256), exponent - 8))
+    return torch.tensor(result, dtype=torch.float64)[:, None]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -55,13 +79,20 @@ def test_compression_keeps_the_largest_and_feeds_back_the_rest(dtype, case):
     count = len(gradient)
     accumulator = (gradient + error).clamp(-LARGEST, LARGEST)
     results = [compress(backend, gradient, error, kept, dtype) for backend in BACKENDS]
-    for rest, indices, values in results:
+    for rest, indices, values, scale in results:
         for block in range(count):
             assert indices[block].tolist() == largest(accumulator[block], kept)
-        expected = accumulator.gather(1, indices).to(dtype)
-        assert torch.equal(values, expected)
-        assert torch.isfinite(values).all()
-        row = torch.zeros_like(accumulator).scatter_(1, indices, values.float())
+        exact = accumulator.gather(1, indices)
+        if dtype == torch.int8:
+            assert torch.equal(scale.double(), scales_by_hand(exact, gradient.shape[1]))
+            expected = (exact / scale).round()
+            assert expected.abs().max() <= 127
+        else:
+            expected = exact.to(dtype)
+        assert torch.equal(values, expected.to(dtype))
+        stored = values.float() * scale
+        assert torch.isfinite(stored).all()
+        row = torch.zeros_like(accumulator).scatter_(1, indices, stored)
         assert torch.equal(rest, accumulator - row)
     for one, other in zip(*results, strict=True):
         assert torch.equal(one, other)
@@ -70,51 +101,94 @@ def test_compression_keeps_the_largest_and_feeds_back_the_rest(dtype, case):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_what_rounding_takes_stays_in_the_error(backend):
     gradient = torch.full((1, 4), 1 + 2**-9)
-    error, _, values = compress(backend, gradient, torch.zeros(1, 4), 4, torch.bfloat16)
+    error, _, values, _ = compress(backend, gradient, torch.zeros(1, 4), 4, torch.bfloat16)
     assert values.tolist() == [[1.0] * 4]
     assert error.tolist() == [[2**-9] * 4]
+    gradient = torch.tensor([[127.0, -12.25, 0.5, 1.5, 0.25]])  # halves go to the even level
+    error, _, values, scale = compress(backend, gradient, torch.zeros(1, 5), 5, torch.int8)
+    assert scale.tolist() == [[1.0]]
+    assert values.tolist() == [[127, -12, 0, 2, 0]]
+    assert error.tolist() == [[0.0, -0.25, 0.5, -0.5, 0.25]]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_int8_scales_are_shared_by_4096_entries(backend):
+    """Blocks of 300: thirteen to a group. Each group has a magnitude of its own, and so does the last one, of four."""
+    count = 30
+    assert sharing(300) == 13
+    assert [sharing(length) for length in (1, 256, 2048, 2049, 4096, 65536)] == [4096, 16, 2, 1, 1, 1]
+    magnitude = torch.tensor([1.0] * 13 + [1e-6] * 13 + [1e6] * 4)[:, None]
+    gradient = magnitude * torch.rand(count, 300, generator=torch.Generator().manual_seed(2)).add_(0.1)
+    gradient[:, 7] = 1.27 * magnitude[:, 0]
+    error, indices, values, scale = compress(backend, gradient, torch.zeros(count, 300), 3, torch.int8)
+    assert scale[::13].flatten().unique().numel() == 3
+    assert ((scale >= magnitude / 100) & (scale < magnitude / 99)).all()
+    assert (values.amax(dim=1) >= 126).all()
+    assert (error.gather(1, indices).abs() <= scale / 2).all()
 
 
 def random_window(seed, count, rows, length, kept, dtype):
-    """A window whose rows have distinct ascending indices, and the same as dense float64 rows."""
+    """A window whose rows have distinct ascending indices, its scales, and the same as dense float64 rows."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.rand(count, rows, length, generator=generator).argsort(dim=2)[:, :, :kept].sort(dim=2).values
-    values = torch.randn(count, rows, kept, generator=generator).to(dtype)
-    dense = torch.zeros(count, rows, length, dtype=torch.float64).scatter_(2, order, values.double())
-    return order.to(index_dtype(length)), values, dense.transpose(0, 1).reshape(rows, count * length)
+    scales = None
+    if dtype == torch.int8:
+        values = torch.randint(-127, 128, (count, rows, kept), generator=generator, dtype=dtype)
+        scales = torch.randn(-(-count // sharing(length)), rows, generator=generator).exp().to(torch.bfloat16)
+        entries = values * per_block(scales, count, length)[:, :, None]
+    else:
+        values = entries = torch.randn(count, rows, kept, generator=generator).to(dtype)
+    dense = torch.zeros(count, rows, length, dtype=torch.float64).scatter_(2, order, entries.double())
+    return order.to(index_dtype(length)), values, scales, dense.transpose(0, 1).reshape(rows, count * length)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("backend", BACKENDS)
-@given(st.integers(0, 99), st.integers(1, 5), st.integers(1, 9), st.integers(1, 300), st.data())
+@given(st.integers(0, 99), st.integers(1, 30), st.integers(1, 9), st.integers(1, 400), st.data())
 @settings(deadline=None, max_examples=60)
 def test_dots_and_combine_equal_dense_products(backend, dtype, seed, count, capacity, length, data):
     kept = data.draw(st.integers(1, length))
     rows = data.draw(st.integers(1, capacity))
     newest = data.draw(st.integers(0, rows - 1))
-    indices, values, dense = random_window(seed, count, capacity, length, kept, dtype)
-    column = backend.dots(indices, values, newest, rows, length)
-    assert column.shape == (rows,)
-    assert column.dtype == torch.float64
-    torch.testing.assert_close(column, dense[:rows] @ dense[newest], rtol=1e-12, atol=1e-12)
-    coefficients = torch.randn(rows, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    indices, values, scales, dense = random_window(seed, count, capacity, length, kept, dtype)
+    lengths = dense[:rows].norm(dim=1)
+
+    def equal_products(column, x):
+        assert column.shape == (rows,)
+        assert column.dtype == torch.float64
+        assert ((column - dense[:rows] @ x).abs() <= 1e-14 * lengths * x.norm()).all()
+
+    equal_products(backend.dots(indices, values, newest, rows, length, scales), dense[newest])
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, length, generator=generator)
+    equal_products(backend.project(indices, values, x, rows, scales), x.view(-1).double())
+    coefficients = torch.randn(rows, dtype=torch.float64, generator=generator)
     out = torch.full((count, length), float("nan"))
-    backend.combine(indices, values, coefficients, out)
-    expected = (coefficients @ dense[:rows]).view(count, length).float()
-    torch.testing.assert_close(out, expected, rtol=2e-7, atol=1e-12)
+    for power, base in ((1, None), (2, None), (1, x)):
+        backend.combine(indices, values, coefficients, out, scales=scales, base=base, scale=0.3, squared=power == 2)
+        expected = coefficients @ dense[:rows] ** power + (0.0 if base is None else 0.3 * x.view(-1).double())
+        terms = coefficients.abs() @ dense[:rows].abs() ** power
+        assert ((out.view(-1) - expected).abs() <= 6e-8 * expected.abs() + 1e-14 * terms).all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_many_blocks_are_cut_into_ranges(backend):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
+@pytest.mark.parametrize(("count", "length", "kept"), [(40, 4096, 600), (450, 400, 60)])
+def test_many_blocks_are_cut_into_ranges(backend, dtype, count, length, kept):
     """More blocks than one task or one temporary holds."""
-    indices, values, dense = random_window(0, 40, 7, 4096, 600, torch.bfloat16)
-    torch.testing.assert_close(backend.dots(indices, values, 3, 7, 4096), dense @ dense[3], rtol=1e-12, atol=1e-9)
+    indices, values, scales, dense = random_window(0, count, 7, length, kept, dtype)
+    column = backend.dots(indices, values, 3, 7, length, scales)
+    torch.testing.assert_close(column, dense @ dense[3], rtol=1e-12, atol=1e-14 * dense[3].norm().item() ** 2)
     coefficients = torch.linspace(-1, 2, 7, dtype=torch.float64)
-    out = torch.empty(40, 4096)
-    backend.combine(indices, values, coefficients, out)
+    out = torch.empty(count, length)
+    backend.combine(indices, values, coefficients, out, scales=scales)
     torch.testing.assert_close(out.view(-1), (coefficients @ dense).float(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_top_k_of_many_blocks(backend):
     gradient = torch.randn(40, 4096, generator=torch.Generator().manual_seed(1))
-    error, chosen, stored = compress(backend, gradient, torch.zeros(40, 4096), 41, torch.float32)
+    error, chosen, stored, _ = compress(backend, gradient, torch.zeros(40, 4096), 41, torch.float32)
     assert torch.equal(stored.abs().sort(descending=True).values, gradient.abs().topk(41).values)
     assert torch.equal(error.scatter(1, chosen, stored), gradient)
 

@@ -5,6 +5,9 @@ import torch
 from naive import NaiveMFAC
 from papers import SparseMFAC
 from problems import Regression, distance, flat, set_gradients
+from test_state import refuse
+
+from hf_efcp import estimate_memory
 
 BACKENDS = ["reference", "numba"]
 
@@ -40,7 +43,7 @@ def test_density_one_equals_dense_mfac(backend, block_size):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("density", "block_size"), [(0.05, 4096), (0.05, 10), (0.3, 16), (0.05, 300)])
-@pytest.mark.parametrize("value_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("value_dtype", [torch.float32, torch.bfloat16, torch.int8])
 def test_sparse_equals_brute_force_with_the_same_top_k(backend, density, block_size, value_dtype):
     """Both see the gradients of our trajectory: a last bit decides what is kept, and chaos does the rest."""
     problem = Regression(seed=1, width=40)
@@ -180,7 +183,37 @@ def test_low_precision_parameters_follow_brute_force(backend, dtype, tolerance):
     assert all(optimizer.state[param]["error"].dtype == torch.float32 for param in params)
 
 
-@pytest.mark.parametrize("value_dtype", [torch.float32, torch.bfloat16])
+def test_small_windows_take_the_bytes_that_are_announced():
+    """uint8 indices, int8 values, an error in 4 bits: a scale for every 16 blocks of 256, and one for the tail."""
+    param = torch.nn.Parameter(torch.zeros(256 * 40 + 100))
+    settings = dict(num_grads=8, block_size=256, value_dtype=torch.int8, error_dtype=torch.uint4)
+    optimizer = SparseMFAC([param], **settings)
+    set_gradients([param], [torch.linspace(-1, 1, param.numel())])
+    optimizer.step()
+    kept, groups = 40 * 3 + 1, 3 + 1
+    assert optimizer.state[param]["scales"].dtype == torch.bfloat16
+    assert optimizer.state[param]["scales"].shape == (8 * groups,)
+    error = param.numel() // 2 + 4 * -(-param.numel() // 64)
+    memory = {"indices": 8 * kept, "values": 8 * kept + 2 * 8 * groups, "error": error, "momentum": 0, "gram": 8 * 64}
+    assert optimizer.memory() == {**memory, "total": sum(memory.values())}
+    assert estimate_memory([param], SparseMFAC, **settings) == optimizer.memory()
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), -1.0])
+def test_damaged_scales_are_refused(scale):
+    problem = Regression(seed=8)
+    params = problem.parameters()
+    optimizer = SparseMFAC(params, num_grads=3, block_size=8, value_dtype=torch.int8)
+    set_gradients(params, problem.gradients(params, 0))
+    optimizer.step()
+    good = optimizer.state_dict()
+    assert (good["state"][0]["scales"] > 0).any()
+    state = dict(good["state"][0], scales=torch.full_like(good["state"][0]["scales"], scale))
+    spoilt = {**good, "state": {**good["state"], 0: state}}
+    refuse(optimizer, spoilt, "window of .* is damaged: it has scales that are negative, NaN or infinite")
+
+
+@pytest.mark.parametrize("value_dtype", [torch.float32, torch.bfloat16, torch.int8])
 def test_backends_agree(value_dtype):
     """The windows hold the same bits as long as the gradients are the same."""
     problem = Regression(seed=7, width=50)
@@ -196,7 +229,8 @@ def test_backends_agree(value_dtype):
         states.append((optimizer.state_dict()["state"], flat(params)))
     (reference, theta), (numba, other) = states
     for key, state in reference.items():
-        for name in ("indices", "values", "error"):
+        assert ("scales" in state) == (value_dtype == torch.int8)
+        for name in state.keys() & {"indices", "values", "scales", "error"}:
             assert torch.equal(state[name], numba[key][name]), name
     torch.testing.assert_close(reference[0]["gram"], numba[0]["gram"], rtol=1e-12, atol=1e-12)
     assert (theta - other).norm() < 1e-5 * (theta - flat(problem.start)).norm()

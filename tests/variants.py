@@ -13,6 +13,10 @@ PAPERS = {
         SparseMFAC,
         dict(lr=0.02, num_grads=5, density=0.1, damp=1e-3, block_size=300, value_dtype=torch.float32),
     ),
+    "sparse_mfac_int8": (
+        SparseMFAC,
+        dict(lr=0.02, num_grads=5, density=0.2, damp=1e-3, block_size=16, value_dtype=torch.int8),
+    ),
     "sparse_mfac_global": (SparseMFAC, dict(lr=0.02, num_grads=5, density=0.1, damp=1e-3, selection="global")),
     "sparse_ggt": (SparseGGT, dict(lr=0.1, num_grads=5, density=0.2, eps=1e-3, beta1=0.5, beta2=0.9, block_size=16)),
     "dense_mfac": (DenseMFAC, dict(lr=0.02, num_grads=5, damp=1e-3)),

@@ -18,19 +18,43 @@ _MODULES = {"reference": "reference", "numba": "cpu"}
 
 
 class Kernels(Protocol):
-    """What a backend provides. Tensors are pieces of one parameter: see `hf_efcp.blocks.Piece`."""
+    """What a backend provides. Tensors are pieces of one parameter: see `hf_efcp.blocks.Piece`.
+
+    `scales` come with int8 values, and only with them. `start` is the position in the parameter of what is rounded, so
+    that its noise does not depend on how the parameter is cut.
+    """
 
     NAME: str
 
     def accumulate_topk(
-        self, gradient: torch.Tensor, error: torch.Tensor, indices: torch.Tensor, values: torch.Tensor
+        self,
+        gradient: torch.Tensor,
+        error: torch.Tensor,
+        indices: torch.Tensor,
+        values: torch.Tensor,
+        scales: torch.Tensor | None = None,
     ) -> None:
         """`error += gradient`; move the largest entries of each block from `error` to `indices` and `values`."""
 
-    def dots(self, indices: torch.Tensor, values: torch.Tensor, newest: int, rows: int, length: int) -> torch.Tensor:
+    def dots(
+        self,
+        indices: torch.Tensor,
+        values: torch.Tensor,
+        newest: int,
+        rows: int,
+        length: int,
+        scales: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Inner products of row `newest` with the first `rows` rows."""
 
-    def project(self, indices: torch.Tensor, values: torch.Tensor, dense: torch.Tensor, rows: int) -> torch.Tensor:
+    def project(
+        self,
+        indices: torch.Tensor,
+        values: torch.Tensor,
+        dense: torch.Tensor,
+        rows: int,
+        scales: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Inner products of a dense vector with the first `rows` rows."""
 
     def combine(
@@ -40,19 +64,22 @@ class Kernels(Protocol):
         coefficients: torch.Tensor,
         out: torch.Tensor,
         *,
+        scales: torch.Tensor | None = None,
         base: torch.Tensor | None = None,
         scale: float = 0.0,
         squared: bool = False,
     ) -> None:
         """`out = scale * base + sum_i coefficients[i] * row_i`, or the rows' entries squared."""
 
-    def quantize(self, error: torch.Tensor, stored: torch.Tensor, scale: torch.Tensor, key: int) -> None:
+    def quantize(
+        self, error: torch.Tensor, stored: torch.Tensor, scale: torch.Tensor, key: int, start: int = 0
+    ) -> None:
         """`stored * scale = error` in expectation: stochastic rounding to 4 bits or int8, by the dtype of `stored`."""
 
     def dequantize(self, stored: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> None:
         """`out = stored * scale`, bucket by bucket."""
 
-    def round_to_bfloat16(self, error: torch.Tensor, stored: torch.Tensor, key: int) -> None:
+    def round_to_bfloat16(self, error: torch.Tensor, stored: torch.Tensor, key: int, start: int = 0) -> None:
         """`stored = error` in expectation: stochastic rounding to bfloat16."""
 
 

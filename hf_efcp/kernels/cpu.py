@@ -2,6 +2,10 @@
 
 One block of the dense vector stays in the first-level cache while all rows of the window stream past it. Everything
 that is compiled is in this file, because numba's cache on disk notices changes of this file only.
+
+The loops over the entries of a window take four rows at a time, each with a sum of its own, and count in uint64: a
+signed index would be compared with zero at every entry. Their sums must not be reordered, because the compiler would
+then gather eight entries with one instruction, which takes longer than eight loads, on some machines several times.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic, overload
 
+from ..blocks import sharing
 from ..noise import MULTIPLIERS
 from . import BUCKET, pool
 
@@ -26,13 +31,22 @@ _FIRST, _SECOND = (np.uint32(multiplier) for multiplier in MULTIPLIERS)
 _RANGE = 1 << 16  # entries of the dense vector in one task; partial sums are kept per task
 # Sums may be reordered, but NaN and infinity keep their meaning.
 _FASTMATH = {"reassoc", "contract"}
+_ZERO, _ONE, _TWO, _THREE, _FOUR = (np.uint64(number) for number in range(5))
+
+
+def _compiled(function: Callable[..., Any], fastmath: set[str]) -> Callable[..., Any]:
+    try:
+        return njit(nogil=True, cache=True, fastmath=fastmath)(function)
+    except RuntimeError:  # no directory that the cache could be written to
+        return njit(nogil=True, fastmath=fastmath)(function)
 
 
 def _jit(function: Callable[..., Any]) -> Callable[..., Any]:
-    try:
-        return njit(nogil=True, cache=True, fastmath=_FASTMATH)(function)
-    except RuntimeError:  # no directory that the cache could be written to
-        return njit(nogil=True, fastmath=_FASTMATH)(function)
+    return _compiled(function, _FASTMATH)
+
+
+def _jit_in_order(function: Callable[..., Any]) -> Callable[..., Any]:
+    return _compiled(function, {"contract"})
 
 
 @intrinsic
@@ -84,6 +98,18 @@ def _encode_overload(value, like):
     return lambda value, like: value
 
 
+def _times(value, entry):
+    """A stored value times an entry of a dense block: float64, or int64 for levels of both."""
+    raise NotImplementedError("compiled code only")
+
+
+@overload(_times)
+def _times_overload(value, entry):
+    if isinstance(entry, types.Integer):
+        return lambda value, entry: np.int64(value) * np.int64(entry)
+    return lambda value, entry: np.float64(_decode(value)) * entry
+
+
 @_jit
 def _threshold(keys, kept):
     """The `kept`-th largest key, and how many keys that are equal to it still fit."""
@@ -105,81 +131,199 @@ def _threshold(keys, kept):
 
 
 @_jit
+def _select(gradient, error, keys, index):
+    """Accumulate a block, and write the ascending indices of its largest entries. Their number is that of `index`."""
+    length = gradient.shape[0]
+    for i in range(length):
+        a = min(max(error[i] + gradient[i], -_LARGEST), _LARGEST)
+        error[i] = a
+        keys[i] = _bits_of_float(a) & np.int32(0x7FFFFFFF)
+    threshold, ties = _threshold(keys, index.shape[0])
+    position = 0
+    for i in range(length):
+        if keys[i] >= threshold:
+            if keys[i] == threshold:
+                if ties == 0:
+                    continue
+                ties -= 1
+            index[position] = i
+            position += 1
+
+
+@_jit
 def _accumulate_topk(gradient, error, indices, values, begin, end):
-    length = gradient.shape[1]
-    kept = indices.shape[1]
-    keys = np.empty(length, np.int32)
+    keys = np.empty(gradient.shape[1], np.int32)
     for block in range(begin, end):
-        g = gradient[block]
         e = error[block]
-        for i in range(length):
-            a = min(max(e[i] + g[i], -_LARGEST), _LARGEST)
-            e[i] = a
-            keys[i] = _bits_of_float(a) & np.int32(0x7FFFFFFF)
-        threshold, ties = _threshold(keys, kept)
-        position = 0
-        for i in range(length):
-            if keys[i] >= threshold:
-                if keys[i] == threshold:
-                    if ties == 0:
-                        continue
-                    ties -= 1
-                stored = _encode(e[i], values)
-                indices[block, position] = i
-                values[block, position] = stored
-                e[i] -= _decode(stored)
-                position += 1
+        _select(gradient[block], e, keys, indices[block])
+        for j in range(indices.shape[1]):
+            at = indices[block, j]
+            stored = _encode(e[at], values)
+            values[block, j] = stored
+            e[at] -= _decode(stored)
 
 
 @_jit
-def _add_products(index, value, dense, rows, partial):
-    """Add the inner products of one dense block with its rows to `partial`."""
-    for row in range(rows):
-        total = 0.0
-        for j in range(index.shape[1]):
-            total += np.float64(_decode(value[row, j])) * np.float64(dense[index[row, j]])
-        partial[row] += total
+def _accumulate_topk_levels(gradient, error, indices, values, scales, share, begin, end):
+    keys = np.empty(gradient.shape[1], np.int32)
+    for first in range(begin, end, share):
+        last = min(first + share, end)
+        largest = np.int32(0)
+        for block in range(first, last):
+            _select(gradient[block], error[block], keys, indices[block])
+            for j in range(indices.shape[1]):
+                largest = max(largest, _bits_of_float(error[block, indices[block, j]]) & np.int32(0x7FFFFFFF))
+        unit = max(_float_of_bits(largest) / np.float32(127), _SMALLEST)
+        scale = np.int16((np.int64(_bits_of_float(unit)) + 0xFFFF) >> 16)
+        scales[first // share] = scale
+        unit = _decode(scale)
+        for block in range(first, last):
+            e = error[block]
+            for j in range(indices.shape[1]):
+                at = indices[block, j]
+                level = np.rint(e[at] / unit)
+                values[block, j] = np.int8(level)
+                e[at] -= level * unit
+
+
+@_jit_in_order
+def _add_products(index, value, kept, dense, weights, rows, partial):
+    """Add the inner products of one dense block with its rows, times the rows' weights, to `partial`."""
+    zero = _times(value[_ZERO], dense[_ZERO]) * 0
+    row = _ZERO
+    while row + _FOUR <= rows:
+        j = row * kept
+        stop = j + kept
+        a, b, c, d = zero, zero, zero, zero
+        while j < stop:
+            a += _times(value[j], dense[index[j]])
+            b += _times(value[j + kept], dense[index[j + kept]])
+            c += _times(value[j + _TWO * kept], dense[index[j + _TWO * kept]])
+            d += _times(value[j + _THREE * kept], dense[index[j + _THREE * kept]])
+            j += _ONE
+        partial[row] += weights[row] * a
+        partial[row + _ONE] += weights[row + _ONE] * b
+        partial[row + _TWO] += weights[row + _TWO] * c
+        partial[row + _THREE] += weights[row + _THREE] * d
+        row += _FOUR
+    while row < rows:
+        j = row * kept
+        stop = j + kept
+        a = zero
+        while j < stop:
+            a += _times(value[j], dense[index[j]])
+            j += _ONE
+        partial[row] += weights[row] * a
+        row += _ONE
 
 
 @_jit
-def _dots(indices, values, newest, rows, length, begin, end, partial):
-    dense = np.zeros(length, np.float32)
+def _dots(indices, values, kept, newest, rows, length, begin, end, partial):
+    dense = np.zeros(length, np.float64)
+    weights = np.ones(rows)
+    own = range(newest * kept, (newest + 1) * kept)
     for block in range(begin, end):
-        for j in range(indices.shape[2]):
-            dense[indices[block, newest, j]] = _decode(values[block, newest, j])
-        _add_products(indices[block], values[block], dense, rows, partial)
-        for j in range(indices.shape[2]):
-            dense[indices[block, newest, j]] = 0.0
+        index, value = indices[block], values[block]
+        for j in own:
+            dense[index[j]] = np.float64(_decode(value[j]))
+        _add_products(index, value, np.uint64(kept), dense, weights, np.uint64(rows), partial)
+        for j in own:
+            dense[index[j]] = 0.0
 
 
 @_jit
-def _project(indices, values, dense, rows, begin, end, partial):
+def _dots_levels(indices, values, scales, share, kept, newest, rows, length, begin, end, partial):
+    # Levels times levels are whole numbers, and their sums below 2^31: exact, and twice as fast as in float64.
+    dense = np.zeros(length, np.int8)
+    weights = np.empty(rows)
+    own = range(newest * kept, (newest + 1) * kept)
+    for first in range(begin, end, share):
+        scale = scales[first // share]
+        for row in range(rows):
+            weights[row] = np.float64(_decode(scale[row])) * np.float64(_decode(scale[newest]))
+        for block in range(first, min(first + share, end)):
+            index, value = indices[block], values[block]
+            for j in own:
+                dense[index[j]] = value[j]
+            _add_products(index, value, np.uint64(kept), dense, weights, np.uint64(rows), partial)
+            for j in own:
+                dense[index[j]] = 0
+
+
+@_jit
+def _project(indices, values, scales, share, kept, x, rows, begin, end, partial):
+    dense = np.empty(x.shape[1], np.float64)
+    weights = np.ones(rows)
     for block in range(begin, end):
-        _add_products(indices[block], values[block], dense[block], rows, partial)
+        if scales is not None and block % share == 0:
+            scale = scales[block // share]
+            for row in range(rows):
+                weights[row] = np.float64(_decode(scale[row]))
+        for i in range(dense.shape[0]):
+            dense[i] = np.float64(x[block, i])
+        _add_products(indices[block], values[block], np.uint64(kept), dense, weights, np.uint64(rows), partial)
+
+
+@_jit_in_order
+def _add_rows(index, value, kept, weights, rows, dense):
+    """Add the rows of one block, times their weights, to a dense block."""
+    row = _ZERO
+    while row + _FOUR <= rows:
+        j = row * kept
+        stop = j + kept
+        a, b, c, d = weights[row], weights[row + _ONE], weights[row + _TWO], weights[row + _THREE]
+        while j < stop:
+            dense[index[j]] += a * np.float64(_decode(value[j]))
+            dense[index[j + kept]] += b * np.float64(_decode(value[j + kept]))
+            dense[index[j + _TWO * kept]] += c * np.float64(_decode(value[j + _TWO * kept]))
+            dense[index[j + _THREE * kept]] += d * np.float64(_decode(value[j + _THREE * kept]))
+            j += _ONE
+        row += _FOUR
+    while row < rows:
+        j = row * kept
+        stop = j + kept
+        a = weights[row]
+        while j < stop:
+            dense[index[j]] += a * np.float64(_decode(value[j]))
+            j += _ONE
+        row += _ONE
+
+
+@_jit_in_order
+def _add_squares(index, value, kept, weights, rows, dense):
+    """As `_add_rows`, for the squares of the entries; windows of diagonal rules are short."""
+    row = _ZERO
+    while row < rows:
+        j = row * kept
+        stop = j + kept
+        weight = weights[row]
+        while j < stop:
+            v = np.float64(_decode(value[j]))
+            dense[index[j]] += weight * (v * v)
+            j += _ONE
+        row += _ONE
 
 
 @_jit
-def _combine(indices, values, coefficients, base, scale, squared, begin, end, out):
-    kept = indices.shape[2]
+def _combine(indices, values, scales, share, kept, coefficients, base, scale, squared, begin, end, out):
+    rows = coefficients.shape[0]
     length = out.shape[1]
     dense = np.empty(length, np.float64)
+    weights = coefficients.copy()
     for block in range(begin, end):
+        if scales is not None and block % share == 0:
+            for row in range(rows):
+                unit = np.float64(_decode(scales[block // share, row]))
+                weights[row] = coefficients[row] * (unit * unit if squared else unit)
         if base.shape[0]:
             for i in range(length):
                 dense[i] = scale * np.float64(base[block, i])
         else:
             dense[:] = 0.0
-        for row in range(coefficients.shape[0]):
-            index = indices[block, row]
-            value = values[block, row]
-            c = coefficients[row]
-            if squared:
-                for j in range(kept):
-                    v = np.float64(_decode(value[j]))
-                    dense[index[j]] += c * (v * v)
-            else:
-                for j in range(kept):
-                    dense[index[j]] += c * np.float64(_decode(value[j]))
+        if squared:
+            _add_squares(indices[block], values[block], np.uint64(kept), weights, np.uint64(rows), dense)
+        else:
+            _add_rows(indices[block], values[block], np.uint64(kept), weights, np.uint64(rows), dense)
         for i in range(length):
             out[block, i] = np.float32(dense[i])
 
@@ -196,7 +340,7 @@ def _noise(entry, key):
 
 
 @_jit
-def _quantize(error, stored, scale, levels, key, begin, end):
+def _quantize(error, stored, scale, levels, key, where, begin, end):
     signed = np.zeros(BUCKET, np.int32)
     for bucket in range(begin, end):
         start = bucket * BUCKET
@@ -211,7 +355,7 @@ def _quantize(error, stored, scale, levels, key, begin, end):
             multiple = min(abs(x[i]), _LARGEST) / unit
             whole = np.int32(multiple)
             threshold = np.int32((multiple - np.float32(whole)) * np.float32(2.0**31))
-            noise = np.int32(_noise(start + i, key) >> np.uint32(1))
+            noise = np.int32(_noise(where + start + i, key) >> np.uint32(1))
             level = min(np.int32(whole + np.int32(noise < threshold)), np.int32(levels))
             signed[i] = -level if x[i] < 0.0 else level
         if levels > 7:
@@ -245,34 +389,77 @@ def _dequantize(stored, scale, levels, begin, end, out):
 
 
 @_jit
-def _round_to_bfloat16(error, stored, key, begin, end):
+def _round_to_bfloat16(error, stored, key, where, begin, end):
     for i in range(begin, end):
-        noise = np.int32(_noise(i, key) & np.uint32(0xFFFF))
+        noise = np.int32(_noise(where + i, key) & np.uint32(0xFFFF))
         x = min(max(error[i], -_LARGEST), _LARGEST)
         stored[i] = np.int32(_bits_of_float(x) + noise) >> np.int32(16)
 
 
-def accumulate_topk(gradient: torch.Tensor, error: torch.Tensor, indices: torch.Tensor, values: torch.Tensor) -> None:
-    """See `reference.accumulate_topk`; accumulation, selection, storing and the new error in one pass a block."""
+def accumulate_topk(
+    gradient: torch.Tensor,
+    error: torch.Tensor,
+    indices: torch.Tensor,
+    values: torch.Tensor,
+    scales: torch.Tensor | None = None,
+) -> None:
+    """See `reference.accumulate_topk`; accumulation, selection, storing and the new error block by block."""
     g, e, index, value = _array(gradient), _array(error), _array(indices), _array(values)
-    pool.run(lambda _, begin, end: _accumulate_topk(g, e, index, value, begin, end), g.shape[0], _step(g.shape[1]))
+    blocks, length = g.shape
+    if scales is None:
+        pool.run(lambda _, begin, end: _accumulate_topk(g, e, index, value, begin, end), blocks, _step(length))
+        return
+    scale, share = _array(scales), sharing(length)
+    pool.run(
+        lambda _, begin, end: _accumulate_topk_levels(g, e, index, value, scale, share, begin, end),
+        blocks,
+        _step(length),
+    )
 
 
-def dots(indices: torch.Tensor, values: torch.Tensor, newest: int, rows: int, length: int) -> torch.Tensor:
+def dots(
+    indices: torch.Tensor,
+    values: torch.Tensor,
+    newest: int,
+    rows: int,
+    length: int,
+    scales: torch.Tensor | None = None,
+) -> torch.Tensor:
     """See `reference.dots`; partial sums per range of blocks, added in the order of the ranges."""
-    index, value = _array(indices), _array(values)
+    index, value, kept = *_flat_rows(indices, values), indices.shape[2]
+    if scales is None:
+        return _summed(
+            lambda begin, end, partial: _dots(index, value, kept, newest, rows, length, begin, end, partial),
+            len(index),
+            length,
+            rows,
+        )
+    scale, share = _array(scales), sharing(length)
     return _summed(
-        lambda begin, end, partial: _dots(index, value, newest, rows, length, begin, end, partial),
-        index.shape[0],
+        lambda begin, end, partial: _dots_levels(
+            index, value, scale, share, kept, newest, rows, length, begin, end, partial
+        ),
+        len(index),
         length,
         rows,
     )
 
 
-def project(indices: torch.Tensor, values: torch.Tensor, dense: torch.Tensor, rows: int) -> torch.Tensor:
+def project(
+    indices: torch.Tensor,
+    values: torch.Tensor,
+    dense: torch.Tensor,
+    rows: int,
+    scales: torch.Tensor | None = None,
+) -> torch.Tensor:
     """See `reference.project`; summed as in `dots`."""
-    index, value, x = _array(indices), _array(values), _array(dense)
-    return _summed(lambda begin, end, partial: _project(index, value, x, rows, begin, end, partial), *x.shape, rows)
+    index, value, kept, x = *_flat_rows(indices, values), indices.shape[2], _array(dense)
+    scale, share = None if scales is None else _array(scales), sharing(x.shape[1])
+    return _summed(
+        lambda begin, end, partial: _project(index, value, scale, share, kept, x, rows, begin, end, partial),
+        *x.shape,
+        rows,
+    )
 
 
 def combine(
@@ -281,25 +468,28 @@ def combine(
     coefficients: torch.Tensor,
     out: torch.Tensor,
     *,
+    scales: torch.Tensor | None = None,
     base: torch.Tensor | None = None,
     scale: float = 0.0,
     squared: bool = False,
 ) -> None:
     """See `reference.combine`; one block of the sum is a float64 buffer in the first-level cache."""
-    index, value, c, total = _array(indices), _array(values), _array(coefficients), _array(out)
+    index, value, kept = *_flat_rows(indices, values), indices.shape[2]
+    c, total = _array(coefficients), _array(out)
     x = np.empty((0, 0), np.float32) if base is None else _array(base)
+    units, share = None if scales is None else _array(scales), sharing(total.shape[1])
     pool.run(
-        lambda _, begin, end: _combine(index, value, c, x, scale, squared, begin, end, total),
-        index.shape[0],
+        lambda _, begin, end: _combine(index, value, units, share, kept, c, x, scale, squared, begin, end, total),
+        len(index),
         _step(total.shape[1]),
     )
 
 
-def quantize(error: torch.Tensor, stored: torch.Tensor, scale: torch.Tensor, key: int) -> None:
+def quantize(error: torch.Tensor, stored: torch.Tensor, scale: torch.Tensor, key: int, start: int = 0) -> None:
     """See `reference.quantize`."""
     x, level, unit = _array(error), _array(stored), _array(scale)
-    levels, where = _levels(stored), np.uint32(key)
-    pool.run(lambda _, begin, end: _quantize(x, level, unit, levels, where, begin, end), unit.shape[0], _step(BUCKET))
+    levels, bits = _levels(stored), np.uint32(key)
+    pool.run(lambda _, begin, end: _quantize(x, level, unit, levels, bits, start, begin, end), len(unit), _step(BUCKET))
 
 
 def dequantize(stored: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> None:
@@ -309,10 +499,10 @@ def dequantize(stored: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> 
     pool.run(lambda _, begin, end: _dequantize(level, unit, levels, begin, end, x), unit.shape[0], _step(BUCKET))
 
 
-def round_to_bfloat16(error: torch.Tensor, stored: torch.Tensor, key: int) -> None:
+def round_to_bfloat16(error: torch.Tensor, stored: torch.Tensor, key: int, start: int = 0) -> None:
     """See `reference.round_to_bfloat16`."""
-    x, rounded, where = _array(error), _array(stored), np.uint32(key)
-    pool.run(lambda _, begin, end: _round_to_bfloat16(x, rounded, where, begin, end), x.shape[0], _RANGE)
+    x, rounded, bits = _array(error), _array(stored), np.uint32(key)
+    pool.run(lambda _, begin, end: _round_to_bfloat16(x, rounded, bits, start, begin, end), len(x), _RANGE)
 
 
 def _levels(stored: torch.Tensor) -> int:
@@ -333,6 +523,12 @@ def _array(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
     return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
+def _flat_rows(indices: torch.Tensor, values: torch.Tensor) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Indices and values of each block as one run of all rows."""
+    return _array(indices.flatten(1)), _array(values.flatten(1))
+
+
 def _step(length: int) -> int:
-    """Blocks of a task."""
-    return max(1, _RANGE // length)
+    """Blocks of a task: whole groups that share scales."""
+    share = sharing(length)
+    return max(1, _RANGE // (length * share)) * share

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from ..blocks import sharing
 from ..noise import MASK, mix
 from . import BUCKET, widest
 
@@ -16,11 +17,18 @@ NAME = "reference"
 _CHUNK = 1 << 19  # entries of a temporary
 # The accumulator saturates at the largest bfloat16: what is stored never rounds to infinity, and e + g cannot overflow.
 _LARGEST = torch.finfo(torch.bfloat16).max
+_LEVELS = 127  # of an int8 value, on each side of zero
 # A smaller scale would have few bits left, or none.
 _SMALLEST = torch.finfo(torch.float32).tiny
 
 
-def accumulate_topk(gradient: torch.Tensor, error: torch.Tensor, indices: torch.Tensor, values: torch.Tensor) -> None:
+def accumulate_topk(
+    gradient: torch.Tensor,
+    error: torch.Tensor,
+    indices: torch.Tensor,
+    values: torch.Tensor,
+    scales: torch.Tensor | None = None,
+) -> None:
     """`a = error + gradient`, `indices, values = Top-k(a)` per block, `error = a - values`, all in place.
 
     The order is by magnitude, and the lowest index first among equals; the entries kept are stored by ascending index.
@@ -30,31 +38,51 @@ def accumulate_topk(gradient: torch.Tensor, error: torch.Tensor, indices: torch.
         gradient: `(blocks, length)`, float32, finite.
         error: `(blocks, length)`, float32; updated.
         indices: `(blocks, kept)`, unsigned integers, any strides; written.
-        values: `(blocks, kept)`, float32 or bfloat16, any strides; written.
+        values: `(blocks, kept)`, float32, bfloat16 or int8, any strides; written.
+        scales: `(ceil(blocks / sharing(length)),)`, bfloat16, any strides, for int8 values; written. The largest
+            magnitude of the blocks that share one is 127 of it, or a little less: it is rounded up.
     """
     blocks, length = gradient.shape
     kept = indices.shape[1]
     reversed_index = torch.arange(length - 1, -1, -1, device=gradient.device)
-    for part in _chunks(blocks, length):
+    for part in _chunks(blocks, length, sharing(length)):
         accumulator = (error[part] + gradient[part]).clamp_(-_LARGEST, _LARGEST)
         # One unique integer key per entry: torch.topk promises no order among equal values.
         keys = (accumulator.abs().view(torch.int32).long() << 32) | reversed_index
         chosen = torch.topk(keys, kept, dim=1, sorted=False).indices.sort(dim=1).values
-        stored = accumulator.gather(1, chosen).to(values.dtype)
-        error[part] = accumulator.scatter_add_(1, chosen, -stored.to(torch.float32))
+        exact = accumulator.gather(1, chosen)
+        if scales is None:
+            stored = exact.to(values.dtype)
+            taken = stored.to(torch.float32)
+        else:
+            share = sharing(length)
+            scale = _shared_scales(exact, share)
+            scales[_groups(part, share)] = scale
+            unit = scale.to(torch.float32).repeat_interleave(share)[: len(exact), None]
+            stored = (exact / unit).round_().to(torch.int8)
+            taken = stored * unit  # 7 bits times 8 bits: exact
+        error[part] = accumulator.scatter_add_(1, chosen, -taken)
         indices[part].copy_(chosen.to(indices.dtype))
         values[part].copy_(stored)
 
 
-def dots(indices: torch.Tensor, values: torch.Tensor, newest: int, rows: int, length: int) -> torch.Tensor:
+def dots(
+    indices: torch.Tensor,
+    values: torch.Tensor,
+    newest: int,
+    rows: int,
+    length: int,
+    scales: torch.Tensor | None = None,
+) -> torch.Tensor:
     """The new column of the Gram matrix: `<row_newest, row_i>` for the first `rows` rows, over one piece.
 
     Args:
         indices: `(blocks, m, kept)`, unsigned integers.
-        values: `(blocks, m, kept)`, float32 or bfloat16.
+        values: `(blocks, m, kept)`, float32, bfloat16 or int8.
         newest: Position of the newest row.
         rows: Number of rows that were ever written.
         length: Entries of a block.
+        scales: `(groups, m)`, bfloat16, for int8 values.
 
     Returns:
         `(rows,)`, accumulated in float64 (float32 where the device has no float64).
@@ -62,22 +90,30 @@ def dots(indices: torch.Tensor, values: torch.Tensor, newest: int, rows: int, le
     blocks, _, kept = indices.shape
     wide = widest(values.device)
     total = torch.zeros(rows, dtype=wide, device=values.device)
-    for part in _chunks(blocks, rows * kept):
+    for part in _chunks(blocks, max(length, rows * kept)):
         count = part.stop - part.start
         row = torch.zeros(count, length, dtype=wide, device=values.device)
-        row.scatter_(1, indices[part, newest].to(torch.int64), values[part, newest].to(wide))
-        _add_products(indices[part], values[part], row, total)
+        entries = _entries_of(values, scales, part, slice(newest, newest + 1), length, wide)[:, 0]
+        row.scatter_(1, indices[part, newest].to(torch.int64), entries)
+        _add_products(indices, values, scales, part, row, total)
     return total
 
 
-def project(indices: torch.Tensor, values: torch.Tensor, dense: torch.Tensor, rows: int) -> torch.Tensor:
+def project(
+    indices: torch.Tensor,
+    values: torch.Tensor,
+    dense: torch.Tensor,
+    rows: int,
+    scales: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Inner products `<x, row_i>` of a dense vector with the first `rows` rows, over one piece.
 
     Args:
         indices: `(blocks, m, kept)`, unsigned integers.
-        values: `(blocks, m, kept)`, float32 or bfloat16.
+        values: `(blocks, m, kept)`, float32, bfloat16 or int8.
         dense: `x`, `(blocks, length)`, float32.
         rows: Number of rows that were ever written.
+        scales: `(groups, m)`, bfloat16, for int8 values.
 
     Returns:
         `(rows,)`, accumulated as in `dots`.
@@ -85,8 +121,8 @@ def project(indices: torch.Tensor, values: torch.Tensor, dense: torch.Tensor, ro
     blocks, _, kept = indices.shape
     wide = widest(values.device)
     total = torch.zeros(rows, dtype=wide, device=values.device)
-    for part in _chunks(blocks, rows * kept):
-        _add_products(indices[part], values[part], dense[part].to(wide), total)
+    for part in _chunks(blocks, max(dense.shape[1], rows * kept)):
+        _add_products(indices, values, scales, part, dense[part].to(wide), total)
     return total
 
 
@@ -96,6 +132,7 @@ def combine(
     coefficients: torch.Tensor,
     out: torch.Tensor,
     *,
+    scales: torch.Tensor | None = None,
     base: torch.Tensor | None = None,
     scale: float = 0.0,
     squared: bool = False,
@@ -104,9 +141,10 @@ def combine(
 
     Args:
         indices: `(blocks, m, kept)`, unsigned integers.
-        values: `(blocks, m, kept)`, float32 or bfloat16.
+        values: `(blocks, m, kept)`, float32, bfloat16 or int8.
         coefficients: `c`, `(rows,)`, float64, for the first `rows` rows.
         out: `(blocks, length)`, float32; overwritten. The sum is float64 (float32 where the device has no float64).
+        scales: `(groups, m)`, bfloat16, for int8 values.
         base: `x`, `(blocks, length)`, float32; zero without it.
         scale: Factor of `base`.
         squared: Take the squares of the rows' entries.
@@ -115,17 +153,17 @@ def combine(
     rows = coefficients.shape[0]
     wide = widest(values.device)
     weights = coefficients.to(values.device, wide)[:, None]
-    for part in _chunks(blocks, rows * kept):
+    for part in _chunks(blocks, max(out.shape[1], rows * kept)):
         count = part.stop - part.start
         total = torch.zeros_like(out[part], dtype=wide) if base is None else scale * base[part].to(wide)
         for some in _chunks(rows, count * kept):
             index = indices[part, some].to(torch.int64).flatten(1)
-            value = values[part, some].to(wide)
+            value = _entries_of(values, scales, part, some, out.shape[1], wide)
             total.scatter_add_(1, index, ((value * value if squared else value) * weights[some]).flatten(1))
         out[part] = total.to(out.dtype)
 
 
-def quantize(error: torch.Tensor, stored: torch.Tensor, scale: torch.Tensor, key: int) -> None:
+def quantize(error: torch.Tensor, stored: torch.Tensor, scale: torch.Tensor, key: int, start: int = 0) -> None:
     """Round an error stochastically to symmetric levels, -7 to 7 (4 bits) or -127 to 127 (int8), bucket by bucket.
 
     `scale` is the largest magnitude of the bucket over the number of levels, and `|error| / scale` rounds up with a
@@ -135,7 +173,8 @@ def quantize(error: torch.Tensor, stored: torch.Tensor, scale: torch.Tensor, key
         error: `(n,)`, float32, finite.
         stored: `(n,)`, int8, or `(ceil(n / 2),)`, uint8, with entry `2 i` in the lower half of byte `i`; written.
         scale: `(ceil(n / BUCKET),)`, float32; written.
-        key: The noise of entry `i` is `mix(i ^ key)`; see `hf_efcp.noise`.
+        key: The noise of entry `i` is `mix((start + i) ^ key)`; see `hf_efcp.noise`.
+        start: Where the entries begin in the parameter.
     """
     levels = 127 if stored.dtype == torch.int8 else 7
     for part in _chunks(scale.shape[0], BUCKET):
@@ -147,7 +186,7 @@ def quantize(error: torch.Tensor, stored: torch.Tensor, scale: torch.Tensor, key
         multiple = magnitude / unit
         whole = multiple.floor()
         threshold = ((multiple - whole) * 2.0**31).to(torch.int64)
-        noise = _noise(span.start, x.numel(), key, x.device).view_as(x) >> 1
+        noise = _noise(start + span.start, x.numel(), key, x.device).view_as(x) >> 1
         level = (whole.to(torch.int64) + (noise < threshold)).clamp_(max=levels)
         signed = torch.where(x < 0, -level, level).view(-1)[: span.stop - span.start]
         scale[part] = unit.view(-1)
@@ -178,17 +217,18 @@ def dequantize(stored: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> 
         out[span] = product.view(-1)[: span.stop - span.start]
 
 
-def round_to_bfloat16(error: torch.Tensor, stored: torch.Tensor, key: int) -> None:
+def round_to_bfloat16(error: torch.Tensor, stored: torch.Tensor, key: int, start: int = 0) -> None:
     """Round an error stochastically to one of its two neighbours in bfloat16; the expectation is the error.
 
     Args:
         error: `(n,)`, float32, finite.
         stored: `(n,)`, bfloat16; written.
         key: As in `quantize`.
+        start: As in `quantize`.
     """
     for span in _chunks(error.shape[0], 1):
         x = error[span].clamp(-_LARGEST, _LARGEST)
-        noise = _noise(span.start, x.shape[0], key, x.device) & 0xFFFF
+        noise = _noise(start + span.start, x.shape[0], key, x.device) & 0xFFFF
         # Magnitudes are ordered as their bits are: noise below the cut carries into what is kept.
         bits = (x.view(torch.int32) + noise.to(torch.int32)) >> 16
         stored[span] = bits.to(torch.int16).view(torch.bfloat16)
@@ -209,16 +249,47 @@ def _padded(flat: torch.Tensor, multiple: int) -> torch.Tensor:
     return torch.nn.functional.pad(flat, (0, -flat.shape[0] % multiple))
 
 
-def _add_products(indices: torch.Tensor, values: torch.Tensor, dense: torch.Tensor, total: torch.Tensor) -> None:
-    """Add the inner products of dense blocks with their rows to `total`, in its dtype."""
-    count, _, kept = indices.shape
-    for some in _chunks(total.shape[0], count * kept):
-        index = indices[:, some].to(torch.int64)
+def _shared_scales(exact: torch.Tensor, share: int) -> torch.Tensor:
+    """The scales of `share` blocks of kept entries each: the largest magnitude over the levels, rounded up."""
+    largest = _padded(exact.abs().amax(dim=1), share).view(-1, share).amax(dim=1)
+    unit = (largest / _LEVELS).clamp_(min=_SMALLEST)
+    # Magnitudes are ordered as their bits are: what bfloat16 would cut off carries.
+    return ((unit.view(torch.int32) + 0xFFFF) >> 16).to(torch.int16).view(torch.bfloat16)
+
+
+def _groups(part: slice, share: int) -> slice:
+    """The scales of some blocks, of which the first is the first that has its scale."""
+    return slice(part.start // share, -(-part.stop // share))
+
+
+def _entries_of(
+    values: torch.Tensor, scales: torch.Tensor | None, part: slice, some: slice, length: int, wide: torch.dtype
+) -> torch.Tensor:
+    """Values of some blocks and rows, `(blocks, rows, kept)`, with the scales that int8 values have."""
+    entries = values[part, some].to(wide)
+    if scales is not None:
+        group = torch.arange(part.start, part.stop, device=scales.device) // sharing(length)
+        entries *= scales[group, some, None]
+    return entries
+
+
+def _add_products(
+    indices: torch.Tensor,
+    values: torch.Tensor,
+    scales: torch.Tensor | None,
+    part: slice,
+    dense: torch.Tensor,
+    total: torch.Tensor,
+) -> None:
+    """Add the inner products of dense blocks, those of a part of the window, with their rows to `total`."""
+    count, length = dense.shape
+    for some in _chunks(total.shape[0], count * indices.shape[2]):
+        index = indices[part, some].to(torch.int64)
         gathered = dense.gather(1, index.flatten(1)).view(index.shape)
-        total[some] += (gathered * values[:, some].to(total.dtype)).sum(dim=(0, 2))
+        total[some] += (gathered * _entries_of(values, scales, part, some, length, total.dtype)).sum(dim=(0, 2))
 
 
-def _chunks(blocks: int, entries: int) -> list[slice]:
-    """Slices over the blocks that keep `entries` a block below the size of a temporary."""
-    step = max(1, _CHUNK // max(1, entries))
+def _chunks(blocks: int, entries: int, multiple: int = 1) -> list[slice]:
+    """Slices over the blocks that keep `entries` a block below the size of a temporary, cut at multiples."""
+    step = max(1, _CHUNK // max(1, entries * multiple)) * multiple
     return [slice(start, min(start + step, blocks)) for start in range(0, blocks, step)]

@@ -34,7 +34,7 @@ class MicroAdam(EFCP):
         beta2: Decay of the second moment, in [0, 1).
         eps: What is added to the root of the second moment, positive.
         block_size: Entries `B_d` of a Top-k block, 1 to 65,536.
-        value_dtype: How the window stores values, float32 or bfloat16.
+        value_dtype: How the window stores values, float32, bfloat16 or int8 (see `TopK`).
         error_dtype: How the error is kept: `torch.uint4` (4 bits), int8, bfloat16 or float32.
         weight_decay: Weight decay, at least 0.
         decoupled_weight_decay: True for AdamW's decay, False for L2 regularisation.

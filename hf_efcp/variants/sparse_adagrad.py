@@ -25,7 +25,7 @@ class SparseAdaGrad(EFCP):
         density: Fraction `k / d` of each block that is kept, in (0, 1].
         eps: What is added to the root of the sum, positive.
         block_size: Entries `B_d` of a Top-k block, 1 to 65,536.
-        value_dtype: How the row stores values, float32 or bfloat16.
+        value_dtype: How the row stores values, float32, bfloat16 or int8 (see `TopK`).
         momentum: Heavy-ball factor of the update, in [0, 1).
         weight_decay: Weight decay, at least 0.
         decoupled_weight_decay: True for AdamW's decay, False for L2 regularisation.

@@ -35,7 +35,10 @@ class SparseGGT(EFCP):
         selection: "block" for Top-k in each block, "global" for Top-k over all parameters at once, as in the paper's
             pseudocode: 6 bytes an entry, slower, and all parameters must be there at the first step.
         block_size: Entries `B_d` of a Top-k block, 1 to 65,536; without effect on global Top-k.
-        value_dtype: How the window stores values, float32 or bfloat16.
+        value_dtype: How the window stores values: float32, bfloat16, or int8 with a bfloat16 scale for each row and
+            4,096 entries of the parameters (not with global Top-k).
+        error_dtype: How the error is kept: float32, bfloat16, int8 or `torch.uint4` (4 bits). Below float32 it is
+            rounded stochastically: sums are right in expectation, no longer to the bit.
         momentum: Heavy-ball factor of the update, in [0, 1).
         weight_decay: Weight decay, at least 0.
         decoupled_weight_decay: True for AdamW's decay, False for L2 regularisation.
@@ -64,6 +67,7 @@ class SparseGGT(EFCP):
         selection: str = "block",
         block_size: int = 4096,
         value_dtype: torch.dtype = torch.bfloat16,
+        error_dtype: torch.dtype = torch.float32,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
         decoupled_weight_decay: bool = True,
@@ -83,6 +87,7 @@ class SparseGGT(EFCP):
             momentum=momentum,
             weight_decay=weight_decay,
             decoupled_weight_decay=decoupled_weight_decay,
+            error_dtype=error_dtype,
             update_scale=update_scale,
             update_rms=update_rms,
             precondition=precondition,
