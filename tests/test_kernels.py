@@ -243,7 +243,7 @@ def test_missing_numba_falls_back_with_one_warning():
         import sys, warnings
         sys.modules["numba"] = None  # as if it were not installed
         import torch
-        from papers import SparseMFAC
+        from hf_efcp import SparseMFAC
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             for _ in range(2):
@@ -272,7 +272,7 @@ def test_an_unwritable_cache_is_no_error():
         from numba.core import caching
         caching.CacheImpl._locator_classes = []  # what numba finds when no directory can be written to
         import torch
-        from papers import SparseMFAC
+        from hf_efcp import SparseMFAC
         param = torch.nn.Parameter(torch.zeros(10))
         param.grad = torch.ones(10)
         optimizer = SparseMFAC([param], lr=1.0)
