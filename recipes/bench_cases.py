@@ -47,7 +47,7 @@ DEFAULTS = tuple(
     for label, optimizer, options in (
         (ADAMW, "adamw", ""),
         ("SGD, momentum (fused)", "sgd", ""),
-        ("GaLore, rank 128", "galore", ""),
+        ("GaLore, rank 128, between its SVDs", "galore", ""),
         (SPARSE_256, "sparse_mfac", "num_grads=256"),
         (SPARSE_1024, "sparse_mfac", "num_grads=1024"),
         ("sparse M-FAC, m = 256, blocks of 256", "sparse_mfac", "num_grads=256,block_size=256"),

@@ -110,6 +110,7 @@ def plot_sweeps(path: Path, sweeps: list[Sweep]) -> None:
                 ideal = [height * (size / sweep.sizes[-1]) ** slope for size in sweep.sizes]
                 axes.plot(sweep.sizes, ideal, color="#999999", linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
         axes.set_xscale("log", base=2)
+        axes.set_xticks(sweep.sizes, [_short(size) for size in sweep.sizes])
         axes.set_yscale("log")
         axes.set_ylim(bottom=max(1e-5, 0.2 * min(parts["dots"] for parts in sweep.parts)))
         axes.set_xlabel(sweep.name)
@@ -123,3 +124,8 @@ def plot_sweeps(path: Path, sweeps: list[Sweep]) -> None:
         "How a step of sparse M-FAC grows (dashed: in proportion; the solve with the third power)", fontsize=11
     )
     figure.savefig(path)
+
+
+def _short(size: float) -> str:
+    """A number of parameters in millions, anything else as it is."""
+    return f"{size / 1e6:.2g} M" if size >= 1e5 else f"{size:g}"

@@ -84,6 +84,7 @@ class Report:
         training: Of training steps, by label.
         training_batch: Sequences and tokens of a batch.
         left_out: Contenders that could not be built, with the reason.
+        cold: Seconds of a first step without and with compiled kernels on disk; empty if not measured.
     """
 
     machine: dict[str, Any]
@@ -94,6 +95,7 @@ class Report:
     training: dict[str, dict[str, Any]] = field(default_factory=dict)
     training_batch: tuple[int, int] = (0, 0)
     left_out: dict[str, str] = field(default_factory=dict)
+    cold: tuple[float, ...] = ()
 
     def targets(self) -> list[Target]:
         """What the measured numbers must reach; those of the contenders that took part."""
@@ -143,6 +145,12 @@ class Report:
         if self.training:
             batch, length = self.training_batch
             lines += ["", f"A whole training step, batches of {batch} x {length} tokens:", "", *self._training()]
+        if self.cold:
+            lines += [
+                "",
+                "The first step of a fresh process, 1 M parameters: {:.2f} s, {:.2f} s with the kernels of an "
+                "earlier process on disk.".format(*self.cold),
+            ]
         lines += ["", *table(("what", "measured", "must reach", ""), map(_row, self.targets()))]
         return "\n".join(lines) + "\n"
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from bench_baselines import PUBLISHED_ROWS, AsPublished, parse_options
 from bench_cases import Contender, available_memory, build, state_memory, window_tensors
-from bench_measure import PARTS, peak_memory, read_and_write, stream, timed_step
+from bench_measure import peak_memory, read_and_write, stream, timed_step
 from bench_report import Report, Result
 
 Step = tuple[float, dict[str, float]]
@@ -115,9 +115,7 @@ def _result(
     peak: int,
 ) -> Result:
     seconds = statistics.median(whole for whole, _ in steps)
-    parts = {}
-    if any(parts for _, parts in steps):
-        parts = {part: statistics.median(parts.get(part, 0.0) for _, parts in steps) for part in PARTS}
+    parts = {part: statistics.median(parts[part] for _, parts in steps) for part in steps[0][1]}
     extrapolated_from = None
     if isinstance(optimizer, AsPublished):
         wanted = parse_options(contender.options).get("num_grads", PUBLISHED_ROWS)
@@ -127,8 +125,6 @@ def _result(
                 more = (wanted / optimizer.num_grads - 1.0) * parts[part]
                 parts[part] += more
                 seconds += more
-    if parts:
-        parts["rest"] = max(0.0, seconds - sum(parts.values()))
     memory = state_memory(optimizer)
     return Result(
         label=contender.label,

@@ -108,9 +108,7 @@ def run_sweeps(largest: int, doublings: int, *, repeats: int, seed: int, availab
                     times.append(run)
             print(f"{name}: round {turn} of {repeats}", flush=True)
         seconds = [statistics.median(run[0] for run in times) for times in runs]
-        parts = [{part: statistics.median(run[1][part] for run in times) for part in PARTS} for times in runs]
-        for whole, part in zip(seconds, parts, strict=True):
-            part["rest"] = max(0.0, whole - sum(part.values()))
+        parts = [{part: statistics.median(run[1][part] for run in times) for part in times[0][1]} for times in runs]
         sweeps.append(Sweep(name, fixed, [setting[column] for setting in settings], seconds, parts))
     return sweeps
 

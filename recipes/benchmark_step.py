@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from bench_cases import ADAMW, DEFAULTS, SPARSE_256, SPARSE_1024, Contender, available_memory, parse_contender
 from bench_figures import plot_report, plot_sweeps
-from bench_measure import machine
+from bench_measure import cold_first_step, machine
 from bench_report import describe
 from bench_steps import build_all, measure_steps
 from bench_sweep import run_sweeps
@@ -81,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch", type=int, default=32, help="sequences of a training step")
     add("--length", type=int, default=128, help="tokens of a sequence")
     add("--model_name_or_path", default=PACKAGED, help=f"a folder, a name on the Hub, or {PACKAGED}")
+    add("--cold", action="store_true", help="also the first step of fresh processes, which compiles the kernels")
     add("--sweep", action="store_true", help="double the parameters, the window and the density instead")
     add("--sweep_parameters", type=int, default=1 << 25, help="the largest number of them")
     add("--sweep_doublings", type=int, default=5)
@@ -128,7 +129,8 @@ def _benchmark(arguments: argparse.Namespace) -> None:
             seed=arguments.seed,
         )
     batch = (arguments.batch, arguments.length)
-    report = replace(report, training=training, training_batch=batch, left_out=left_out)
+    cold = cold_first_step() if arguments.cold else ()
+    report = replace(report, training=training, training_batch=batch, left_out=left_out, cold=cold)
     _write(arguments.output_dir, "results", report.to_dict(), report.markdown())
     plot_report(arguments.output_dir / "results.png", report)
 
