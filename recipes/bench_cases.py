@@ -140,7 +140,8 @@ def fill_window(optimizer: EFCP, seed: int) -> None:
 
     The rows are about as long as the one that the step has pushed, and nearly orthogonal. The Gram matrix is a random
     symmetric positive definite one of that size, not that of the rows: computing it would take as many steps as there
-    are rows. It stays positive definite while its columns are replaced by true ones, one a step.
+    are rows. It stays positive definite while its columns are replaced by true ones, one a step, unless there are fewer
+    parameters than rows, which then cannot be orthogonal.
 
     Args:
         optimizer: Updated.

@@ -69,8 +69,13 @@ def _parser() -> argparse.ArgumentParser:
         default=re.compile(""),
         help="a regular expression: only contenders whose label it matches somewhere",
     )
-    add("--repeats", type=int, default=9, help="steps of each contender; one more warms up, one shows the memory")
-    add("--published_repeats", type=int, default=1, help="steps of the published algorithm, without one to warm up")
+    add("--repeats", type=_positive, default=9, help="steps of each contender; one more warms up, one shows the memory")
+    add(
+        "--published_repeats",
+        type=_positive,
+        default=1,
+        help="steps of the published algorithm, without one to warm up",
+    )
     add(
         "--train",
         type=_regex,
@@ -83,8 +88,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--model_name_or_path", default=PACKAGED, help=f"a folder, a name on the Hub, or {PACKAGED}")
     add("--cold", action="store_true", help="also the first step of fresh processes, which compiles the kernels")
     add("--sweep", action="store_true", help="double the parameters, the window and the density instead")
-    add("--sweep_parameters", type=int, default=1 << 25, help="the largest number of them")
-    add("--sweep_doublings", type=int, default=5)
+    add("--sweep_parameters", type=_positive, default=1 << 25, help="the largest number of them")
+    add("--sweep_doublings", type=_positive, default=5)
     add("--seed", type=int, default=0)
     add("--output_dir", type=Path, default=Path("outputs/benchmark_step"))
     return parser
@@ -95,6 +100,12 @@ def _contender(text: str) -> Contender:
         return parse_contender(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _positive(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return int(text)
 
 
 def _regex(text: str) -> re.Pattern[str]:
