@@ -69,7 +69,7 @@ def _stacked(
     """Bars of parts, the first on top; those that would make all others invisible are cut, with their number."""
     totals = [sum(row.values()) for row in rows]
     usual = sorted(totals)
-    while len(usual) > 1 and usual[-1] > 5 * usual[-2]:
+    while len(usual) > 2 and usual[-1] > 5 * usual[-2]:
         usual.pop()
     end = usual[-1] or 1.0
     for name, colour in colours.items():
