@@ -2,7 +2,7 @@
 
     python recipes/benchmark_step.py
     python recipes/benchmark_step.py --only "AdamW|1024" --train_repeats 0
-    python recipes/benchmark_step.py --contender "small: sparse_mfac num_grads=64,block_size=256" lowrank_ggt
+    python recipes/benchmark_step.py --contender "small: sparse_mfac num_grads=64,update_scale=none" lowrank_ggt
     python recipes/benchmark_step.py --sweep
 
 The model is the demo extra's MiniLM (22.7 M parameters). First the step alone, on random gradients, by part; among the
