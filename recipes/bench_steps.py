@@ -1,0 +1,142 @@
+"""The step alone: contenders that take turns on one model, and the medians of what they take."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from typing import Any
+
+import torch
+from bench_baselines import PUBLISHED_ROWS, AsPublished, parse_options
+from bench_cases import Contender, available_memory, build, state_memory, window_tensors
+from bench_measure import peak_memory, read_and_write, stream, timed_step
+from bench_report import Report, Result
+
+Step = tuple[float, dict[str, float]]
+
+
+def build_all(
+    contenders: list[Contender], model: torch.nn.Module, seed: int
+) -> tuple[dict[str, torch.optim.Optimizer], dict[str, str]]:
+    """Make the optimizers, with full windows.
+
+    Args:
+        contenders: Which.
+        model: Its parameters have gradients.
+        seed: Seed of the windows.
+
+    Returns:
+        The optimizers by label, and by label why an optional contender was left out.
+
+    Raises:
+        ImportError: A contender that is not optional needs a package.
+        MemoryError: Its state would not fit.
+        ValueError: Its options are wrong.
+    """
+    built: dict[str, torch.optim.Optimizer] = {}
+    left_out = {}
+    # The published algorithm takes what memory the others leave.
+    for contender in sorted(contenders, key=lambda contender: contender.optimizer == "published"):
+        try:
+            print(f"filling the window: {contender.label}", flush=True)
+            built[contender.label] = build(contender, model, seed, available_memory)
+        except (ImportError, MemoryError, ValueError) as error:
+            if not contender.optional:
+                raise
+            left_out[contender.label] = str(error)
+            print(f"left out: {error}", flush=True)
+    return built, left_out
+
+
+def measure_steps(
+    contenders: list[Contender],
+    built: dict[str, torch.optim.Optimizer],
+    model: torch.nn.Module,
+    here: dict[str, Any],
+    *,
+    repeats: int,
+    published_repeats: int,
+) -> Report:
+    """Time steps in turns. One more warms up, and one shows the memory.
+
+    Args:
+        contenders: In the order of the report.
+        built: Their optimizers by label; those without one are left out.
+        model: The model.
+        here: The machine, for the report.
+        repeats: Steps of each.
+        published_repeats: Steps of the published algorithm, which does not warm up.
+
+    Returns:
+        The report, without training steps.
+    """
+    numel = sum(param.numel() for param in model.parameters())
+    accumulator, accumulator_seconds = torch.ones(numel), []
+    steps: dict[str, list[Step]] = defaultdict(list)
+    streams: dict[str, list[tuple[float, int]]] = defaultdict(list)
+    peaks: dict[str, int] = {}
+    method = ""
+    for turn in range(repeats + 1):
+        accumulator_seconds.append(read_and_write(accumulator))
+        for label, optimizer in built.items():
+            published = isinstance(optimizer, AsPublished)
+            if published and not 1 <= turn <= published_repeats:
+                continue
+            streams[label].append(stream(window_tensors(optimizer)))
+            if published:  # its memory is watched while it is timed: another step would take as long again
+                (step, peaks[label]), method = _timed_and_watched(optimizer)
+                steps[label].append(step)
+            elif turn:
+                steps[label].append(timed_step(optimizer))
+            else:
+                optimizer.step()
+                peaks[label], method = peak_memory(optimizer.step)
+        print(f"steps: round {turn} of {repeats}", flush=True)
+    results = [
+        _result(contender, built[contender.label], numel, steps[contender.label], streams[contender.label], peak)
+        for contender in contenders
+        if (peak := peaks.get(contender.label)) is not None
+    ]
+    return Report(here, numel, statistics.median(accumulator_seconds), method, results)
+
+
+def _timed_and_watched(optimizer: torch.optim.Optimizer) -> tuple[tuple[Step, int], str]:
+    steps: list[Step] = []
+    peak, method = peak_memory(lambda: steps.append(timed_step(optimizer)))
+    return (steps[0], peak), method
+
+
+def _result(
+    contender: Contender,
+    optimizer: torch.optim.Optimizer,
+    numel: int,
+    steps: list[Step],
+    streams: list[tuple[float, int]],
+    peak: int,
+) -> Result:
+    seconds = statistics.median(whole for whole, _ in steps)
+    parts = {part: statistics.median(parts[part] for _, parts in steps) for part in steps[0][1]}
+    extrapolated_from = None
+    if isinstance(optimizer, AsPublished):
+        wanted = parse_options(contender.options).get("num_grads", PUBLISHED_ROWS)
+        if wanted > optimizer.num_grads:
+            extrapolated_from = optimizer.num_grads
+            for part in ("dots", "combine"):
+                more = (wanted / optimizer.num_grads - 1.0) * parts[part]
+                parts[part] += more
+                seconds += more
+    memory = state_memory(optimizer)
+    return Result(
+        label=contender.label,
+        optimizer=contender.optimizer,
+        options=contender.options,
+        seconds=seconds,
+        parts=parts,
+        repeats=[whole for whole, _ in steps],
+        stream_seconds=statistics.median(time for time, _ in streams) if streams[0][1] else 0.0,
+        stream_bytes=streams[0][1],
+        memory=memory,
+        bytes_per_parameter=memory["total"] / numel,
+        peak=peak,
+        extrapolated_from=extrapolated_from,
+    )

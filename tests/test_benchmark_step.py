@@ -1,0 +1,445 @@
+"""The benchmark of a step: an honest baseline, windows that are valid, bytes and parts that are counted right."""
+
+import importlib
+import json
+import re
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from problems import Regression, flat, set_gradients
+from tokenizers import Tokenizer, models
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+from hf_efcp import SparseMFAC, create_optimizer
+from hf_efcp.factory import parse_optim_args
+
+ROOT = Path(__file__).parents[1]
+MODULES = (
+    *("bench_baselines", "bench_cases", "bench_figures", "bench_measure", "bench_report", "bench_steps"),
+    *("bench_sweep", "bench_training", "benchmark_step"),
+)
+SIZES = [(40, 30), (17,), (300,), ()]
+
+
+@pytest.fixture
+def recipe(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    return SimpleNamespace(**{name: importlib.import_module(name) for name in MODULES})
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    vocabulary = {word: number for number, word in enumerate(["[PAD]", "[UNK]", "[SEP]", "good", "bad"])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", model_max_length=16
+    ).save_pretrained(folder)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    BertModel(BertConfig(vocab_size=len(vocabulary), max_position_embeddings=16, **sizes)).save_pretrained(folder)
+    return folder
+
+
+def module(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    whole = torch.nn.ParameterList(torch.zeros(size) for size in SIZES)
+    for param in whole.parameters():
+        param.grad = torch.randn(param.shape, generator=generator)
+    return whole
+
+
+def plenty():
+    return 1 << 40
+
+
+# The published algorithm
+
+
+@pytest.mark.parametrize("num_grads", [4, 16])  # the window wraps, or does not
+def test_the_published_algorithm_makes_the_updates_of_global_top_k(recipe, num_grads):
+    problem = Regression(seed=3)
+    theirs, ours = problem.parameters(), problem.parameters()
+    settings = dict(lr=0.02, num_grads=num_grads, density=0.15, damp=1e-3)
+    published = recipe.bench_baselines.AsPublished(theirs, **settings)
+    sparse = SparseMFAC(ours, selection="global", value_dtype=torch.float32, update_scale="none", **settings)
+    for step in range(12):
+        before_theirs, before_ours = flat(theirs), flat(ours)
+        for params in (theirs, ours):
+            set_gradients(params, problem.gradients(ours, step))
+        published.step()
+        sparse.step()
+        moved, expected = flat(theirs) - before_theirs, flat(ours) - before_ours
+        assert expected.norm() > 1e-3
+        assert (moved - expected).norm() < 1e-4 * expected.norm()
+    rows = min(num_grads, 12)
+    gram = sparse.state[ours[0]]["gram"][:rows, :rows]
+    assert torch.allclose(published.gram[:rows, :rows], gram, rtol=1e-5, atol=1e-6 * float(gram.max()))
+    errors = sparse.state[ours[0]]["error"]
+    assert torch.allclose(published.error, errors, atol=1e-6)
+
+
+def test_the_published_window_is_filled_with_distinct_unordered_places(recipe):
+    published = recipe.bench_baselines.AsPublished(module().parameters(), 0.0, num_grads=7, density=0.1)
+    published.fill(seed=0)
+    numel = sum(torch.Size(size).numel() for size in SIZES)
+    assert published.indices.shape == (7, -(-numel // 10))
+    assert all(len(set(row.tolist())) == published.kept for row in published.indices)
+    assert published.indices.min() >= 0
+    assert published.indices.max() < numel
+    assert (published.indices.diff(dim=1) < 0).any()
+    assert published.values.std() == pytest.approx(1e-2, rel=0.1)
+    before = flat(param for group in published.param_groups for param in group["params"])
+    published.step()
+    assert published.pushed == 8
+    assert torch.equal(before, flat(param for group in published.param_groups for param in group["params"]))
+
+
+def test_the_published_window_shrinks_to_the_memory_there_is_and_its_time_grows_back(recipe):
+    cases, steps = recipe.bench_cases, recipe.bench_steps
+    model = module()
+    numel = sum(param.numel() for param in model.parameters())
+    row, temporaries = 12 * -(-numel // 10), 24 * numel
+    contender = cases.parse_contender("published num_grads=64,density=0.1")
+    small = cases.build(contender, model, 0, lambda: int((temporaries + 8 * row + row // 2) / 0.8))
+    assert small.num_grads == 8
+    assert cases.build(contender, model, 0, plenty).num_grads == 64
+    with pytest.raises(MemoryError, match="no room for a single row"):
+        cases.build(contender, model, 0, lambda: temporaries)
+    report = steps.measure_steps([contender], {contender.label: small}, model, {}, repeats=3, published_repeats=2)
+    (result,) = report.results
+    assert result.extrapolated_from == 8
+    assert len(result.repeats) == 2
+    parts = result.parts
+    assert result.seconds == pytest.approx(sum(parts.values()), rel=0.2)
+    measured = parts["accumulate_topk"] + parts["solve"] + parts["rest"] + (parts["dots"] + parts["combine"]) / 8
+    assert sum(result.repeats) / 2 == pytest.approx(measured, rel=1e-6)
+    assert "memory had room for 8 rows" in "\n".join(report._extrapolations())
+
+
+# Windows
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "sparse_mfac num_grads=9,density=0.05,block_size=64",
+        "sparse_mfac num_grads=9,density=0.3,block_size=500,value_dtype=float32",
+        "sparse_mfac num_grads=9,density=0.05,selection=global",
+        "sparse_mfac num_grads=9,exclude=^1$",
+        "sparse_ggt num_grads=9,density=0.05",
+        "microadam num_grads=9,density=0.05",
+        "sparse_adagrad",
+        "lowrank_mfac num_grads=9,rank=2",
+        "lowrank_ggt num_grads=9",
+        "dense_mfac num_grads=9",
+    ],
+)
+def test_filled_windows_are_valid(recipe, text):
+    contender = recipe.bench_cases.parse_contender(text)
+    model = module()
+    before = flat(model.parameters())
+    optimizer = recipe.bench_cases.build(contender, model, 0, plenty)
+    again = create_optimizer(
+        contender.optimizer, module(), lr=0.0, **parse_optim_args(contender.optimizer, contender.options)
+    )
+    again.load_state_dict(optimizer.state_dict())  # which checks shapes, dtypes and indices
+    capacity = optimizer.param_groups[0]["num_grads"]
+    for param, state in optimizer.state.items():
+        if "indices" in state and param.numel() >= 300:
+            assert state["indices"].to(torch.int64).unique().numel() > 1
+        if "gram" in state:
+            assert torch.linalg.eigvalsh(state["gram"])[0] > 0.5 * state["gram"].diagonal().mean()
+        if "pushed" in state:
+            assert state["pushed"] == capacity
+    for _ in range(capacity + 2):
+        optimizer.step()
+        for state in optimizer.state.values():
+            if "gram" in state:  # with the least dampening, the solve is a Cholesky decomposition
+                damped = state["gram"] + 1e-5 * capacity * torch.eye(capacity, dtype=torch.float64)
+                assert torch.linalg.cholesky_ex(damped)[1] == 0
+    assert torch.equal(before, flat(model.parameters()))
+
+
+def test_rows_are_ascending_and_as_long_as_the_first(recipe):
+    model = torch.nn.ParameterList([torch.zeros(50, 100)])
+    model[0].grad = torch.randn(50, 100, generator=torch.Generator().manual_seed(0))
+    contender = recipe.bench_cases.parse_contender("sparse_mfac num_grads=6,density=0.1,block_size=1000")
+    optimizer = recipe.bench_cases.build(contender, model, 0, plenty)
+    state = optimizer.state[model[0]]
+    indices = state["indices"].to(torch.int64).view(5, 6, 100)
+    assert (indices.diff(dim=2) > 0).all()
+    assert indices.max() >= 985
+    assert indices.max() < 1000
+    kept = model[0].grad.view(5, 1000).abs().topk(100).values
+    lengths = state["values"].float().view(5, 6, 100).square().sum(dim=(0, 2)).sqrt()
+    assert torch.allclose(lengths, kept.norm().expand(6), rtol=0.15)
+    assert state["gram"].diagonal().mean() == pytest.approx(kept.norm().item() ** 2, rel=0.1)
+
+
+def test_levels_and_their_scales_are_filled(recipe):
+    """The state of a window in 8 bits, whatever optimizer it belongs to."""
+    state = {
+        "indices": torch.zeros(4 * 32 * 3, dtype=torch.uint8),
+        "values": torch.zeros(4 * 32 * 3, dtype=torch.int8),
+        "scales": torch.zeros(4 * 2, dtype=torch.bfloat16),
+        "error": torch.full((8,), 5, dtype=torch.int8),
+        "error_scale": torch.full((1,), 2.0),
+    }
+    state["values"][:96] = 100
+    state["scales"][::4] = 0.5
+    optimizer = SimpleNamespace(
+        param_groups=[{"num_grads": 4, "block_size": 256, "density": 0.01}], state={torch.zeros(32 * 256): state}
+    )
+    recipe.bench_cases.fill_window(optimizer, seed=0)
+    assert state["values"].unique().numel() > 100
+    assert state["values"].min() >= -127
+    assert state["values"].max() <= 127
+    assert (state["scales"] >= 0.24).all()
+    assert (state["scales"] <= 0.76).all()
+    assert state["scales"].unique().numel() > 1
+    indices = state["indices"].to(torch.int64).view(32, 4, 3)
+    assert (indices.diff(dim=2) > 0).all()
+    assert (state["error"] == 5).all()
+    assert state["error_scale"].item() == 2.0
+    assert recipe.bench_cases.WINDOW == ("indices", "values", "scales", "left", "right")
+
+
+# Measures
+
+
+def test_streaming_counts_every_byte_twice(recipe):
+    tensors = [
+        torch.zeros(3, 5, dtype=torch.uint8),
+        torch.zeros(7, dtype=torch.bfloat16),
+        torch.zeros(1000),
+        torch.zeros(0),
+    ]
+    seconds, counted = recipe.bench_measure.stream(tensors)
+    assert counted == 2 * (15 + 14 + 4000)
+    assert 0.0 < seconds < 1.0
+    optimizer = recipe.bench_cases.build(
+        recipe.bench_cases.parse_contender("sparse_mfac num_grads=9"), module(), 0, plenty
+    )
+    memory = optimizer.memory()
+    _, counted = recipe.bench_measure.stream(recipe.bench_cases.window_tensors(optimizer))
+    assert counted == 2 * (memory["indices"] + memory["values"])
+
+
+@pytest.mark.parametrize(
+    "text", ["sparse_mfac num_grads=9", "lowrank_ggt num_grads=9", "microadam", "published num_grads=9"]
+)
+def test_the_parts_of_a_step_add_up_and_nothing_stays_patched(recipe, text):
+    optimizer = recipe.bench_cases.build(recipe.bench_cases.parse_contender(text), module(), 0, plenty)
+    optimizer.step()
+    places = recipe.bench_measure._places(optimizer)
+    assert tuple(places) == recipe.bench_measure.PARTS
+    methods = [getattr(owner, name) for owner, name in places.values()]
+    whole, parts = recipe.bench_measure.timed_step(optimizer)
+    assert sum(parts.values()) == pytest.approx(whole)
+    for name in recipe.bench_measure.PARTS:
+        assert (parts[name] > 0.0) == (name != "dots" or text != "microadam")
+    assert parts["rest"] >= 0.0
+    assert [getattr(owner, name) for owner, name in places.values()] == methods
+
+
+def test_optimizers_of_other_libraries_have_no_parts(recipe):
+    adamw = recipe.bench_cases.build(recipe.bench_cases.parse_contender("adamw weight_decay=0.1"), module(), 0, plenty)
+    assert adamw.defaults["weight_decay"] == 0.1
+    assert adamw.defaults["fused"]
+    whole, parts = recipe.bench_measure.timed_step(adamw)
+    assert whole > 0.0
+    assert parts == {}
+    numel = sum(torch.Size(size).numel() for size in SIZES)
+    assert recipe.bench_cases.state_memory(adamw)["total"] == 8 * numel + 4 * len(SIZES)
+
+
+@pytest.mark.parametrize("method", ["VmHWM", "sampled"])
+def test_the_peak_of_resident_memory_is_seen(recipe, method, monkeypatch):
+    measure = recipe.bench_measure
+    if method == "sampled":
+        monkeypatch.setattr(measure, "_reset_high_water", lambda: False)
+    elif not measure._reset_high_water():
+        pytest.skip("the kernel does not let its mark be set back")
+
+    def step():
+        block = torch.ones(16 << 20)  # 64 MiB
+        time.sleep(0.3)
+        del block
+
+    peak, how = measure.peak_memory(step)
+    assert how == method
+    assert 60 << 20 < peak < 90 << 20
+
+
+# Contenders
+
+
+def test_contenders_are_read(recipe):
+    parse = recipe.bench_cases.parse_contender
+    small = parse("small one: sparse_mfac num_grads=64,block_size=256")
+    assert (small.label, small.optimizer, small.options) == ("small one", "sparse_mfac", "num_grads=64,block_size=256")
+    assert parse("dense_ggt").label == "dense_ggt"
+    assert not small.optional
+    with pytest.raises(
+        ValueError, match=r"unknown optimizer 'sparse_mfax' .* expected one of sparse_mfac, .*published"
+    ):
+        parse("x: sparse_mfax num_grads=3")
+    assert recipe.bench_baselines.parse_options("a=1, b=0.5,c=true") == {"a": 1, "b": 0.5, "c": True}
+    with pytest.raises(ValueError, match="expected key=value .* got 'fused'"):
+        recipe.bench_baselines.parse_options("fused")
+
+
+def test_what_cannot_be_built_is_left_out_or_an_error(recipe, monkeypatch):
+    cases, steps = recipe.bench_cases, recipe.bench_steps
+    wrong = [
+        cases.Contender("a", "sparse_mfac", "num_gradz=3", optional=True),
+        cases.Contender("b", "galore", optional=True),
+        cases.Contender("c", "sgd", optional=True),
+    ]
+    monkeypatch.setitem(sys.modules, "galore_torch", None)
+    built, left_out = steps.build_all(wrong, module(), 0)
+    assert list(built) == ["c"]
+    assert "unknown key 'num_gradz'" in left_out["a"]
+    assert "pip install galore_torch" in left_out["b"]
+    with pytest.raises(ValueError, match="unknown key"):
+        steps.build_all([cases.parse_contender("sparse_mfac num_gradz=3")], module(), 0)
+    with pytest.raises(MemoryError, match=r"dense_mfac needs .* GiB of state, and .* GiB may be used"):
+        cases.build(cases.parse_contender("dense_mfac"), module(), 0, lambda: 1000)
+
+
+# The command
+
+
+def test_the_benchmark_from_end_to_end(recipe, tiny_model, tmp_path, capsys):
+    cases = recipe.bench_cases
+    recipe.benchmark_step.main([
+        *("--model_name_or_path", str(tiny_model), "--output_dir", str(tmp_path / "out")),
+        *("--repeats", "2", "--train_repeats", "2", "--batch", "2", "--length", "8"),
+        *("--only", r"AdamW|published|sparse M-FAC, m = \d+$|mine", "--contender", "mine: lowrank_mfac num_grads=4"),
+        f"{cases.SPARSE_256}: sparse_mfac num_grads=16,block_size=256",
+        f"{cases.SPARSE_1024}: sparse_mfac num_grads=32",
+        f"{cases.PUBLISHED}: published num_grads=32,density=0.1",
+    ])
+    saved = json.loads((tmp_path / "out" / "results.json").read_text())
+    labels = [result["label"] for result in saved["results"]]
+    assert labels == [cases.ADAMW, cases.SPARSE_256, cases.SPARSE_1024, cases.PUBLISHED, "mine"]
+    adamw, small, large, published, mine = saved["results"]
+    assert [len(result["repeats"]) for result in saved["results"]] == [2, 2, 2, 1, 2]
+    assert small["options"] == "num_grads=16,block_size=256"
+    assert large["stream_bytes"] == 2 * (large["memory"]["indices"] + large["memory"]["values"])
+    assert adamw["stream_bytes"] == 0
+    assert mine["bytes_per_parameter"] == pytest.approx(mine["memory"]["total"] / saved["parameters"])
+    assert saved["peak_method"] in ("VmHWM", "sampled")
+    assert {"cpu", "threads", "torch", "numba", "seed"} <= saved["machine"].keys()
+
+    assert list(saved["training"]) == [cases.ADAMW, cases.SPARSE_256, cases.SPARSE_1024]
+    runs = saved["training"].values()
+    assert all(len(run["repeats"]) == 2 and run["whole"] > run["optimizer"] > 0.0 for run in runs)
+
+    targets = {target["what"]: target for target in saved["targets"]}
+    ratio = targets[f"{cases.PUBLISHED} / {cases.SPARSE_1024}"]
+    assert ratio["measured"] == pytest.approx(published["seconds"] / large["seconds"])
+    assert ratio["reached"] == (ratio["measured"] >= 30)
+    work = targets[f"{cases.SPARSE_1024}: (dots + combine and apply) / reading the window twice"]
+    assert work["measured"] == pytest.approx(
+        (large["parts"]["dots"] + large["parts"]["combine"]) / large["stream_seconds"]
+    )
+    training = targets[f"training step, {cases.SPARSE_256} / {cases.ADAMW}"]
+    wholes = [saved["training"][label]["whole"] for label in (cases.SPARSE_256, cases.ADAMW)]
+    assert training["measured"] == pytest.approx(wholes[0] / wholes[1])
+    assert targets[f"{cases.SMALLEST}: state without K, bytes per parameter"]["reached"] is None
+
+    text = (tmp_path / "out" / "results.md").read_text()
+    for label in labels:
+        assert f"\n| {label} | " in text
+    assert f"| {cases.SMALLEST}: state without K, bytes per parameter | not measured | at most 7.5 | - |" in text
+    assert text.rstrip() in capsys.readouterr().out
+    assert (tmp_path / "out" / "results.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--repeats", "0"], "must be at least 1, got 0"),
+        (["--only", "("], r"'\(' is not a regular expression"),
+        (["--contender", "x: adam"], "unknown optimizer 'adam'"),
+    ],
+)
+def test_wrong_flags_end_with_a_message(recipe, flags, message, capsys, tmp_path):
+    with pytest.raises(SystemExit):
+        recipe.benchmark_step.main([*flags, "--output_dir", str(tmp_path / "out")])
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+
+
+def test_targets_are_reached_or_missed(recipe):
+    target = recipe.bench_report.Target
+    assert target("a", 30.0, 30.0, "x", at_least=True).reached is True
+    assert target("a", 29.0, 30.0, "x", at_least=True).reached is False
+    assert target("a", 2.3, 2.2, "x").reached is False
+    assert target("a", None, 2.2, "x").reached is None
+    row = recipe.bench_report._row
+    assert row(target("a", 29.04, 30.0, "x", at_least=True)) == ("a", "29x", "at least 30x", "MISSED")
+    assert row(target("b", 0.05, 0.06, " s")) == ("b", "0.05 s", "at most 0.06 s", "reached")
+
+
+def test_the_limits_follow_the_machine_and_the_state(recipe):
+    report = recipe.bench_report
+
+    def result(label, total, peak):
+        memory = {"indices": 0, "values": 0, "error": 0, "momentum": 0, "gram": 10, "total": total}
+        parts = {"accumulate_topk": 0.05, "dots": 0.2, "solve": 0.1, "combine": 0.3, "rest": 0.0}
+        return report.Result(label, "sparse_mfac", "", 1.0, parts, [1.0], 0.25, 8, memory, 1.0, peak)
+
+    labels = recipe.bench_cases
+    results = [result(labels.SPARSE_1024, 1000 << 20, 40 << 20), result(labels.SMALLEST, 110, 0)]
+    targets = report.Report({}, 20, 0.1, "VmHWM", results).targets()
+    by_what = {target.what: target for target in targets}
+    assert by_what[f"{labels.SPARSE_1024}: accumulate + Top-k"].limit == 0.25
+    peak = by_what[f"{labels.SPARSE_1024}: resident memory, peak of a step"]
+    assert (peak.measured, peak.limit, peak.reached) == (40.0, 50.0, True)
+    work = by_what[f"{labels.SPARSE_1024}: (dots + combine and apply) / reading the window twice"]
+    assert work.measured == pytest.approx(2.0)
+    assert by_what[f"{labels.SMALLEST}: state without K, bytes per parameter"].measured == 5.0
+    assert by_what[f"{labels.SPARSE_256}: resident memory, peak of a step"].measured is None
+
+
+def test_the_sweep_from_end_to_end(recipe, tmp_path):
+    recipe.benchmark_step.main([
+        *("--sweep", "--sweep_parameters", str(1 << 17), "--sweep_doublings", "2", "--repeats", "2"),
+        *("--output_dir", str(tmp_path)),
+    ])
+    saved = json.loads((tmp_path / "sweep.json").read_text())
+    parameters, num_grads, density = saved["sweeps"]
+    assert parameters["sizes"] == [1 << 15, 1 << 16, 1 << 17]
+    assert num_grads["sizes"] == [256, 512, 1024]
+    assert density["sizes"] == [0.02, 0.04, 0.08]
+    for sweep in saved["sweeps"]:
+        assert len(sweep["seconds"]) == len(sweep["parts"]) == 3
+        assert len(sweep["ratios"]) == 2
+    text = (tmp_path / "sweep.md").read_text()
+    for heading in ("| parameters | step, s |", "| num_grads | step, s |", "| density | step, s |"):
+        assert heading in text
+    assert "\n| 1024 | " in text
+    assert (tmp_path / "sweep.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_doublings_are_counted_above_the_fixed_part(recipe):
+    sizes = [1.0, 2.0, 4.0, 8.0]
+
+    def sweep(times, solves=(0.0,) * 4):
+        parts = [{"solve": solve} for solve in solves]
+        return recipe.bench_sweep.Sweep("m", "", sizes, [t + s for t, s in zip(times, solves, strict=True)], parts)
+
+    linear = sweep([0.5 + 0.1 * size for size in sizes], [size**3 for size in sizes])
+    assert linear.offset == pytest.approx(0.5)
+    assert linear.ratios() == pytest.approx([2.0, 2.0, 2.0])
+    assert sweep([0.1 * size for size in sizes]).offset == pytest.approx(0.0, abs=1e-9)
+    assert sweep([0.1 * size**2 for size in sizes]).ratios() == pytest.approx([4.0, 4.0, 4.0])
+    steep_then_flat = sweep([1.0, 1.5, 1.5, 1.5])
+    assert steep_then_flat.offset > 1.0
+    assert steep_then_flat.ratios()[0] is None
