@@ -515,22 +515,28 @@ class EFCP(torch.optim.Optimizer):
             base = gradient_of(site) if self._precondition_gradient else None
             updates = partial(preconditioner.updates, plan, self._window, site.state, site.shape, kernels, base)
             for member, part in split_updates(site, updates):
-                factor, slabs = self._sized(member, part, unit, processes)
+                factor, slabs = self._sized(member, part, unit, kernels, processes)
                 apply_updates(member, self.state[member.param] if self._joint else site.state, slabs, factor)
 
     def _sized(
-        self, member: Member, updates: Updates, unit: float, processes: torch.distributed.ProcessGroup | None
+        self,
+        member: Member,
+        updates: Updates,
+        unit: float,
+        kernels: Kernels,
+        processes: torch.distributed.ProcessGroup | None,
     ) -> tuple[float, Iterable[Slab]]:
         """An update, given as a multiple of `unit`, and what it is multiplied by."""
         group, param = member.group, member.param
         if group["update_scale"] == "none":
             return unit, updates(0)
-        shape = local(param).shape
-        update, gradient = step_size.measure(updates, shape), gradient_of(Site({}, shape, [member]))
-        squares = torch.tensor([update.square, step_size.squared(gradient)], dtype=torch.float64)
+        theta = local(param)
+        update = step_size.measure(updates, theta.shape, theta.device, kernels)
+        gradient = step_size.squared(gradient_of(Site({}, theta.shape, [member])), kernels)
+        squares = torch.tensor([update.square, gradient], dtype=torch.float64)
         squares = shards.all_reduce(squares, processes, param.device)
         rms = step_size.wanted(self.state[param]["squares"], float(squares[1]), group["update_rms"])
-        return 1.0, update.sized(rms, float(squares[0]), param.numel())
+        return 1.0, update.sized(rms, float(squares[0]), param.numel(), kernels)
 
     def _push(self, site: Site, moment: Moment, kernels: Kernels) -> None:
         """Compress a gradient into the window."""

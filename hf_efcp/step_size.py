@@ -29,7 +29,7 @@ from itertools import chain
 
 import torch
 
-from .kernels import widest
+from .kernels import Kernels, widest
 from .windows import Slab
 
 # Gives an update from some entry on, where an earlier slab ended.
@@ -40,9 +40,7 @@ LONGEST = 1.0 / math.sqrt(1.0 - DECAY)  # of |g| / sqrt(v)
 LONGEST_ROW = 3.0  # root mean square of a row of a matrix, over that of the matrix
 
 _HELD = 6 << 20  # entries of an update that are kept while it is measured; what is beyond is computed again
-_SLAB = 1 << 20  # entries whose squares are summed in float32
 _NOTHING = 1e-30  # length of a part of an update that is about 1 long
-_SAFE = 1e-30, 1e30  # such sums that are exact enough
 
 
 def allocate(device: torch.device | str) -> torch.Tensor:
@@ -91,49 +89,47 @@ class Measured:
     @property
     def square(self) -> float:
         """`|u|^2`."""
-        return float(self.rows.sum(dtype=widest(self.rows.device)))
+        return float(self.rows.sum())
 
-    def sized(self, rms: float, square: float, numel: int) -> Iterator[Slab]:
+    def sized(self, rms: float, square: float, numel: int, kernels: Kernels) -> Iterator[Slab]:
         """The update with a root mean square, and no row longer than it may be.
 
         Args:
             rms: The root mean square of the whole parameter, if no row is too long.
             square: `|u|^2` of the whole parameter, of which this may be a shard.
             numel: Its entries.
+            kernels: The backend.
 
         Yields:
             The slabs, in the same memory.
         """
         # A tensor with so small a part in the update of the model would be made of what rounding left.
         factor = rms * math.sqrt(numel) / max(math.sqrt(square), _NOTHING) if square else 0.0
-        longest = LONGEST_ROW * rms * math.sqrt(self.columns)
-        lengths = factor * self.rows.sqrt()
-        factors = factor * (longest / lengths).clamp_(max=1.0).nan_to_num_(nan=1.0)
+        limits = LONGEST_ROW * rms * math.sqrt(self.columns) / self.rows.sqrt()  # infinite for rows of zeros
+        factors = limits.nan_to_num_(nan=0.0).clamp_(max=factor).to(torch.float32)
         for span, update in self.slabs:
-            for row, part in _by_row(update, span.start, self.columns):
-                part.mul_(factors[row, None])
+            kernels.scale_rows(update, span.start, self.columns, factors)
             yield span, update
 
 
-def measure(updates: Updates, shape: torch.Size) -> Measured:
+def measure(updates: Updates, shape: torch.Size, device: torch.device, kernels: Kernels) -> Measured:
     """Measure an update.
 
     Args:
         updates: Computes it. Called twice if it has more than 6 Mi entries.
         shape: Shape of the parameter.
+        device: Where it is.
+        kernels: The backend.
 
     Returns:
         The update and the lengths of its rows.
     """
-    columns = shape[1:].numel() if len(shape) > 1 else shape.numel()
-    rows = torch.zeros(shape[0] if len(shape) > 1 else 1)
+    columns = _columns(shape)
+    rows = torch.zeros(shape[0] if len(shape) > 1 else 1, dtype=widest(device), device=device)
     held: list[Slab] = []
     end = 0
     for span, update in updates(0):
-        rows = rows.to(update.device)
-        for row, part in _by_row(update, span.start, columns):
-            # Long rows come one by one: the norm of one long row would be summed entry by entry.
-            rows[row] += torch.linalg.vector_norm(part, dim=1).square_() if len(part) > 1 else squared(part)
+        kernels.row_squares(update, span.start, columns, rows)
         if span.stop <= _HELD or not held:
             held.append((span, update))
         end = span.stop
@@ -141,35 +137,22 @@ def measure(updates: Updates, shape: torch.Size) -> Measured:
     return Measured(rows, columns, chain(held, updates(rest) if rest < end else ()))
 
 
-def _by_row(update: torch.Tensor, start: int, columns: int) -> Iterator[tuple[slice, torch.Tensor]]:
-    """A slab as rows, which it need not begin and end with: which rows, and their entries, `(rows, entries)`."""
-    first, head = start // columns, min(-start % columns, len(update))
-    if head:
-        yield slice(first, first + 1), update[:head].view(1, head)
-        first += 1
-    whole = (len(update) - head) // columns
-    if whole:
-        yield slice(first, first + whole), update[head : head + whole * columns].view(whole, columns)
-    tail = len(update) - head - whole * columns
-    if tail:
-        yield slice(first + whole, first + whole + 1), update[len(update) - tail :].view(1, tail)
-
-
-def squared(vector: torch.Tensor) -> float:
+def squared(vector: torch.Tensor, kernels: Kernels) -> float:
     """The sum of squares.
 
     Args:
         vector: Contiguous, float32.
+        kernels: The backend.
 
     Returns:
-        The sum: of parts in float32, which is ten times as fast, and in float64 where that overflows or vanishes.
+        The sum, in float64.
     """
-    total = 0.0
-    flat = vector.view(-1)
-    for start in range(0, len(flat), _SLAB):
-        part = flat[start : start + _SLAB]
-        square = float(torch.dot(part, part))
-        if not _SAFE[0] < square < _SAFE[1] and part.any():
-            square = float(torch.linalg.vector_norm(part, dtype=widest(part.device))) ** 2
-        total += square
-    return total
+    rows = torch.zeros(len(vector) if vector.dim() > 1 else 1, dtype=widest(vector.device), device=vector.device)
+    if vector.numel():
+        kernels.row_squares(vector.view(-1), 0, _columns(vector.shape), rows)
+    return float(rows.sum())
+
+
+def _columns(shape: torch.Size) -> int:
+    """Entries of a row; a vector is one row."""
+    return shape[1:].numel() if len(shape) > 1 else shape.numel()

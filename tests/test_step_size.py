@@ -8,6 +8,7 @@ from naive import NaiveGGT, NaiveMFAC
 from problems import Regression, distance, flat, set_gradients
 
 from hf_efcp import DenseMFAC, LowRankMFAC, MicroAdam, SparseAdaGrad, SparseGGT, SparseMFAC, step_size
+from hf_efcp.kernels import cpu, reference
 
 BACKENDS = ["reference", "numba"]
 EVERY = [SparseMFAC, DenseMFAC, LowRankMFAC, SparseGGT, MicroAdam, SparseAdaGrad]
@@ -217,8 +218,9 @@ SLAB, HELD = 1 << 20, step_size._HELD
 SHAPES = [(1,), (SLAB + 3,), (7, 5), (1, 9), (300, 7000), (HELD // 384 + 2731, 384), (2, HELD), (HELD + 5, 1)]
 
 
+@pytest.mark.parametrize("kernels", [reference, cpu], ids=BACKENDS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_an_update_is_measured_row_by_row_and_given_out_whole(shape):
+def test_an_update_is_measured_row_by_row_and_given_out_whole(shape, kernels):
     """Whatever rows slabs begin and end in; beyond what is held, the update is computed again, from there on."""
     values, starts = torch.randn(shape, generator=torch.Generator().manual_seed(0)), []
     values[-1] *= 100.0  # too long
@@ -230,25 +232,26 @@ def test_an_update_is_measured_row_by_row_and_given_out_whole(shape):
             span = slice(first, min(first + SLAB, values.numel()))
             yield span, flat_values[span].clone()
 
-    update = step_size.measure(updates, values.shape)
+    update = step_size.measure(updates, values.shape, values.device, kernels)
     rows = values.view(shape[0], -1) if len(shape) > 1 else values.view(1, -1)
     square = values.double().square().sum().item()
-    assert update.square == pytest.approx(square, rel=1e-5)
-    torch.testing.assert_close(update.rows, rows.square().sum(dim=1), rtol=1e-4, atol=0)
+    assert update.square == pytest.approx(square, rel=1e-12)
+    torch.testing.assert_close(update.rows, rows.double().square().sum(dim=1), rtol=1e-12, atol=0)
     whole = torch.full_like(flat_values, torch.nan)
-    for span, slab in update.sized(0.5, square, values.numel()):
+    for span, slab in update.sized(0.5, square, values.numel(), kernels):
         whole[span] = slab
     expected = rows * 0.5 * (values.numel() / square) ** 0.5
     lengths = expected.square().mean(dim=1, keepdim=True).sqrt()
     expected = expected * (1.5 / lengths).clamp(max=1.0)
-    torch.testing.assert_close(whole.view(rows.shape), expected, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(whole.view(rows.shape), expected, rtol=1e-5, atol=1e-7)
     assert starts == ([0] if values.numel() <= HELD else [0, HELD])
 
 
+@pytest.mark.parametrize("kernels", [reference, cpu], ids=BACKENDS)
 @pytest.mark.parametrize("size", [1e-38, 1e-25, 1.0, 1e25])
-def test_sums_of_squares_neither_vanish_nor_overflow(size):
+def test_sums_of_squares_neither_vanish_nor_overflow(size, kernels):
     vector = torch.full((1000,), size)
-    assert step_size.squared(vector) == pytest.approx(1000 * vector[0].double().item() ** 2, rel=1e-5)
+    assert step_size.squared(vector, kernels) == pytest.approx(1000 * vector[0].double().item() ** 2, rel=1e-5)
 
 
 def test_wrong_values_are_refused():

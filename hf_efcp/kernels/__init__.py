@@ -82,6 +82,12 @@ class Kernels(Protocol):
     def round_to_bfloat16(self, error: torch.Tensor, stored: torch.Tensor, key: int, start: int = 0) -> None:
         """`stored = error` in expectation: stochastic rounding to bfloat16."""
 
+    def row_squares(self, flat: torch.Tensor, start: int, columns: int, out: torch.Tensor) -> None:
+        """`out[r] += sum of squares` of row r's entries in a slab that begins at `start` of the parameter."""
+
+    def scale_rows(self, flat: torch.Tensor, start: int, columns: int, factors: torch.Tensor) -> None:
+        """Multiply every entry of such a slab by its row's factor, in place."""
+
 
 def choose(backend: str, device: torch.device) -> Kernels:
     """The kernels for a backend's name and a device.

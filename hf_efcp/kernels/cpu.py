@@ -396,6 +396,27 @@ def _round_to_bfloat16(error, stored, key, where, begin, end):
         stored[i] = np.int32(_bits_of_float(x) + noise) >> np.int32(16)
 
 
+@_jit
+def _row_squares(flat, start, columns, begin, end, out):
+    first = start // columns
+    for row in range(first + begin, first + end):
+        x = flat[max(row * columns - start, 0) : min((row + 1) * columns - start, flat.shape[0])]
+        total = 0.0
+        for i in range(x.shape[0]):
+            total += np.float64(x[i]) * np.float64(x[i])
+        out[row] += total
+
+
+@_jit
+def _scale_rows(flat, start, columns, factors, begin, end):
+    first = start // columns
+    for row in range(first + begin, first + end):
+        x = flat[max(row * columns - start, 0) : min((row + 1) * columns - start, flat.shape[0])]
+        factor = factors[row]
+        for i in range(x.shape[0]):
+            x[i] *= factor
+
+
 def accumulate_topk(
     gradient: torch.Tensor,
     error: torch.Tensor,
@@ -503,6 +524,25 @@ def round_to_bfloat16(error: torch.Tensor, stored: torch.Tensor, key: int, start
     """See `reference.round_to_bfloat16`."""
     x, rounded, bits = _array(error), _array(stored), np.uint32(key)
     pool.run(lambda _, begin, end: _round_to_bfloat16(x, rounded, bits, start, begin, end), len(x), _RANGE)
+
+
+def row_squares(flat: torch.Tensor, start: int, columns: int, out: torch.Tensor) -> None:
+    """See `reference.row_squares`; a row is one thread's, so that its bits depend on nothing else."""
+    x, total = _array(flat), _array(out)
+    rows = _rows(len(x), start, columns)
+    pool.run(lambda _, begin, end: _row_squares(x, start, columns, begin, end, total), rows, _step(columns))
+
+
+def scale_rows(flat: torch.Tensor, start: int, columns: int, factors: torch.Tensor) -> None:
+    """See `reference.scale_rows`."""
+    x, factor = _array(flat), _array(factors)
+    rows = _rows(len(x), start, columns)
+    pool.run(lambda _, begin, end: _scale_rows(x, start, columns, factor, begin, end), rows, _step(columns))
+
+
+def _rows(entries: int, start: int, columns: int) -> int:
+    """Rows that a slab has entries of."""
+    return -(-(start + entries) // columns) - start // columns
 
 
 def _levels(stored: torch.Tensor) -> int:

@@ -6,6 +6,8 @@ however large the window is.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from ..blocks import sharing
@@ -232,6 +234,46 @@ def round_to_bfloat16(error: torch.Tensor, stored: torch.Tensor, key: int, start
         # Magnitudes are ordered as their bits are: noise below the cut carries into what is kept.
         bits = (x.view(torch.int32) + noise.to(torch.int32)) >> 16
         stored[span] = bits.to(torch.int16).view(torch.bfloat16)
+
+
+def row_squares(flat: torch.Tensor, start: int, columns: int, out: torch.Tensor) -> None:
+    """Add the squares of a slab's entries to the sums of their rows: `out[r] += sum of squares`.
+
+    Args:
+        flat: The slab, `(n,)`, float32; it need not begin or end with a row.
+        start: Its first entry's place in the flattened parameter.
+        columns: Entries of a row.
+        out: Sums of all rows of the parameter, float64 (float32 where the device has no float64); updated.
+    """
+    for rows, part in _by_row(flat, start, columns):
+        out[rows] += part.to(out.dtype).square_().sum(dim=1)
+
+
+def scale_rows(flat: torch.Tensor, start: int, columns: int, factors: torch.Tensor) -> None:
+    """Multiply every entry of a slab by its row's factor, in place.
+
+    Args:
+        flat: As in `row_squares`; updated.
+        start: As in `row_squares`.
+        columns: As in `row_squares`.
+        factors: Of all rows of the parameter, float32.
+    """
+    for rows, part in _by_row(flat, start, columns):
+        part.mul_(factors[rows, None])
+
+
+def _by_row(flat: torch.Tensor, start: int, columns: int) -> Iterator[tuple[slice, torch.Tensor]]:
+    """A slab as rows, which it need not begin and end with: which rows, and their entries, `(rows, entries)`."""
+    first, head = start // columns, min(-start % columns, len(flat))
+    if head:
+        yield slice(first, first + 1), flat[:head].view(1, head)
+        first += 1
+    whole = (len(flat) - head) // columns
+    if whole:
+        yield slice(first, first + whole), flat[head : head + whole * columns].view(whole, columns)
+    tail = len(flat) - head - whole * columns
+    if tail:
+        yield slice(first + whole, first + whole + 1), flat[len(flat) - tail :].view(1, tail)
 
 
 def _noise(start: int, count: int, key: int, device: torch.device) -> torch.Tensor:
