@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
 from functools import partial
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch.optim.optimizer import ParamsT
@@ -27,6 +27,20 @@ FORMAT = 2  # of the state; a checkpoint says which it has
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
+class Planned(NamedTuple):
+    """The update of the parameters that share a preconditioner.
+
+    `sites` have a gradient; `length` is that of the whole update, 0 where nothing bounds it; `squares` are `|row|^2` of
+    sites, by the position of their first member, where they are known.
+    """
+
+    sites: list[Site]
+    moment: Moment
+    plan: Any
+    length: float
+    squares: dict[int, float]
+
+
 class EFCP(torch.optim.Optimizer):
     """Full-matrix preconditioning over a window of compressed gradients, with error feedback.
 
@@ -40,11 +54,11 @@ class EFCP(torch.optim.Optimizer):
         v_t   = momentum v_t-1 + u_t    heavy ball on the update
         theta <- (1 - lr weight_decay) theta - lr v_t
 
-    With `update_scale="tensor"` the preconditioner decides the direction of `u_t` and the gradients its length, tensor
-    by tensor: `|u| = update_rms sqrt(n) |g| / sqrt(v)`, `v` the mean of `|g|^2` over the past with weights `0.999^age`,
-    but no row of a matrix with more than three times this root mean square (`hf_efcp/step_size.py` says why). Learning
-    rates are then those of AdamW, whatever the window, the dampening and the scale of the gradients. `"none"` takes
-    `u_t` as it is, as the paper does.
+    With `update_scale="tensor"` the preconditioner decides the direction of `u_t` only, and what it is applied to, `x`,
+    the length, tensor by tensor: `|u| = update_rms sqrt(n) |x| / sqrt(v)`, `v` the mean of `|g|^2` over the past with
+    weights `0.999^age`, but no row of a matrix with more than three times this root mean square
+    (`hf_efcp/step_size.py` says why). Learning rates are then those of AdamW, whatever the window, the dampening and
+    the scale of the gradients. `"none"` takes `u_t` as it is, as the paper does.
 
     Parameter groups may set `lr`, `weight_decay`, `decoupled_weight_decay`, `momentum`, `update_scale`, `update_rms`
     and `preconditioned`; all else is one value for the optimizer, because the preconditioner is one matrix over all
@@ -71,8 +85,8 @@ class EFCP(torch.optim.Optimizer):
         decoupled_weight_decay: True shrinks the parameters (AdamW's way); False adds `weight_decay * theta` to the
             gradient before the accumulator (L2 regularisation).
         update_scale: "tensor" for a length per tensor, "none" for the preconditioner's own.
-        update_rms: Root mean square of the update of a tensor whose gradient is as long as in the past, positive;
-            without effect on "none".
+        update_rms: Root mean square of the update of a tensor whose row is as long as its gradients were in the past,
+            positive; without effect on "none".
         precondition: What `P(G)^-1` is applied to: "row", the compressed row, or "gradient", the dense gradient.
         scope: "model", one preconditioner over all parameters, or "layer", one for each parameter.
         error_dtype: How the error is kept.
@@ -300,10 +314,10 @@ class EFCP(torch.optim.Optimizer):
             group.update(tuned)
         self._allocate(active)
         plans = [self._plan_unit(unit, preconditioner, kernels, processes) for unit in self._units()]
-        for sites, _, length in plans:
-            self._check_length(sites, length)
-        for sites, plan, length in plans:
-            self._move(sites, plan, length, preconditioner, kernels, processes)
+        for planned in plans:
+            self._check_length(planned)
+        for planned in plans:
+            self._move(planned, preconditioner, kernels, processes)
         return True
 
     def _step_excluded(self) -> None:
@@ -444,8 +458,8 @@ class EFCP(torch.optim.Optimizer):
         preconditioner: Preconditioner,
         kernels: Kernels,
         processes: torch.distributed.ProcessGroup | None,
-    ) -> tuple[list[Site], Any, float]:
-        """Push a row; return what has a gradient, the plan of its update, and the length where nothing bounds it."""
+    ) -> Planned:
+        """Push a row, and plan the update of what has a gradient."""
         keeper, capacity = self._keeper(unit), self._structure["num_grads"]
         steps = keeper["pushed"] + 1
         moment = Moment((steps - 1) % capacity, min(steps, capacity), capacity, steps)
@@ -458,10 +472,13 @@ class EFCP(torch.optim.Optimizer):
                 preconditioner.observe(moment, self._window, site.state, site.shape, kernels)
                 present.append(site)
         gram = None
+        squares: dict[int, float] = {}
         if preconditioner.uses_gram:
             column = torch.zeros(moment.rows, dtype=torch.float64)
             for site in present:
-                column += self._window.dots(site.state, site.shape, moment.newest, moment.rows, kernels)
+                part = self._window.dots(site.state, site.shape, moment.newest, moment.rows, kernels)
+                column += part
+                squares[site.members[0].position] = float(part[moment.newest])
             column = shards.all_reduce(column, processes, unit[0].param.device)
             keeper["gram"][moment.newest, : moment.rows] = column
             keeper["gram"][: moment.rows, moment.newest] = column
@@ -479,13 +496,13 @@ class EFCP(torch.optim.Optimizer):
             products = torch.zeros(moment.rows + 1, dtype=torch.float64)
             plan = preconditioner.plan(gram, moment)
         length = 0.0 if gram is None else plan.length(gram, products[:-1], float(products[-1]))
-        return present, plan, length
+        return Planned(present, moment, plan, length, squares)
 
-    def _check_length(self, sites: list[Site], length: float) -> None:
+    def _check_length(self, planned: Planned) -> None:
         """Refuse an update that may not fit the parameters: without dampening it is as long as a row is short."""
-        for group, param in ((member.group, member.param) for site in sites for member in site.members):
-            own = length
-            if group["update_scale"] == "tensor" and math.isfinite(length):
+        for group, param in ((member.group, member.param) for site in planned.sites for member in site.members):
+            own = planned.length
+            if group["update_scale"] == "tensor" and math.isfinite(own):
                 own = group["update_rms"] * math.sqrt(param.numel()) * step_size.LONGEST
             velocity = own / (1.0 - group["momentum"])
             largest = torch.finfo(param.dtype).max
@@ -498,45 +515,62 @@ class EFCP(torch.optim.Optimizer):
 
     def _move(
         self,
-        sites: list[Site],
-        plan: Any,
-        length: float,
+        planned: Planned,
         preconditioner: Preconditioner,
         kernels: Kernels,
         processes: torch.distributed.ProcessGroup | None,
     ) -> None:
-        """Move the parameters that share a plan, whose update has a length, unless nothing is known of it."""
-        unit = 1.0
-        if length and any(member.group["update_scale"] == "tensor" for site in sites for member in site.members):
+        """Move the parameters that share a plan."""
+        unit, plan = 1.0, planned.plan
+        members = [member for site in planned.sites for member in site.members]
+        if planned.length and any(member.group["update_scale"] == "tensor" for member in members):
             # What is measured and made longer or shorter has to fit float32 first. A power of two changes no bits.
-            unit = 2.0 ** round(math.log2(length))
+            unit = 2.0 ** round(math.log2(planned.length))
             plan = plan.times(1.0 / unit)
-        for site in sites:
+        for site in planned.sites:
             base = gradient_of(site) if self._precondition_gradient else None
             updates = partial(preconditioner.updates, plan, self._window, site.state, site.shape, kernels, base)
+            squares = self._squares(site, planned, kernels)
             for member, part in split_updates(site, updates):
-                factor, slabs = self._sized(member, part, unit, kernels, processes)
+                factor, slabs = self._sized(member, part, unit, squares.get(member.position), kernels, processes)
                 apply_updates(member, self.state[member.param] if self._joint else site.state, slabs, factor)
+
+    def _squares(self, site: Site, planned: Planned, kernels: Kernels) -> dict[int, float]:
+        """`|row|^2` of what has a length of its own, by position; nothing where the gradient is preconditioned."""
+        scaled = any(member.group["update_scale"] == "tensor" for member in site.members)
+        if not scaled or self._precondition_gradient:
+            return {}
+        moment, position = planned.moment, site.members[0].position
+        if not self._joint:
+            if position in planned.squares:
+                return {position: planned.squares[position]}
+            products = self._window.dots(site.state, site.shape, moment.newest, moment.rows, kernels)
+            return {position: float(products[moment.newest])}
+        newest = torch.zeros(moment.rows, dtype=torch.float64)
+        newest[moment.newest] = 1.0
+        row = torch.cat([slab for _, slab in self._window.combine(site.state, site.shape, newest, kernels)])
+        return {member.position: step_size.squared(row[span], kernels) for member, span in spans(site)}
 
     def _sized(
         self,
         member: Member,
         updates: Updates,
         unit: float,
+        row: float | None,
         kernels: Kernels,
         processes: torch.distributed.ProcessGroup | None,
     ) -> tuple[float, Iterable[Slab]]:
-        """An update, given as a multiple of `unit`, and what it is multiplied by."""
+        """An update, given as a multiple of `unit`, and what it is multiplied by; `row` is `|row|^2`, if that counts."""
         group, param = member.group, member.param
         if group["update_scale"] == "none":
             return unit, updates(0)
         theta = local(param)
         update = step_size.measure(updates, theta.shape, theta.device, kernels)
         gradient = step_size.squared(gradient_of(Site({}, theta.shape, [member])), kernels)
-        squares = torch.tensor([update.square, gradient], dtype=torch.float64)
-        squares = shards.all_reduce(squares, processes, param.device)
-        rms = step_size.wanted(self.state[param]["squares"], float(squares[1]), group["update_rms"])
-        return 1.0, update.sized(rms, float(squares[0]), param.numel(), kernels)
+        sums = torch.tensor([update.square, gradient, gradient if row is None else row], dtype=torch.float64)
+        square, *lengths = shards.all_reduce(sums, processes, param.device).tolist()
+        rms = step_size.wanted(self.state[param]["squares"], *lengths, group["update_rms"])
+        return 1.0, update.sized(rms, square, param.numel(), kernels)
 
     def _push(self, site: Site, moment: Moment, kernels: Kernels) -> None:
         """Compress a gradient into the window."""
