@@ -560,7 +560,7 @@ class EFCP(torch.optim.Optimizer):
         kernels: Kernels,
         processes: torch.distributed.ProcessGroup | None,
     ) -> tuple[float, Iterable[Slab]]:
-        """An update, given as a multiple of `unit`, and what it is multiplied by; `row` is `|row|^2`, if that counts."""
+        """An update, given as a multiple of `unit`, and what it is multiplied by; `row` is `|row|^2` if that counts."""
         group, param = member.group, member.param
         if group["update_scale"] == "none":
             return unit, updates(0)

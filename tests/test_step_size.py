@@ -239,7 +239,7 @@ def test_zero_gradients_and_zero_updates_do_not_move():
     assert optimizer.state[param]["squares"].tolist() == [0.0, 0.0]
     set_gradients([param], [torch.full((6,), 1e-30)])
     optimizer.step()
-    assert (param.detach() - 1).square().mean().sqrt().item() == pytest.approx(1.0, rel=1e-3)
+    assert (param.detach() - 1).square().mean().sqrt().item() == pytest.approx(1.0, rel=3e-3)
 
 
 def test_no_row_is_more_than_three_times_as_long_as_its_share():
