@@ -19,9 +19,8 @@ from .kernels import Kernels, check_name, choose, widest
 from .preconditioners import Moment, Preconditioner
 from .shards import is_sharded, local
 from .sites import Group, Member, Site, apply_updates, gradient_of, joint_shape, spans, split_updates
-from .step_size import Updates
+from .step_size import Sized, Updates
 from .threads import one_thread
-from .windows import Slab
 
 FORMAT = 2  # of the state; a checkpoint says which it has
 _FLOAT32_MAX = torch.finfo(torch.float32).max
@@ -525,15 +524,15 @@ class EFCP(torch.optim.Optimizer):
         members = [member for site in planned.sites for member in site.members]
         if planned.length and any(member.group["update_scale"] == "tensor" for member in members):
             # What is measured and made longer or shorter has to fit float32 first. A power of two changes no bits.
-            unit = 2.0 ** round(math.log2(planned.length))
+            unit = 2.0 ** math.floor(math.log2(planned.length))
             plan = plan.times(1.0 / unit)
         for site in planned.sites:
             base = gradient_of(site) if self._precondition_gradient else None
             updates = partial(preconditioner.updates, plan, self._window, site.state, site.shape, kernels, base)
             squares = self._squares(site, planned, kernels)
             for member, part in split_updates(site, updates):
-                factor, slabs = self._sized(member, part, unit, squares.get(member.position), kernels, processes)
-                apply_updates(member, self.state[member.param] if self._joint else site.state, slabs, factor)
+                update = self._sized(member, part, unit, squares.get(member.position), kernels, processes)
+                apply_updates(member, self.state[member.param] if self._joint else site.state, update, kernels)
 
     def _squares(self, site: Site, planned: Planned, kernels: Kernels) -> dict[int, float]:
         """`|row|^2` of what has a length of its own, by position; nothing where the gradient is preconditioned."""
@@ -559,18 +558,17 @@ class EFCP(torch.optim.Optimizer):
         row: float | None,
         kernels: Kernels,
         processes: torch.distributed.ProcessGroup | None,
-    ) -> tuple[float, Iterable[Slab]]:
-        """An update, given as a multiple of `unit`, and what it is multiplied by; `row` is `|row|^2` if that counts."""
-        group, param = member.group, member.param
+    ) -> Sized:
+        """An update, given as a multiple of `unit`, at its length; `row` is `|row|^2` if that counts."""
+        group, param, theta = member.group, member.param, local(member.param)
         if group["update_scale"] == "none":
-            return unit, updates(0)
-        theta = local(param)
+            return step_size.unsized(updates(0), theta.shape, theta.device, unit)
         update = step_size.measure(updates, theta.shape, theta.device, kernels)
         gradient = step_size.squared(gradient_of(Site({}, theta.shape, [member])), kernels)
         sums = torch.tensor([update.square, gradient, gradient if row is None else row], dtype=torch.float64)
-        square, *lengths = shards.all_reduce(sums, processes, param.device).tolist()
-        rms = step_size.wanted(self.state[param]["squares"], *lengths, group["update_rms"])
-        return 1.0, update.sized(rms, square, param.numel(), kernels)
+        square, gradient, length = shards.all_reduce(sums, processes, param.device).tolist()
+        rms = step_size.wanted(self.state[param]["squares"], gradient, length, group["update_rms"])
+        return update.sized(rms, square, param.numel())
 
     def _push(self, site: Site, moment: Moment, kernels: Kernels) -> None:
         """Compress a gradient into the window."""

@@ -28,9 +28,10 @@ not kept:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import chain
+from typing import NamedTuple
 
 import torch
 
@@ -80,6 +81,30 @@ def wanted(squares: torch.Tensor, gradient: float, preconditioned: float, rms: f
     return rms * min(math.sqrt(preconditioned * weights / total), LONGEST)
 
 
+class Sized(NamedTuple):
+    """An update, slab by slab, and what its rows, of so many `columns`, are multiplied by: `(rows,)`, float32."""
+
+    slabs: Iterable[Slab]
+    columns: int
+    factors: torch.Tensor
+
+
+def unsized(slabs: Iterable[Slab], shape: torch.Size, device: torch.device, factor: float) -> Sized:
+    """An update that is multiplied by one factor.
+
+    Args:
+        slabs: The update.
+        shape: Shape of the parameter.
+        device: Where it is.
+        factor: The factor.
+
+    Returns:
+        The update and its factors.
+    """
+    factors = torch.full((_rows(shape),), factor, dtype=torch.float32, device=device)
+    return Sized(slabs, _columns(shape), factors)
+
+
 @dataclass(frozen=True)
 class Measured:
     """An update whose rows were measured, without a temporary of the parameter's size.
@@ -99,25 +124,22 @@ class Measured:
         """`|u|^2`."""
         return float(self.rows.sum())
 
-    def sized(self, rms: float, square: float, numel: int, kernels: Kernels) -> Iterator[Slab]:
+    def sized(self, rms: float, square: float, numel: int) -> Sized:
         """The update with a root mean square, and no row longer than it may be.
 
         Args:
             rms: The root mean square of the whole parameter, if no row is too long.
             square: `|u|^2` of the whole parameter, of which this may be a shard.
             numel: Its entries.
-            kernels: The backend.
 
-        Yields:
-            The slabs, in the same memory.
+        Returns:
+            The update and its factors.
         """
         # A tensor with so small a part in the update of the model would be made of what rounding left.
         factor = rms * math.sqrt(numel) / max(math.sqrt(square), _NOTHING) if square else 0.0
         limits = LONGEST_ROW * rms * math.sqrt(self.columns) / self.rows.sqrt()  # infinite for rows of zeros
         factors = limits.nan_to_num_(nan=0.0).clamp_(max=factor).to(torch.float32)
-        for span, update in self.slabs:
-            kernels.scale_rows(update, span.start, self.columns, factors)
-            yield span, update
+        return Sized(self.slabs, self.columns, factors)
 
 
 def measure(updates: Updates, shape: torch.Size, device: torch.device, kernels: Kernels) -> Measured:
@@ -133,7 +155,7 @@ def measure(updates: Updates, shape: torch.Size, device: torch.device, kernels: 
         The update and the lengths of its rows.
     """
     columns = _columns(shape)
-    rows = torch.zeros(shape[0] if len(shape) > 1 else 1, dtype=widest(device), device=device)
+    rows = torch.zeros(_rows(shape), dtype=widest(device), device=device)
     held: list[Slab] = []
     end = 0
     for span, update in updates(0):
@@ -155,12 +177,17 @@ def squared(vector: torch.Tensor, kernels: Kernels) -> float:
     Returns:
         The sum, in float64.
     """
-    rows = torch.zeros(len(vector) if vector.dim() > 1 else 1, dtype=widest(vector.device), device=vector.device)
+    rows = torch.zeros(_rows(vector.shape), dtype=widest(vector.device), device=vector.device)
     if vector.numel():
         kernels.row_squares(vector.view(-1), 0, _columns(vector.shape), rows)
     return float(rows.sum())
 
 
+def _rows(shape: torch.Size) -> int:
+    """Rows of a matrix; a vector is one row."""
+    return shape[0] if len(shape) > 1 else 1
+
+
 def _columns(shape: torch.Size) -> int:
-    """Entries of a row; a vector is one row."""
+    """Entries of a row."""
     return shape[1:].numel() if len(shape) > 1 else shape.numel()

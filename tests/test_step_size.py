@@ -279,9 +279,11 @@ def test_an_update_is_measured_row_by_row_and_given_out_whole(shape, kernels):
     square = values.double().square().sum().item()
     assert update.square == pytest.approx(square, rel=1e-12)
     torch.testing.assert_close(update.rows, rows.double().square().sum(dim=1), rtol=1e-12, atol=0)
+    theta, sized = torch.ones_like(flat_values), update.sized(0.5, square, values.numel())
     whole = torch.full_like(flat_values, torch.nan)
-    for span, slab in update.sized(0.5, square, values.numel(), kernels):
-        whole[span] = slab
+    for span, slab in sized.slabs:
+        kernels.apply(theta[span], slab, span.start, sized.columns, sized.factors, lr=1.0, keep=0.0)
+        whole[span] = -theta[span]
     expected = rows * 0.5 * (values.numel() / square) ** 0.5
     lengths = expected.square().mean(dim=1, keepdim=True).sqrt()
     expected = expected * (1.5 / lengths).clamp(max=1.0)
