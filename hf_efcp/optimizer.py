@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, overload
 import torch
 from torch.optim.optimizer import ParamsT
 
-from . import adamw, checks, shards, step_size
+from . import adamw, budget, checks, shards, step_size
 from .accounting import count_bytes
 from .compressors import Compressor
 from .errors import error_store
@@ -78,7 +78,7 @@ class EFCP(torch.optim.Optimizer):
         lr: Learning rate, at least 0.
         compressor: `C`, for example `TopK(density=0.01)`.
         preconditioner: `P`, for example `MFAC(damp=1e-5)`.
-        num_grads: Capacity `m` of the window, in gradients.
+        num_grads: Capacity `m` of the window, in gradients; given unless there is a `memory_budget`.
         momentum: Heavy-ball factor of the update, in [0, 1); costs 4 bytes per parameter unless it is 0.
         weight_decay: Weight decay, at least 0.
         decoupled_weight_decay: True shrinks the parameters (AdamW's way); False adds `weight_decay * theta` to the
@@ -94,9 +94,13 @@ class EFCP(torch.optim.Optimizer):
         nonfinite: What to do about a gradient with NaN or infinity, on any rank: "raise" an error, or "skip" the step
             and count it in `skipped_steps`. Nothing changes either way.
         backend: "auto" (numba on the CPU, plain torch elsewhere), "reference" (plain torch) or "numba".
+        memory_budget: Instead of `num_grads`: what all state may take, in bytes per parameter ("8B/param"), as text
+            ("300MB", "2GiB": powers of 1000 and of 1024) or as an int of bytes. Takes the largest window that fits,
+            for the parameters that are there and require a gradient, excluded ones included; counted whole, before
+            FSDP2 shards them. `num_grads` in the parameter groups says which.
 
     Raises:
-        ValueError: A value outside its range.
+        ValueError: A value outside its range, or a budget that no window fits.
         TypeError: `num_grads` is not an int, or a parameter has a dtype that is not supported.
     """
 
@@ -107,7 +111,7 @@ class EFCP(torch.optim.Optimizer):
         *,
         compressor: Compressor,
         preconditioner: Preconditioner,
-        num_grads: int,
+        num_grads: int | None = None,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
         decoupled_weight_decay: bool = True,
@@ -119,11 +123,19 @@ class EFCP(torch.optim.Optimizer):
         schedules: Mapping[str, Callable[[int], float]] | None = None,
         nonfinite: str = "raise",
         backend: str = "auto",
+        memory_budget: int | str | None = None,
     ) -> None:
+        if memory_budget is not None:
+            if not isinstance(num_grads, budget.Default | None):
+                raise ValueError(
+                    f"num_grads={num_grads!r} and memory_budget={memory_budget!r} both choose the window: give one"
+                )
+            num_grads = 1  # until it is known what there is to fit
         if not isinstance(num_grads, int) or isinstance(num_grads, bool):
             raise TypeError(f"num_grads must be an int, got {num_grads!r}")
         if num_grads < 1:
             raise ValueError(f"num_grads is the number of gradients in the window, at least 1; got {num_grads}")
+        num_grads = int(num_grads)
         checks.check_choice("precondition", precondition, ("row", "gradient"))
         checks.check_choice("scope", scope, ("model", "layer"))
         checks.check_choice("nonfinite", nonfinite, ("raise", "skip"))
@@ -159,6 +171,8 @@ class EFCP(torch.optim.Optimizer):
         }
         self._own = tuple(self.__dict__)  # what the base class does not know
         super().__init__(params, {**defaults, **self._structure, **asdict(preconditioner)})
+        if memory_budget is not None:
+            self._fit(memory_budget)
 
     def __getstate__(self) -> dict[str, Any]:
         """The base class drops every attribute that it does not know from copies and pickles."""
@@ -326,6 +340,27 @@ class EFCP(torch.optim.Optimizer):
                 params = [param for param in group["params"] if param.grad is not None]
                 states = [self.state[param] for param in params]
                 adamw.step(params, states, lr=float(group["lr"]), weight_decay=group["weight_decay"])
+
+    def _fit(self, memory_budget: int | str) -> None:
+        """Take the largest window that fits."""
+        params = [member.param for member in self._members() if member.param.requires_grad]
+        if any(map(is_sharded, params)):
+            raise ValueError(
+                "memory_budget counts whole parameters, but these are sharded, and every rank must have the same "
+                "num_grads: call hf_efcp.largest_window before fully_shard, and give the num_grads that it returns"
+            )
+
+        def plan(num_grads: int) -> dict[str, int]:
+            self._resize(num_grads)
+            return self.planned_memory()
+
+        self._resize(budget.fit(memory_budget, sum(param.numel() for param in params), plan))
+
+    def _resize(self, num_grads: int) -> None:
+        """Set the capacity of the window, before anything is allocated."""
+        self._window = self._compressor.window(num_grads)
+        for settings in (self._structure, self.defaults, *self.param_groups):
+            settings["num_grads"] = num_grads
 
     def _members(self) -> list[Member]:
         pairs = ((group, param) for group in self.param_groups for param in group["params"])
