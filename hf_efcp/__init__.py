@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .memory import estimate_memory
+from .memory import MemoryPlan, estimate_memory, largest_window
 from .optimizer import EFCP
 from .variants import DenseGGT, DenseMFAC, LowRankGGT, LowRankMFAC, MicroAdam, SparseAdaGrad, SparseGGT, SparseMFAC
 
@@ -30,12 +30,14 @@ __all__ = [
     "EFCPTrainingArguments",
     "LowRankGGT",
     "LowRankMFAC",
+    "MemoryPlan",
     "MicroAdam",
     "SparseAdaGrad",
     "SparseGGT",
     "SparseMFAC",
     "create_optimizer",
     "estimate_memory",
+    "largest_window",
 ]
 
 _LAZY = {

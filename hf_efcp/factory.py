@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .budget import FORMS, in_bytes
 from .optimizer import EFCP
 from .schedules import Schedule
 from .variants import DenseGGT, DenseMFAC, LowRankGGT, LowRankMFAC, MicroAdam, SparseAdaGrad, SparseGGT, SparseMFAC
@@ -79,7 +80,7 @@ def create_optimizer(
         weight_decay: Decoupled weight decay of the parameters that are decayed, excluded or not.
         exclude: Regular expression(s), searched for in parameter names: what they match is not preconditioned.
         exclude_lr: The learning rate of the excluded parameters.
-        **kwargs: Further arguments of the optimizer's class, such as `num_grads` or `density`.
+        **kwargs: Further arguments of the optimizer's class, such as `num_grads`, `memory_budget` or `density`.
 
     Returns:
         The optimizer.
@@ -87,7 +88,7 @@ def create_optimizer(
     Raises:
         TypeError: If `model` is not a module, or an argument is not one of the optimizer's.
         ValueError: If the name is unknown, nothing is trainable, a pattern is not a regular expression or matches no
-            trainable parameter, or everything is excluded.
+            trainable parameter, everything is excluded, or an argument is not valid.
     """
     name = _known(name)
     settings = _settings(name)
@@ -127,6 +128,14 @@ def create_optimizer(
             f"{sum(n for out, n in numels if out):,}",
             len(excluded),
             exclude_lr,
+        )
+    if kwargs.get("memory_budget") is not None:
+        logger.info(
+            "%s: memory_budget=%s has room for num_grads=%d: %s bytes of state",
+            name,
+            kwargs["memory_budget"],
+            optimizer.param_groups[0]["num_grads"],
+            f"{optimizer.planned_memory()['total']:,}",
         )
     return optimizer
 
@@ -235,6 +244,11 @@ def _regex(text: str) -> str:
     return text
 
 
+def _budget(text: str) -> str:
+    in_bytes(text, 1)
+    return text
+
+
 def _bool(text: str) -> bool:
     if text.lower() not in ("true", "false"):
         raise ValueError("it is neither")
@@ -247,6 +261,7 @@ _PARSERS: dict[Any, tuple[str, Callable[[str], Any]]] = {
     int: ("an integer", int),
     float: ("a number", float),
     str: ("a name", str),
+    int | str | None: (FORMS, _budget),
     torch.dtype: ("a torch dtype such as bfloat16", _dtype),
 }
 _ELSEWHERE = {

@@ -2,21 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 
+from . import adamw
+from .accounting import count_bytes
 from .optimizer import EFCP
+from .shards import local
 from .variants import SparseMFAC
+
+
+class MemoryPlan(dict[str, int]):
+    """Bytes by part: the dictionary that `EFCP.memory` returns, which prints as a table.
+
+    Args:
+        parts: The bytes.
+        title: What the table is of.
+        num_grads: Capacity of the window.
+        parameters: How many trainable parameters there are.
+        adamw: Bytes that `torch.optim.AdamW` would keep for them.
+    """
+
+    def __init__(self, parts: Mapping[str, int], *, title: str, num_grads: int, parameters: int, adamw: int) -> None:
+        super().__init__(parts)
+        self.title = title
+        self.num_grads = num_grads
+        self.parameters = parameters
+        self.adamw = adamw
+
+    def __str__(self) -> str:
+        labels = {"total": "total, as in checkpoints", "adamw": "AdamW, for comparison"}
+        rows = [
+            f"{labels.get(part, part):<24} {size:>17,} {size / max(1, self.parameters):>8.2f}"
+            for part, size in {**self, "adamw": self.adamw}.items()
+        ]
+        head = f"{self.title}: num_grads={self.num_grads}, {self.parameters:,} trainable parameters"
+        return "\n".join([head, f"{'':<24} {'bytes':>17} {'B/param':>8}", *rows])
 
 
 def estimate_memory(
     model_or_params: torch.nn.Module | Iterable[Any], optimizer: type[EFCP] = SparseMFAC, **arguments: Any
-) -> dict[str, int]:
+) -> MemoryPlan:
     """Bytes of an optimizer's state, as its `memory()` will report them after the first step.
 
-    Parameters that do not require a gradient cost nothing.
+    Parameters that do not require a gradient cost nothing. With a `memory_budget`, also the window that fits::
+
+        print(estimate_memory(model, memory_budget="8B/param", block_size=256, value_dtype=torch.int8))
 
     Args:
         model_or_params: A model, or what would be given to the optimizer: parameters, named parameters or groups.
@@ -24,9 +57,39 @@ def estimate_memory(
         **arguments: The optimizer's own arguments.
 
     Returns:
-        Bytes by part: `indices`, `values`, `error`, `momentum`, `gram` and their `total`.
+        Bytes by part: `indices`, `values`, `error`, `momentum`, `gram` and their `total`. A dictionary that prints as
+        a table, with `num_grads` as an attribute.
     """
     params = model_or_params.parameters() if isinstance(model_or_params, torch.nn.Module) else model_or_params
     # The constructor completes the dictionaries that it is given.
     copies: Any = [dict(entry) if isinstance(entry, dict) else entry for entry in params]
-    return optimizer(copies, **arguments).planned_memory()
+    made = optimizer(copies, **arguments)
+    trainable = [param for group in made.param_groups for param in group["params"] if param.requires_grad]
+    return MemoryPlan(
+        made.planned_memory(),
+        title=type(made).__name__,
+        num_grads=made.param_groups[0]["num_grads"],
+        parameters=sum(local(param).numel() for param in trainable),
+        adamw=count_bytes(adamw.allocate(param, "meta") for param in trainable)["total"],
+    )
+
+
+def largest_window(
+    model_or_params: torch.nn.Module | Iterable[Any],
+    optimizer: type[EFCP] = SparseMFAC,
+    *,
+    memory_budget: int | str,
+    **arguments: Any,
+) -> int:
+    """The largest `num_grads` that a budget has room for: what the optimizer takes with the same `memory_budget`.
+
+    Args:
+        model_or_params: A model, or what would be given to the optimizer: parameters, named parameters or groups.
+        optimizer: The optimizer's class.
+        memory_budget: What all state may take: "8B/param", "300MB", "2GiB" or an int of bytes; see `EFCP`.
+        **arguments: The optimizer's other arguments: density, block size and dtypes decide.
+
+    Returns:
+        It.
+    """
+    return estimate_memory(model_or_params, optimizer, memory_budget=memory_budget, **arguments).num_grads

@@ -6,12 +6,12 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
 from functools import partial
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch.optim.optimizer import ParamsT
 
-from . import adamw, checks, shards, step_size
+from . import adamw, budget, checks, shards, step_size
 from .accounting import count_bytes
 from .compressors import Compressor
 from .errors import error_store
@@ -19,12 +19,25 @@ from .kernels import Kernels, check_name, choose, widest
 from .preconditioners import Moment, Preconditioner
 from .shards import is_sharded, local
 from .sites import Group, Member, Site, apply_updates, gradient_of, joint_shape, spans, split_updates
-from .step_size import Updates
+from .step_size import Sized, Updates
 from .threads import one_thread
-from .windows import Slab
 
 FORMAT = 2  # of the state; a checkpoint says which it has
 _FLOAT32_MAX = torch.finfo(torch.float32).max
+
+
+class Planned(NamedTuple):
+    """The update of the parameters that share a preconditioner.
+
+    `sites` have a gradient; `length` is that of the whole update, 0 where nothing bounds it; `squares` are `|row|^2` of
+    sites, by the position of their first member, where they are known.
+    """
+
+    sites: list[Site]
+    moment: Moment
+    plan: Any
+    length: float
+    squares: dict[int, float]
 
 
 class EFCP(torch.optim.Optimizer):
@@ -40,11 +53,11 @@ class EFCP(torch.optim.Optimizer):
         v_t   = momentum v_t-1 + u_t    heavy ball on the update
         theta <- (1 - lr weight_decay) theta - lr v_t
 
-    With `update_scale="tensor"` the preconditioner decides the direction of `u_t` and the gradients its length, tensor
-    by tensor: `|u| = update_rms sqrt(n) |g| / sqrt(v)`, `v` the mean of `|g|^2` over the past with weights `0.999^age`,
-    but no row of a matrix with more than three times this root mean square (`hf_efcp/step_size.py` says why). Learning
-    rates are then those of AdamW, whatever the window, the dampening and the scale of the gradients. `"none"` takes
-    `u_t` as it is, as the paper does.
+    With `update_scale="tensor"` the preconditioner decides the direction of `u_t` only, and what it is applied to, `x`,
+    the length, tensor by tensor: `|u| = update_rms sqrt(n) |x| / sqrt(v)`, `v` the mean of `|g|^2` over the past with
+    weights `0.999^age`, but no row of a matrix with more than three times this root mean square
+    (`hf_efcp/step_size.py` says why). Learning rates are then those of AdamW, whatever the window, the dampening and
+    the scale of the gradients. `"none"` takes `u_t` as it is, as the paper does.
 
     Parameter groups may set `lr`, `weight_decay`, `decoupled_weight_decay`, `momentum`, `update_scale`, `update_rms`
     and `preconditioned`; all else is one value for the optimizer, because the preconditioner is one matrix over all
@@ -65,14 +78,14 @@ class EFCP(torch.optim.Optimizer):
         lr: Learning rate, at least 0.
         compressor: `C`, for example `TopK(density=0.01)`.
         preconditioner: `P`, for example `MFAC(damp=1e-5)`.
-        num_grads: Capacity `m` of the window, in gradients.
+        num_grads: Capacity `m` of the window, in gradients; given unless there is a `memory_budget`.
         momentum: Heavy-ball factor of the update, in [0, 1); costs 4 bytes per parameter unless it is 0.
         weight_decay: Weight decay, at least 0.
         decoupled_weight_decay: True shrinks the parameters (AdamW's way); False adds `weight_decay * theta` to the
             gradient before the accumulator (L2 regularisation).
         update_scale: "tensor" for a length per tensor, "none" for the preconditioner's own.
-        update_rms: Root mean square of the update of a tensor whose gradient is as long as in the past, positive;
-            without effect on "none".
+        update_rms: Root mean square of the update of a tensor whose row is as long as its gradients were in the past,
+            positive; without effect on "none".
         precondition: What `P(G)^-1` is applied to: "row", the compressed row, or "gradient", the dense gradient.
         scope: "model", one preconditioner over all parameters, or "layer", one for each parameter.
         error_dtype: How the error is kept.
@@ -81,9 +94,13 @@ class EFCP(torch.optim.Optimizer):
         nonfinite: What to do about a gradient with NaN or infinity, on any rank: "raise" an error, or "skip" the step
             and count it in `skipped_steps`. Nothing changes either way.
         backend: "auto" (numba on the CPU, plain torch elsewhere), "reference" (plain torch) or "numba".
+        memory_budget: Instead of `num_grads`: what all state may take, in bytes per parameter ("8B/param"), as text
+            ("300MB", "2GiB": powers of 1000 and of 1024) or as an int of bytes. Takes the largest window that fits,
+            for the parameters that are there and require a gradient, excluded ones included; counted whole, before
+            FSDP2 shards them. `num_grads` in the parameter groups says which.
 
     Raises:
-        ValueError: A value outside its range.
+        ValueError: A value outside its range, or a budget that no window fits.
         TypeError: `num_grads` is not an int, or a parameter has a dtype that is not supported.
     """
 
@@ -94,7 +111,7 @@ class EFCP(torch.optim.Optimizer):
         *,
         compressor: Compressor,
         preconditioner: Preconditioner,
-        num_grads: int,
+        num_grads: int | None = None,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
         decoupled_weight_decay: bool = True,
@@ -106,11 +123,19 @@ class EFCP(torch.optim.Optimizer):
         schedules: Mapping[str, Callable[[int], float]] | None = None,
         nonfinite: str = "raise",
         backend: str = "auto",
+        memory_budget: int | str | None = None,
     ) -> None:
+        if memory_budget is not None:
+            if not isinstance(num_grads, budget.Default | None):
+                raise ValueError(
+                    f"num_grads={num_grads!r} and memory_budget={memory_budget!r} both choose the window: give one"
+                )
+            num_grads = 1  # until it is known what there is to fit
         if not isinstance(num_grads, int) or isinstance(num_grads, bool):
             raise TypeError(f"num_grads must be an int, got {num_grads!r}")
         if num_grads < 1:
             raise ValueError(f"num_grads is the number of gradients in the window, at least 1; got {num_grads}")
+        num_grads = int(num_grads)
         checks.check_choice("precondition", precondition, ("row", "gradient"))
         checks.check_choice("scope", scope, ("model", "layer"))
         checks.check_choice("nonfinite", nonfinite, ("raise", "skip"))
@@ -146,6 +171,8 @@ class EFCP(torch.optim.Optimizer):
         }
         self._own = tuple(self.__dict__)  # what the base class does not know
         super().__init__(params, {**defaults, **self._structure, **asdict(preconditioner)})
+        if memory_budget is not None:
+            self._fit(memory_budget)
 
     def __getstate__(self) -> dict[str, Any]:
         """The base class drops every attribute that it does not know from copies and pickles."""
@@ -300,10 +327,10 @@ class EFCP(torch.optim.Optimizer):
             group.update(tuned)
         self._allocate(active)
         plans = [self._plan_unit(unit, preconditioner, kernels, processes) for unit in self._units()]
-        for sites, _, length in plans:
-            self._check_length(sites, length)
-        for sites, plan, length in plans:
-            self._move(sites, plan, length, preconditioner, kernels, processes)
+        for planned in plans:
+            self._check_length(planned)
+        for planned in plans:
+            self._move(planned, preconditioner, kernels, processes)
         return True
 
     def _step_excluded(self) -> None:
@@ -313,6 +340,27 @@ class EFCP(torch.optim.Optimizer):
                 params = [param for param in group["params"] if param.grad is not None]
                 states = [self.state[param] for param in params]
                 adamw.step(params, states, lr=float(group["lr"]), weight_decay=group["weight_decay"])
+
+    def _fit(self, memory_budget: int | str) -> None:
+        """Take the largest window that fits."""
+        params = [member.param for member in self._members() if member.param.requires_grad]
+        if any(map(is_sharded, params)):
+            raise ValueError(
+                "memory_budget counts whole parameters, but these are sharded, and every rank must have the same "
+                "num_grads: call hf_efcp.largest_window before fully_shard, and give the num_grads that it returns"
+            )
+
+        def plan(num_grads: int) -> dict[str, int]:
+            self._resize(num_grads)
+            return self.planned_memory()
+
+        self._resize(budget.fit(memory_budget, sum(param.numel() for param in params), plan))
+
+    def _resize(self, num_grads: int) -> None:
+        """Set the capacity of the window, before anything is allocated."""
+        self._window = self._compressor.window(num_grads)
+        for settings in (self._structure, self.defaults, *self.param_groups):
+            settings["num_grads"] = num_grads
 
     def _members(self) -> list[Member]:
         pairs = ((group, param) for group in self.param_groups for param in group["params"])
@@ -444,8 +492,8 @@ class EFCP(torch.optim.Optimizer):
         preconditioner: Preconditioner,
         kernels: Kernels,
         processes: torch.distributed.ProcessGroup | None,
-    ) -> tuple[list[Site], Any, float]:
-        """Push a row; return what has a gradient, the plan of its update, and the length where nothing bounds it."""
+    ) -> Planned:
+        """Push a row, and plan the update of what has a gradient."""
         keeper, capacity = self._keeper(unit), self._structure["num_grads"]
         steps = keeper["pushed"] + 1
         moment = Moment((steps - 1) % capacity, min(steps, capacity), capacity, steps)
@@ -458,10 +506,13 @@ class EFCP(torch.optim.Optimizer):
                 preconditioner.observe(moment, self._window, site.state, site.shape, kernels)
                 present.append(site)
         gram = None
+        squares: dict[int, float] = {}
         if preconditioner.uses_gram:
             column = torch.zeros(moment.rows, dtype=torch.float64)
             for site in present:
-                column += self._window.dots(site.state, site.shape, moment.newest, moment.rows, kernels)
+                part = self._window.dots(site.state, site.shape, moment.newest, moment.rows, kernels)
+                column += part
+                squares[site.members[0].position] = float(part[moment.newest])
             column = shards.all_reduce(column, processes, unit[0].param.device)
             keeper["gram"][moment.newest, : moment.rows] = column
             keeper["gram"][: moment.rows, moment.newest] = column
@@ -479,13 +530,13 @@ class EFCP(torch.optim.Optimizer):
             products = torch.zeros(moment.rows + 1, dtype=torch.float64)
             plan = preconditioner.plan(gram, moment)
         length = 0.0 if gram is None else plan.length(gram, products[:-1], float(products[-1]))
-        return present, plan, length
+        return Planned(present, moment, plan, length, squares)
 
-    def _check_length(self, sites: list[Site], length: float) -> None:
+    def _check_length(self, planned: Planned) -> None:
         """Refuse an update that may not fit the parameters: without dampening it is as long as a row is short."""
-        for group, param in ((member.group, member.param) for site in sites for member in site.members):
-            own = length
-            if group["update_scale"] == "tensor" and math.isfinite(length):
+        for group, param in ((member.group, member.param) for site in planned.sites for member in site.members):
+            own = planned.length
+            if group["update_scale"] == "tensor" and math.isfinite(own):
                 own = group["update_rms"] * math.sqrt(param.numel()) * step_size.LONGEST
             velocity = own / (1.0 - group["momentum"])
             largest = torch.finfo(param.dtype).max
@@ -498,45 +549,61 @@ class EFCP(torch.optim.Optimizer):
 
     def _move(
         self,
-        sites: list[Site],
-        plan: Any,
-        length: float,
+        planned: Planned,
         preconditioner: Preconditioner,
         kernels: Kernels,
         processes: torch.distributed.ProcessGroup | None,
     ) -> None:
-        """Move the parameters that share a plan, whose update has a length, unless nothing is known of it."""
-        unit = 1.0
-        if length and any(member.group["update_scale"] == "tensor" for site in sites for member in site.members):
+        """Move the parameters that share a plan."""
+        unit, plan = 1.0, planned.plan
+        members = [member for site in planned.sites for member in site.members]
+        if planned.length and any(member.group["update_scale"] == "tensor" for member in members):
             # What is measured and made longer or shorter has to fit float32 first. A power of two changes no bits.
-            unit = 2.0 ** round(math.log2(length))
+            unit = 2.0 ** math.floor(math.log2(planned.length))
             plan = plan.times(1.0 / unit)
-        for site in sites:
+        for site in planned.sites:
             base = gradient_of(site) if self._precondition_gradient else None
             updates = partial(preconditioner.updates, plan, self._window, site.state, site.shape, kernels, base)
+            squares = self._squares(site, planned, kernels)
             for member, part in split_updates(site, updates):
-                factor, slabs = self._sized(member, part, unit, kernels, processes)
-                apply_updates(member, self.state[member.param] if self._joint else site.state, slabs, factor)
+                update = self._sized(member, part, unit, squares.get(member.position), kernels, processes)
+                apply_updates(member, self.state[member.param] if self._joint else site.state, update, kernels)
+
+    def _squares(self, site: Site, planned: Planned, kernels: Kernels) -> dict[int, float]:
+        """`|row|^2` of what has a length of its own, by position; nothing where the gradient is preconditioned."""
+        scaled = any(member.group["update_scale"] == "tensor" for member in site.members)
+        if not scaled or self._precondition_gradient:
+            return {}
+        moment, position = planned.moment, site.members[0].position
+        if not self._joint:
+            if position in planned.squares:
+                return {position: planned.squares[position]}
+            products = self._window.dots(site.state, site.shape, moment.newest, moment.rows, kernels)
+            return {position: float(products[moment.newest])}
+        newest = torch.zeros(moment.rows, dtype=torch.float64)
+        newest[moment.newest] = 1.0
+        row = torch.cat([slab for _, slab in self._window.combine(site.state, site.shape, newest, kernels)])
+        return {member.position: step_size.squared(row[span], kernels) for member, span in spans(site)}
 
     def _sized(
         self,
         member: Member,
         updates: Updates,
         unit: float,
+        row: float | None,
         kernels: Kernels,
         processes: torch.distributed.ProcessGroup | None,
-    ) -> tuple[float, Iterable[Slab]]:
-        """An update, given as a multiple of `unit`, and what it is multiplied by."""
-        group, param = member.group, member.param
+    ) -> Sized:
+        """An update, given as a multiple of `unit`, at its length; `row` is `|row|^2` if that counts."""
+        group, param, theta = member.group, member.param, local(member.param)
         if group["update_scale"] == "none":
-            return unit, updates(0)
-        theta = local(param)
+            return step_size.unsized(updates(0), theta.shape, theta.device, unit)
         update = step_size.measure(updates, theta.shape, theta.device, kernels)
         gradient = step_size.squared(gradient_of(Site({}, theta.shape, [member])), kernels)
-        squares = torch.tensor([update.square, gradient], dtype=torch.float64)
-        squares = shards.all_reduce(squares, processes, param.device)
-        rms = step_size.wanted(self.state[param]["squares"], float(squares[1]), group["update_rms"])
-        return 1.0, update.sized(rms, float(squares[0]), param.numel(), kernels)
+        sums = torch.tensor([update.square, gradient, gradient if row is None else row], dtype=torch.float64)
+        square, gradient, length = shards.all_reduce(sums, processes, param.device).tolist()
+        rms = step_size.wanted(self.state[param]["squares"], gradient, length, group["update_rms"])
+        return update.sized(rms, square, param.numel())
 
     def _push(self, site: Site, moment: Moment, kernels: Kernels) -> None:
         """Compress a gradient into the window."""

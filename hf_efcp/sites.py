@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 
+from .kernels import Kernels
 from .shards import local
-from .step_size import Updates
-from .windows import Slab
+from .step_size import Sized, Updates
 
 Group = dict[str, Any]
 
@@ -70,20 +70,27 @@ def split_updates(site: Site, updates: Updates) -> Iterator[tuple[Member, Update
             yield member, lambda start, part=part: part  # type: ignore[misc]
 
 
-def apply_updates(member: Member, state: dict[str, Any], updates: Iterable[Slab], factor: float) -> None:
-    """`v <- momentum v + factor u`, `theta <- (1 - lr weight_decay) theta - lr v`, slab by slab of the parameter."""
+def apply_updates(member: Member, state: dict[str, Any], update: Sized, kernels: Kernels) -> None:
+    """`v <- momentum v + u`, `theta <- (1 - lr weight_decay) theta - lr v`, slab by slab of the parameter."""
     group, param = member.group, local(member.param)
     lr = float(group["lr"])
     keep = 1.0 - lr * group["weight_decay"] if group["decoupled_weight_decay"] else 1.0
     in_place = param.dtype == torch.float32 and param.is_contiguous()
     # A view of a non-contiguous parameter may be a copy, and low precision would round every slab twice.
     theta = param if in_place else param.to(torch.float32).contiguous()
-    flat = theta.view(-1)
-    for span, update in updates:
-        if group["momentum"]:
-            update = state["momentum"].view(-1)[span].mul_(group["momentum"]).add_(update, alpha=factor)
-        if keep != 1.0:
-            flat[span].mul_(keep)
-        flat[span].add_(update, alpha=-lr if group["momentum"] else -lr * factor)
+    flat = theta.detach().view(-1)
+    velocity = state["momentum"].view(-1) if group["momentum"] else None
+    for span, slab in update.slabs:
+        kernels.apply(
+            flat[span],
+            slab,
+            span.start,
+            update.columns,
+            update.factors,
+            lr=lr,
+            keep=keep,
+            velocity=None if velocity is None else velocity[span],
+            momentum=group["momentum"],
+        )
     if not in_place:
         param.copy_(theta)

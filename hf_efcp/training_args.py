@@ -115,6 +115,8 @@ class EFCPTrainingArguments(TrainingArguments):
             return
         options = parse_optim_args(self.optim, self.optim_args)
         options.pop("exclude", None)  # needs the model
+        if "num_grads" not in options:
+            options.pop("memory_budget", None)  # needs the model, too
         preconditioned, excluded = (torch.nn.Parameter(torch.zeros(1)) for _ in range(2))
         adamw = {"params": [excluded], "preconditioned": False, "lr": options.pop("exclude_lr", self.learning_rate)}
         optimizer: Callable[..., EFCP] = OPTIMIZERS[self.optim]

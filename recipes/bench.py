@@ -136,7 +136,8 @@ def _optimizer_settings(args: EFCPTrainingArguments) -> dict[str, Any]:
         return {"optimizer": args.optim, "options": options}
     # With the defaults, that may be others in another version; the backend changes no more than the time.
     signature = inspect.signature(OPTIMIZERS[name]).parameters.values()
-    options = {p.name: p.default for p in signature if p.name not in ("params", "lr", "weight_decay", "backend")}
+    left_out = ("params", "lr", "weight_decay", "backend", "memory_budget")
+    options = {p.name: p.default for p in signature if p.name not in left_out}
     options |= {key: value for key, value in parse_optim_args(name, args.optim_args).items() if key != "backend"}
     return {"optimizer": name, "options": options}
 

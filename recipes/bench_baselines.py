@@ -64,7 +64,7 @@ class AsPublished(torch.optim.Optimizer):
         self.gram[newest, :rows] = column
         self.gram[:rows, newest] = column
         self.pushed += 1
-        self.combine(self.solve(newest, rows))
+        self.apply(self.combine(self.solve(newest, rows)))
         return None
 
     def accumulate(self, newest: int) -> None:
@@ -109,15 +109,26 @@ class AsPublished(torch.optim.Optimizer):
         solution: torch.Tensor = torch.linalg.solve(damped, target)
         return solution
 
-    def combine(self, coefficients: torch.Tensor) -> None:
-        """`u = sum_i c_i row_i`, and the parameters move by `-lr u`.
+    def combine(self, coefficients: torch.Tensor) -> torch.Tensor:
+        """`u = sum_i c_i row_i`.
 
         Args:
             coefficients: `c`.
+
+        Returns:
+            `u`, over all parameters.
         """
         update = torch.zeros(self.numel)
         for i, c in enumerate(coefficients.tolist()):
             update.index_add_(0, self.indices[i], c * self.values[i])
+        return update
+
+    def apply(self, update: torch.Tensor) -> None:
+        """The parameters move by `-lr u`.
+
+        Args:
+            update: `u`.
+        """
         start = 0
         for param in self._params():
             span = slice(start, start + param.numel())

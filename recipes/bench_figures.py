@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from plots import COLOURS
 
 # Okabe and Ito again, with grey for the rest.
-STEP_PARTS = dict(zip((*PARTS, "rest"), (*COLOURS, "#999999"), strict=True))
-NAMES = {"accumulate_topk": "accumulate + Top-k", "combine": "combine + apply"}
+STEP_PARTS = dict(zip((*PARTS, "rest"), (*COLOURS, "#E69F00", "#999999"), strict=True))
+NAMES = {"accumulate_topk": "accumulate + Top-k", "apply": "length + apply"}
 MEMORY_PARTS = dict(zip(("indices", "values", "error", "momentum", "gram"), (*COLOURS, "#999999"), strict=True))
 _FAR = 1.12  # of the axis: where bars that are much longer than the others are cut
 

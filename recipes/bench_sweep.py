@@ -56,7 +56,7 @@ class Sweep:
 
     def markdown(self) -> list[str]:
         """The sweep as a table."""
-        heading = (self.name, "step, s", "accumulate + Top-k", "dots", "solve", "combine + apply", "rest")
+        heading = (self.name, "step, s", "accumulate + Top-k", "dots", "solve", "combine", "length + apply", "rest")
         rows = []
         for size, seconds, parts, ratio in zip(
             self.sizes, self.seconds, self.parts, [None, *self.ratios()], strict=True

@@ -109,23 +109,23 @@ class Naive:
                 continue
             if self.rms is not None:
                 # What the matrix's rounding leaves of zero is zero.
-                part = self.sized(i, part if part.norm() > 1e-12 * update.norm() else 0 * part, dense[i])
+                part = part if part.norm() > 1e-12 * update.norm() else 0 * part
+                part = self.sized(i, part, dense[i], dense[i] if self.dense_gradient else rows[i])
             self.velocity[i] = self.momentum * self.velocity[i] + part
             if not self.l2:
                 self.thetas[i] *= 1 - self.lr[i] * self.weight_decay[i]
             self.thetas[i] -= self.lr[i] * self.velocity[i]
 
-    def sized(self, i, update, gradient):
-        """The update with the wanted root mean square, times the gradient's length over its mean; long rows cut."""
+    def sized(self, i, update, gradient, preconditioned):
+        """The update with the wanted root mean square, times the row's length over that of gradients; long rows cut."""
         length, norm = float(gradient.norm()), float(update.norm())
-        if length == 0.0:
+        if length:
+            self.lengths[i].append(length)
+        if norm == 0.0 or not self.lengths[i]:
             return 0.0 * update
-        self.lengths[i].append(length)
-        if norm == 0.0:
-            return update
         weights = [0.999**age for age in reversed(range(len(self.lengths[i])))]
         mean = sum(w * x * x for w, x in zip(weights, self.lengths[i], strict=True)) / sum(weights)
-        rms = self.rms * length / math.sqrt(mean)
+        rms = self.rms * min(float(preconditioned.norm()) / math.sqrt(mean), math.sqrt(1000))
         update = update * rms * math.sqrt(update.numel()) / norm
         shape = self.shapes[i]
         for row in update.view(shape[0], -1) if len(shape) > 1 else []:

@@ -115,7 +115,13 @@ def test_the_published_window_shrinks_to_the_memory_there_is_and_its_time_grows_
     assert len(result.repeats) == 2
     parts = result.parts
     assert result.seconds == pytest.approx(sum(parts.values()), rel=0.2)
-    measured = parts["accumulate_topk"] + parts["solve"] + parts["rest"] + (parts["dots"] + parts["combine"]) / 8
+    measured = (
+        parts["accumulate_topk"]
+        + parts["solve"]
+        + parts["apply"]
+        + parts["rest"]
+        + (parts["dots"] + parts["combine"]) / 8
+    )
     assert sum(result.repeats) / 2 == pytest.approx(measured, rel=1e-6)
     assert "memory had room for 8 rows" in "\n".join(report._extrapolations())
 
@@ -236,12 +242,12 @@ def test_the_parts_of_a_step_add_up_and_nothing_stays_patched(recipe, text):
     optimizer = recipe.bench_cases.build(recipe.bench_cases.parse_contender(text), module(), 0, plenty)
     optimizer.step()
     places = recipe.bench_measure._places(optimizer)
-    assert tuple(places) == recipe.bench_measure.PARTS
+    names = set(recipe.bench_measure.PARTS)
+    assert set(places) == (names - {"combine"} if text.startswith("lowrank") else names)
     methods = [getattr(owner, name) for owner, name in places.values()]
     whole, parts = recipe.bench_measure.timed_step(optimizer)
     assert sum(parts.values()) == pytest.approx(whole)
-    for name in recipe.bench_measure.PARTS:
-        assert (parts[name] > 0.0) == (name != "dots" or text != "microadam")
+    assert all(parts[name] > 0.0 for name in places)
     assert parts["rest"] >= 0.0
     assert [getattr(owner, name) for owner, name in places.values()] == methods
 
@@ -344,7 +350,7 @@ def test_the_benchmark_from_end_to_end(recipe, tiny_model, tmp_path, capsys):
     ratio = targets[f"{cases.PUBLISHED} / {cases.SPARSE_1024}"]
     assert ratio["measured"] == pytest.approx(published["seconds"] / large["seconds"])
     assert ratio["reached"] == (ratio["measured"] >= 30)
-    work = targets[f"{cases.SPARSE_1024}: (dots + combine and apply) / reading the window twice"]
+    work = targets[f"{cases.SPARSE_1024}: (dots + combine) / reading the window twice"]
     assert work["measured"] == pytest.approx(
         (large["parts"]["dots"] + large["parts"]["combine"]) / large["stream_seconds"]
     )
@@ -392,7 +398,7 @@ def test_the_limits_follow_the_machine_and_the_state(recipe):
 
     def result(label, total, peak):
         memory = {"indices": 0, "values": 0, "error": 0, "momentum": 0, "gram": 10, "total": total}
-        parts = {"accumulate_topk": 0.05, "dots": 0.2, "solve": 0.1, "combine": 0.3, "rest": 0.0}
+        parts = {"accumulate_topk": 0.05, "dots": 0.2, "solve": 0.1, "combine": 0.3, "apply": 0.1, "rest": 0.0}
         return report.Result(label, "sparse_mfac", "", 1.0, parts, [1.0], 0.25, 8, memory, 1.0, peak)
 
     labels = recipe.bench_cases
@@ -402,7 +408,7 @@ def test_the_limits_follow_the_machine_and_the_state(recipe):
     assert by_what[f"{labels.SPARSE_1024}: accumulate + Top-k"].limit == 0.25
     peak = by_what[f"{labels.SPARSE_1024}: resident memory, peak of a step"]
     assert (peak.measured, peak.limit, peak.reached) == (40.0, 50.0, True)
-    work = by_what[f"{labels.SPARSE_1024}: (dots + combine and apply) / reading the window twice"]
+    work = by_what[f"{labels.SPARSE_1024}: (dots + combine) / reading the window twice"]
     assert work.measured == pytest.approx(2.0)
     assert by_what[f"{labels.SMALLEST}: state without K, bytes per parameter"].measured == 5.0
     assert by_what[f"{labels.SPARSE_256}: resident memory, peak of a step"].measured is None

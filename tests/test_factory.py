@@ -12,7 +12,7 @@ from transformers import Trainer, TrainingArguments
 from hf_efcp import OPTIMIZERS, SparseMFAC, create_optimizer
 from hf_efcp.factory import _PARSERS, _settings, default_lr, parse_optim_args
 
-SETTINGS = "num_grads, density, damp, relative_damp, selection, block_size, value_dtype, momentum"  # and more
+SETTINGS = "num_grads, density, damp, relative_damp, selection, block_size, value_dtype, error_dtype"  # and more
 
 
 def names_of(model: nn.Module, group: dict) -> list[str]:

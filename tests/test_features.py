@@ -13,7 +13,7 @@ from hf_efcp import EFCPTrainer
 
 SPARSE = {"optim": "sparse_mfac", "optim_args": "num_grads=4,density=0.2,block_size=256", "learning_rate": 1e-3}
 # Rows that do not hang on which entries are the largest, which the last bit may decide.
-DENSE = {**SPARSE, "optim_args": "num_grads=4,density=1,value_dtype=float32,damp=1e-3"}
+DENSE = {**SPARSE, "optim_args": "num_grads=4,density=1,value_dtype=float32,damp=1e-3,update_scale=none"}
 
 
 def distance(left, right):

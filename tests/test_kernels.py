@@ -281,3 +281,32 @@ def test_an_unwritable_cache_is_no_error():
     """)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["numba", "1"]
+
+
+@settings(deadline=None, max_examples=60, derandomize=True)
+@given(
+    rows=st.integers(1, 9), columns=st.integers(1, 70), first=st.floats(0, 1), last=st.floats(0, 1),
+    momentum=st.sampled_from([None, 0.0, 0.9]), keep=st.sampled_from([1.0, 0.99, 0.0]), seed=st.integers(0, 9),
+)  # fmt: skip
+def test_a_slab_of_a_parameter_moves_alike_and_nothing_else_does(rows, columns, first, last, momentum, keep, seed):
+    """`v <- momentum v + factors[r] u`, `theta <- keep theta - lr v`, whatever rows the slab begins and ends in."""
+    numel = rows * columns
+    begin, end = sorted((int(first * numel), max(1, int(last * numel))))
+    generator = torch.Generator().manual_seed(seed)
+    theta, update, velocity = (torch.randn(numel, generator=generator) for _ in range(3))
+    factors = torch.randn(rows, generator=generator)
+    u = factors.double().repeat_interleave(columns) * update.double()
+    v = u if momentum is None else momentum * velocity.double() + u
+    expected = keep * theta.double() - 0.5 * v
+    for backend in BACKENDS:
+        ours, speed = theta.clone(), velocity.clone()
+        backend.apply(
+            ours[begin:end], update[begin:end].clone(), begin, columns, factors, lr=0.5, keep=keep,
+            velocity=None if momentum is None else speed[begin:end], momentum=momentum or 0.0,
+        )  # fmt: skip
+        torch.testing.assert_close(ours[begin:end].double(), expected[begin:end], rtol=1e-5, atol=1e-6)
+        assert torch.equal(ours[:begin], theta[:begin])
+        assert torch.equal(ours[end:], theta[end:])
+        if momentum is not None:
+            torch.testing.assert_close(speed[begin:end].double(), v[begin:end], rtol=1e-5, atol=1e-6)
+        assert torch.equal(speed[:begin], velocity[:begin])

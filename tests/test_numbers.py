@@ -153,7 +153,8 @@ def test_no_dampening_and_no_gradient_is_no_update(name):
 # Updates that no number can hold
 
 
-@pytest.mark.parametrize("name", MFAC_NAMES)
+# Scales of int8 are normal numbers: there a denormal row is zero, and all of it stays in the error.
+@pytest.mark.parametrize("name", [name for name in MFAC_NAMES if not name.endswith("int8")])
 @pytest.mark.parametrize("lr", [0.0, 0.5])
 def test_an_update_beyond_float32_is_refused_before_a_parameter_moves(name, lr):
     """`m row / |row|^2` of a denormal row."""

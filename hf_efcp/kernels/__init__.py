@@ -85,8 +85,20 @@ class Kernels(Protocol):
     def row_squares(self, flat: torch.Tensor, start: int, columns: int, out: torch.Tensor) -> None:
         """`out[r] += sum of squares` of row r's entries in a slab that begins at `start` of the parameter."""
 
-    def scale_rows(self, flat: torch.Tensor, start: int, columns: int, factors: torch.Tensor) -> None:
-        """Multiply every entry of such a slab by its row's factor, in place."""
+    def apply(
+        self,
+        theta: torch.Tensor,
+        update: torch.Tensor,
+        start: int,
+        columns: int,
+        factors: torch.Tensor,
+        *,
+        lr: float,
+        keep: float,
+        velocity: torch.Tensor | None = None,
+        momentum: float = 0.0,
+    ) -> None:
+        """`v <- momentum v + factors[r] u`, `theta <- keep theta - lr v` in such a slab; `update` is spoilt."""
 
 
 def choose(backend: str, device: torch.device) -> Kernels:

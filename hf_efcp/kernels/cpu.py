@@ -408,13 +408,20 @@ def _row_squares(flat, start, columns, begin, end, out):
 
 
 @_jit
-def _scale_rows(flat, start, columns, factors, begin, end):
-    first = start // columns
-    for row in range(first + begin, first + end):
-        x = flat[max(row * columns - start, 0) : min((row + 1) * columns - start, flat.shape[0])]
+def _apply(theta, update, start, columns, factors, velocity, momentum, keep, lr, begin, end):
+    while begin < end:
+        row = (start + begin) // columns
+        stop = min(end, (row + 1) * columns - start)
         factor = factors[row]
-        for i in range(x.shape[0]):
-            x[i] *= factor
+        if velocity.shape[0]:
+            for i in range(begin, stop):
+                v = momentum * velocity[i] + factor * update[i]
+                velocity[i] = v
+                theta[i] = keep * theta[i] - lr * v
+        else:
+            for i in range(begin, stop):
+                theta[i] = keep * theta[i] - lr * (factor * update[i])
+        begin = stop
 
 
 def accumulate_topk(
@@ -533,11 +540,23 @@ def row_squares(flat: torch.Tensor, start: int, columns: int, out: torch.Tensor)
     pool.run(lambda _, begin, end: _row_squares(x, start, columns, begin, end, total), rows, _step(columns))
 
 
-def scale_rows(flat: torch.Tensor, start: int, columns: int, factors: torch.Tensor) -> None:
-    """See `reference.scale_rows`."""
-    x, factor = _array(flat), _array(factors)
-    rows = _rows(len(x), start, columns)
-    pool.run(lambda _, begin, end: _scale_rows(x, start, columns, factor, begin, end), rows, _step(columns))
+def apply(
+    theta: torch.Tensor,
+    update: torch.Tensor,
+    start: int,
+    columns: int,
+    factors: torch.Tensor,
+    *,
+    lr: float,
+    keep: float,
+    velocity: torch.Tensor | None = None,
+    momentum: float = 0.0,
+) -> None:
+    """See `reference.apply`; in one pass, and multiplied and added without rounding between."""
+    x, u, factor = _array(theta), _array(update), _array(factors)
+    v = np.empty(0, np.float32) if velocity is None else _array(velocity)
+    numbers = np.float32(momentum), np.float32(keep), np.float32(lr)
+    pool.run(lambda _, begin, end: _apply(x, u, start, columns, factor, v, *numbers, begin, end), len(x), _RANGE)
 
 
 def _rows(entries: int, start: int, columns: int) -> int:

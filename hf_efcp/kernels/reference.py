@@ -249,17 +249,38 @@ def row_squares(flat: torch.Tensor, start: int, columns: int, out: torch.Tensor)
         out[rows] += part.to(out.dtype).square_().sum(dim=1)
 
 
-def scale_rows(flat: torch.Tensor, start: int, columns: int, factors: torch.Tensor) -> None:
-    """Multiply every entry of a slab by its row's factor, in place.
+def apply(
+    theta: torch.Tensor,
+    update: torch.Tensor,
+    start: int,
+    columns: int,
+    factors: torch.Tensor,
+    *,
+    lr: float,
+    keep: float,
+    velocity: torch.Tensor | None = None,
+    momentum: float = 0.0,
+) -> None:
+    """Move a slab of a parameter: `v <- momentum v + factors[r] u`, `theta <- keep theta - lr v`.
 
     Args:
-        flat: As in `row_squares`; updated.
+        theta: The slab, `(n,)`, float32; it need not begin or end with a row. Updated.
+        update: `u`, `(n,)`, float32; spoilt.
         start: As in `row_squares`.
         columns: As in `row_squares`.
         factors: Of all rows of the parameter, float32.
+        lr: Learning rate.
+        keep: What weight decay leaves of the parameter.
+        velocity: `v`, `(n,)`, float32; updated. None for no momentum.
+        momentum: Heavy-ball factor.
     """
-    for rows, part in _by_row(flat, start, columns):
+    for rows, part in _by_row(update, start, columns):
         part.mul_(factors[rows, None])
+    if velocity is not None:
+        update = velocity.mul_(momentum).add_(update)
+    if keep != 1.0:
+        theta.mul_(keep)
+    theta.add_(update, alpha=-lr)
 
 
 def _by_row(flat: torch.Tensor, start: int, columns: int) -> Iterator[tuple[slice, torch.Tensor]]:

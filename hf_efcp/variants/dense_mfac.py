@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch.optim.optimizer import ParamsT
 
+from ..budget import Default
 from ..compressors import Identity
 from ..optimizer import EFCP
 from ..preconditioners import MFAC
@@ -31,9 +32,11 @@ class DenseMFAC(EFCP):
         update_rms: Root mean square of an update where `update_scale` is "tensor", positive.
         divide_by: What the sum over the window is divided by while it fills: "capacity" or "rows".
         nonfinite: "raise" an error at a gradient with NaN or infinity, or "skip" the step and count it.
+        memory_budget: Instead of `num_grads`, what all state may take: "8B/param", "300MB", "2GiB" or an int of bytes.
+            Takes the largest window that fits.
 
     Raises:
-        ValueError: A value outside its range.
+        ValueError: A value outside its range, or a budget that no window fits.
         TypeError: `num_grads` is not an int, or a parameter has a dtype that is not supported.
     """
 
@@ -42,7 +45,7 @@ class DenseMFAC(EFCP):
         params: ParamsT,
         lr: float = 5e-5,
         *,
-        num_grads: int = 32,
+        num_grads: int = Default(32),
         damp: Schedule | None = None,
         relative_damp: float = 0.01,
         momentum: float = 0.0,
@@ -52,6 +55,7 @@ class DenseMFAC(EFCP):
         update_rms: float = 1.0,
         divide_by: str = "capacity",
         nonfinite: str = "raise",
+        memory_budget: int | str | None = None,
     ) -> None:
         numbers, schedules = dampening("damp", damp, relative_damp)
         super().__init__(
@@ -67,4 +71,5 @@ class DenseMFAC(EFCP):
             update_rms=update_rms,
             schedules=schedules,
             nonfinite=nonfinite,
+            memory_budget=memory_budget,
         )

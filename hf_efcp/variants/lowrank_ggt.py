@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch.optim.optimizer import ParamsT
 
+from ..budget import Default
 from ..lowrank import LowRank
 from ..optimizer import EFCP
 from ..preconditioners import GGT
@@ -38,9 +39,11 @@ class LowRankGGT(EFCP):
         update_rms: Root mean square of an update where `update_scale` is "tensor", positive.
         precondition: "row" for the compressed row, "gradient" for the dense gradient (without `beta1`).
         nonfinite: "raise" an error at a gradient with NaN or infinity, or "skip" the step and count it.
+        memory_budget: Instead of `num_grads`, what all state may take: "8B/param", "300MB", "2GiB" or an int of bytes.
+            Takes the largest window that fits.
 
     Raises:
-        ValueError: A value outside its range.
+        ValueError: A value outside its range, or a budget that no window fits.
         TypeError: `num_grads`, `rank` or `seed` is not an int, or a parameter has a dtype that is not supported.
     """
 
@@ -49,7 +52,7 @@ class LowRankGGT(EFCP):
         params: ParamsT,
         lr: float = 5e-5,
         *,
-        num_grads: int = 32,
+        num_grads: int = Default(32),
         rank: int = 4,
         eps: Schedule | None = None,
         relative_eps: float = 1e-4,
@@ -65,6 +68,7 @@ class LowRankGGT(EFCP):
         update_rms: float = 1.0,
         precondition: str = "row",
         nonfinite: str = "raise",
+        memory_budget: int | str | None = None,
     ) -> None:
         numbers, schedules = dampening("eps", eps, relative_eps)
         super().__init__(
@@ -82,4 +86,5 @@ class LowRankGGT(EFCP):
             scope=scope,
             schedules=schedules,
             nonfinite=nonfinite,
+            memory_budget=memory_budget,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch.optim.optimizer import ParamsT
 
+from ..budget import Default
 from ..lowrank import LowRank
 from ..optimizer import EFCP
 from ..preconditioners import MFAC
@@ -41,9 +42,11 @@ class LowRankMFAC(EFCP):
         precondition: "row" for the compressed row, "gradient" for the dense gradient.
         divide_by: What the sum over the window is divided by while it fills: "capacity" or "rows".
         nonfinite: "raise" an error at a gradient with NaN or infinity, or "skip" the step and count it.
+        memory_budget: Instead of `num_grads`, what all state may take: "8B/param", "300MB", "2GiB" or an int of bytes.
+            Takes the largest window that fits.
 
     Raises:
-        ValueError: A value outside its range.
+        ValueError: A value outside its range, or a budget that no window fits.
         TypeError: `num_grads`, `rank` or `seed` is not an int, or a parameter has a dtype that is not supported.
     """
 
@@ -52,7 +55,7 @@ class LowRankMFAC(EFCP):
         params: ParamsT,
         lr: float = 5e-5,
         *,
-        num_grads: int = 32,
+        num_grads: int = Default(32),
         rank: int = 4,
         damp: Schedule | None = None,
         relative_damp: float = 0.01,
@@ -67,6 +70,7 @@ class LowRankMFAC(EFCP):
         precondition: str = "row",
         divide_by: str = "capacity",
         nonfinite: str = "raise",
+        memory_budget: int | str | None = None,
     ) -> None:
         numbers, schedules = dampening("damp", damp, relative_damp)
         super().__init__(
@@ -84,4 +88,5 @@ class LowRankMFAC(EFCP):
             scope=scope,
             schedules=schedules,
             nonfinite=nonfinite,
+            memory_budget=memory_budget,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch.optim.optimizer import ParamsT
 
+from ..budget import Default
 from ..compressors import TopK
 from ..diagonal import AdamMoments
 from ..errors import UINT4
@@ -42,9 +43,11 @@ class MicroAdam(EFCP):
         update_rms: Root mean square of an update where `update_scale` is "tensor", positive.
         nonfinite: "raise" an error at a gradient with NaN or infinity, or "skip" the step and count it.
         backend: "auto", "reference" or "numba".
+        memory_budget: Instead of `num_grads`, what all state may take: "8B/param", "300MB", "2GiB" or an int of bytes.
+            Takes the largest window that fits.
 
     Raises:
-        ValueError: A value outside its range.
+        ValueError: A value outside its range, or a budget that no window fits.
         TypeError: `num_grads` or `block_size` is not an int, or a parameter has a dtype that is not supported.
     """
 
@@ -53,7 +56,7 @@ class MicroAdam(EFCP):
         params: ParamsT,
         lr: float = 5e-5,
         *,
-        num_grads: int = 10,
+        num_grads: int = Default(10),
         density: float = 0.01,
         beta1: float = 0.9,
         beta2: float = 0.999,
@@ -67,6 +70,7 @@ class MicroAdam(EFCP):
         update_rms: float = 1.0,
         nonfinite: str = "raise",
         backend: str = "auto",
+        memory_budget: int | str | None = None,
     ) -> None:
         super().__init__(
             params,
@@ -81,4 +85,5 @@ class MicroAdam(EFCP):
             error_dtype=error_dtype,
             nonfinite=nonfinite,
             backend=backend,
+            memory_budget=memory_budget,
         )

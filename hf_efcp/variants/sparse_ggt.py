@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch.optim.optimizer import ParamsT
 
+from ..budget import Default
 from ..compressors import top_k
 from ..optimizer import EFCP
 from ..preconditioners import GGT
@@ -47,9 +48,11 @@ class SparseGGT(EFCP):
         precondition: "row" for the compressed row, "gradient" for the dense gradient (without `beta1`).
         nonfinite: "raise" an error at a gradient with NaN or infinity, or "skip" the step and count it.
         backend: "auto", "reference" or "numba".
+        memory_budget: Instead of `num_grads`, what all state may take: "8B/param", "300MB", "2GiB" or an int of bytes.
+            Takes the largest window that fits.
 
     Raises:
-        ValueError: A value outside its range.
+        ValueError: A value outside its range, or a budget that no window fits.
         TypeError: `num_grads` or `block_size` is not an int, or a parameter has a dtype that is not supported.
     """
 
@@ -58,7 +61,7 @@ class SparseGGT(EFCP):
         params: ParamsT,
         lr: float = 5e-5,
         *,
-        num_grads: int = 32,
+        num_grads: int = Default(32),
         density: float = 0.01,
         eps: Schedule | None = None,
         relative_eps: float = 1e-4,
@@ -76,6 +79,7 @@ class SparseGGT(EFCP):
         precondition: str = "row",
         nonfinite: str = "raise",
         backend: str = "auto",
+        memory_budget: int | str | None = None,
     ) -> None:
         numbers, schedules = dampening("eps", eps, relative_eps)
         super().__init__(
@@ -94,4 +98,5 @@ class SparseGGT(EFCP):
             schedules=schedules,
             nonfinite=nonfinite,
             backend=backend,
+            memory_budget=memory_budget,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch.optim.optimizer import ParamsT
 
+from ..budget import Default
 from ..compressors import top_k
 from ..optimizer import EFCP
 from ..preconditioners import MFAC
@@ -52,9 +53,11 @@ class SparseMFAC(EFCP):
         divide_by: What the sum over the window is divided by while it fills: "capacity" or "rows".
         nonfinite: "raise" an error at a gradient with NaN or infinity, or "skip" the step and count it.
         backend: "auto", "reference" or "numba".
+        memory_budget: Instead of `num_grads`, what all state may take: "8B/param", "300MB", "2GiB" or an int of bytes.
+            Takes the largest window that fits.
 
     Raises:
-        ValueError: A value outside its range.
+        ValueError: A value outside its range, or a budget that no window fits.
         TypeError: `num_grads` or `block_size` is not an int, or a parameter has a dtype that is not supported.
     """
 
@@ -63,7 +66,7 @@ class SparseMFAC(EFCP):
         params: ParamsT,
         lr: float = 5e-5,
         *,
-        num_grads: int = 256,
+        num_grads: int = Default(256),
         density: float = 0.01,
         damp: Schedule | None = None,
         relative_damp: float = 0.01,
@@ -80,6 +83,7 @@ class SparseMFAC(EFCP):
         divide_by: str = "capacity",
         nonfinite: str = "raise",
         backend: str = "auto",
+        memory_budget: int | str | None = None,
     ) -> None:
         numbers, schedules = dampening("damp", damp, relative_damp)
         super().__init__(
@@ -98,4 +102,5 @@ class SparseMFAC(EFCP):
             schedules=schedules,
             nonfinite=nonfinite,
             backend=backend,
+            memory_budget=memory_budget,
         )
