@@ -149,14 +149,14 @@ def check_settings(saved_groups: list[dict[str, Any]], groups: list[dict[str, An
             f"{[len(group['params']) for group in groups]}: build it from the same model with the same groups"
         )
     for saved, group in zip(saved_groups, groups, strict=True):
-        missing = sorted(group.keys() - saved.keys() - {"initial_lr", "param_names"})
-        if missing:
-            raise ValueError(f"the checkpoint is of another optimizer: its groups lack {', '.join(missing)}")
-        if saved["efcp_format"] != group["efcp_format"]:
+        if saved.get("efcp_format", group["efcp_format"]) != group["efcp_format"]:
             raise ValueError(
                 f"the checkpoint has the state in format {saved['efcp_format']}, this version of hf_efcp reads format "
                 f"{group['efcp_format']}: use the version that wrote it"
             )
+        missing = sorted(group.keys() - saved.keys() - {"initial_lr", "param_names"})
+        if missing:
+            raise ValueError(f"the checkpoint is of another optimizer: its groups lack {', '.join(missing)}")
         for name in structure:
             if saved[name] != group[name]:
                 raise ValueError(

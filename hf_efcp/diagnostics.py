@@ -250,7 +250,7 @@ def _written(optimizer: EFCP, unit: list[Member]) -> torch.Tensor:
     """The Gram matrix of a unit, oldest row first."""
     keeper = optimizer._keeper(unit)
     newest, rows = _newest(optimizer, keeper)
-    order = (newest + 1 + torch.arange(rows)) % rows
+    order = (newest + 1 + torch.arange(rows, device="cpu")) % rows
     gram: torch.Tensor = keeper["gram"][order][:, order]
     return gram
 

@@ -31,6 +31,10 @@ class DiagonalPreconditioner:
     def observe(self, moment: Moment, window: Window, state: State, shape: torch.Size, kernels: Kernels) -> None:
         """Nothing: all it needs is the window."""
 
+    def momentum(self, moment: Moment) -> torch.Tensor | None:
+        """None: the newest row is preconditioned."""
+        return None
+
     def plan_outside(self, gram: torch.Tensor, products: torch.Tensor, moment: Moment) -> Any:
         """Refuse: the rule is made of the window's rows, entry by entry.
 
@@ -71,6 +75,10 @@ class AdamMoments(DiagonalPreconditioner):
             if not 0.0 <= beta < 1.0:
                 raise ValueError(f"{name} must be in [0, 1), got {beta}")
         _check_positive("eps", self.eps)
+
+    def momentum(self, moment: Moment) -> torch.Tensor | None:
+        """The coefficients of the rows in `m`, which is what `sqrt(v) + eps` divides."""
+        return self.plan(None, moment)[0]
 
     def plan(self, gram: torch.Tensor | None, moment: Moment) -> tuple[torch.Tensor, torch.Tensor]:
         """The coefficients of the rows in `m`, and those of their squares in `v`.
@@ -171,7 +179,7 @@ class AdaGradSum(DiagonalPreconditioner):
         Returns:
             `(rows,)`, float64.
         """
-        newest = torch.zeros(moment.rows, dtype=torch.float64)
+        newest = torch.zeros(moment.rows, dtype=torch.float64, device="cpu")
         newest[moment.newest] = 1.0
         return newest
 

@@ -61,9 +61,7 @@ def estimate_memory(
         a table, with `num_grads` as an attribute.
     """
     params = model_or_params.parameters() if isinstance(model_or_params, torch.nn.Module) else model_or_params
-    # The constructor completes the dictionaries that it is given.
-    copies: Any = [dict(entry) if isinstance(entry, dict) else entry for entry in params]
-    made = optimizer(copies, **arguments)
+    made = optimizer(params, **arguments)
     trainable = [param for group in made.param_groups for param in group["params"] if param.requires_grad]
     return MemoryPlan(
         made.planned_memory(),

@@ -21,6 +21,7 @@ from .shards import is_sharded, local
 from .sites import Group, Member, Site, apply_updates, gradient_of, joint_shape, spans, split_updates
 from .step_size import Sized, Updates
 from .threads import one_thread
+from .windows import Slab
 
 FORMAT = 2  # of the state; a checkpoint says which it has
 _FLOAT32_MAX = torch.finfo(torch.float32).max
@@ -478,7 +479,7 @@ class EFCP(torch.optim.Optimizer):
     ) -> bool:
         """Whether the step is to be skipped, on all ranks if on one."""
         bad = [member.param for member in active if not checks.is_finite(member.param.grad)]
-        count = float(shards.all_reduce(torch.tensor([len(bad)], dtype=torch.float64), processes, device))
+        count = float(shards.all_reduce(torch.tensor([len(bad)], dtype=torch.float64, device="cpu"), processes, device))
         if count and not self._skip_nonfinite:
             raise ValueError(checks.nonfinite_message(bad, self._name))
         if count:
@@ -508,7 +509,7 @@ class EFCP(torch.optim.Optimizer):
         gram = None
         squares: dict[int, float] = {}
         if preconditioner.uses_gram:
-            column = torch.zeros(moment.rows, dtype=torch.float64)
+            column = torch.zeros(moment.rows, dtype=torch.float64, device="cpu")
             for site in present:
                 part = self._window.dots(site.state, site.shape, moment.newest, moment.rows, kernels)
                 column += part
@@ -519,7 +520,7 @@ class EFCP(torch.optim.Optimizer):
             gram = keeper["gram"][: moment.rows, : moment.rows]
         keeper["pushed"] = steps
         if self._precondition_gradient and gram is not None:
-            products = torch.zeros(moment.rows + 1, dtype=torch.float64)  # G x, and behind it |x|^2
+            products = torch.zeros(moment.rows + 1, dtype=torch.float64, device="cpu")  # G x, and behind it |x|^2
             for site in present:
                 x = gradient_of(site)
                 products[:-1] += self._window.project(site.state, site.shape, x, moment.rows, kernels)
@@ -527,7 +528,7 @@ class EFCP(torch.optim.Optimizer):
             products = shards.all_reduce(products, processes, unit[0].param.device)
             plan = preconditioner.plan_outside(gram, products[:-1], moment)
         else:
-            products = torch.zeros(moment.rows + 1, dtype=torch.float64)
+            products = torch.zeros(moment.rows + 1, dtype=torch.float64, device="cpu")
             plan = preconditioner.plan(gram, moment)
         length = 0.0 if gram is None else plan.length(gram, products[:-1], float(products[-1]))
         return Planned(present, moment, plan, length, squares)
@@ -544,7 +545,7 @@ class EFCP(torch.optim.Optimizer):
                 raise ValueError(
                     f"the update has length {own:.3g}, which with lr {float(group['lr']):g} may be beyond "
                     f"{param.dtype} ({largest:.3g}) in {self._name(param)}; no parameter was moved, and the gradient "
-                    "is in the window. Use a larger damp or eps, or a lower learning rate"
+                    "is in the window. Use a lower learning rate or momentum, or a larger damp or eps"
                 )
 
     def _move(
@@ -564,43 +565,51 @@ class EFCP(torch.optim.Optimizer):
         for site in planned.sites:
             base = gradient_of(site) if self._precondition_gradient else None
             updates = partial(preconditioner.updates, plan, self._window, site.state, site.shape, kernels, base)
-            squares = self._squares(site, planned, kernels)
+            squares = self._squares(site, planned, preconditioner, kernels)
             for member, part in split_updates(site, updates):
                 update = self._sized(member, part, unit, squares.get(member.position), kernels, processes)
                 apply_updates(member, self.state[member.param] if self._joint else site.state, update, kernels)
 
-    def _squares(self, site: Site, planned: Planned, kernels: Kernels) -> dict[int, float]:
-        """`|row|^2` of what has a length of its own, by position; nothing where the gradient is preconditioned."""
+    def _squares(
+        self, site: Site, planned: Planned, preconditioner: Preconditioner, kernels: Kernels
+    ) -> dict[int, float]:
+        """`|x|^2` of what has a length of its own, by position; nothing where the gradient is preconditioned."""
         scaled = any(member.group["update_scale"] == "tensor" for member in site.members)
         if not scaled or self._precondition_gradient:
             return {}
-        moment, position = planned.moment, site.members[0].position
-        if not self._joint:
-            if position in planned.squares:
-                return {position: planned.squares[position]}
-            products = self._window.dots(site.state, site.shape, moment.newest, moment.rows, kernels)
-            return {position: float(products[moment.newest])}
-        newest = torch.zeros(moment.rows, dtype=torch.float64)
-        newest[moment.newest] = 1.0
-        row = torch.cat([slab for _, slab in self._window.combine(site.state, site.shape, newest, kernels)])
-        return {member.position: step_size.squared(row[span], kernels) for member, span in spans(site)}
+        state, shape, moment, position = site.state, site.shape, planned.moment, site.members[0].position
+        weights = preconditioner.momentum(moment)
+        if weights is None and position in planned.squares and not self._joint:
+            return {position: planned.squares[position]}
+        if weights is None:
+            weights = torch.zeros(moment.rows, dtype=torch.float64, device="cpu")
+            weights[moment.newest] = 1.0
+
+        def parts(start: int) -> Iterable[Slab]:
+            return self._window.combine(state, shape, weights, kernels, start=start)
+
+        return {
+            member.position: sum(step_size.squared(slab, kernels) for _, slab in part(0))
+            for member, part in split_updates(site, parts)
+        }
 
     def _sized(
         self,
         member: Member,
         updates: Updates,
         unit: float,
-        row: float | None,
+        x: float | None,
         kernels: Kernels,
         processes: torch.distributed.ProcessGroup | None,
     ) -> Sized:
-        """An update, given as a multiple of `unit`, at its length; `row` is `|row|^2` if that counts."""
+        """An update, given as a multiple of `unit`, at its length; `x` is `|x|^2` unless `x` is the gradient."""
         group, param, theta = member.group, member.param, local(member.param)
         if group["update_scale"] == "none":
             return step_size.unsized(updates(0), theta.shape, theta.device, unit)
         update = step_size.measure(updates, theta.shape, theta.device, kernels)
         gradient = step_size.squared(gradient_of(Site({}, theta.shape, [member])), kernels)
-        sums = torch.tensor([update.square, gradient, gradient if row is None else row], dtype=torch.float64)
+        lengths = [update.square, gradient, gradient if x is None else x]
+        sums = torch.tensor(lengths, dtype=torch.float64, device="cpu")
         square, gradient, length = shards.all_reduce(sums, processes, param.device).tolist()
         rms = step_size.wanted(self.state[param]["squares"], gradient, length, group["update_rms"])
         return update.sized(rms, square, param.numel())

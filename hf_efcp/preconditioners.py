@@ -40,7 +40,7 @@ class Moment:
 
     def ages(self) -> torch.Tensor:
         """How many steps ago each written row was pushed, `(rows,)`, float64; the newest has age 0."""
-        return (self.newest - torch.arange(self.rows, dtype=torch.float64)) % self.capacity
+        return (self.newest - torch.arange(self.rows, dtype=torch.float64, device="cpu")) % self.capacity
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,9 @@ class Preconditioner(Protocol):
 
     def observe(self, moment: Moment, window: Window, state: State, shape: torch.Size, kernels: Kernels) -> None:
         """Update what it keeps for a parameter, once the newest row is in the window."""
+
+    def momentum(self, moment: Moment) -> torch.Tensor | None:
+        """Weights of the rows in the vector that is preconditioned, `(rows,)`, float64; None for the newest row."""
 
     def plan(self, gram: torch.Tensor | None, moment: Moment) -> Any:
         """What is common to all parameters, from the Gram matrix (None unless `uses_gram`)."""
@@ -157,6 +160,10 @@ class GramPreconditioner:
     def observe(self, moment: Moment, window: Window, state: State, shape: torch.Size, kernels: Kernels) -> None:
         """Nothing: it keeps nothing."""
 
+    def momentum(self, moment: Moment) -> torch.Tensor | None:
+        """None: the newest row is preconditioned."""
+        return None
+
     def plan(self, gram: torch.Tensor | None, moment: Moment) -> Combination:
         """The coefficients for the newest row."""
         assert gram is not None  # uses_gram
@@ -213,7 +220,7 @@ class MFAC(GramPreconditioner):
 
     def coefficients(self, gram: torch.Tensor, moment: Moment) -> torch.Tensor:
         """`c = n (n lambda I + K)^-1 e_j`; see the base class."""
-        target = torch.zeros(moment.rows, dtype=torch.float64)
+        target = torch.zeros(moment.rows, dtype=torch.float64, device="cpu")
         target[moment.newest] = float(self._divisor(moment))
         return self._solve(gram, target, moment)
 
@@ -285,6 +292,10 @@ class GGT(GramPreconditioner):
             raise ValueError(f"beta1 must be in [0, 1), got {self.beta1}")
         if not max(self.beta1, 0.0) <= self.beta2 <= 1.0 or self.beta2 == 0.0:
             raise ValueError(f"beta2 must be in (0, 1] and at least beta1 ({self.beta1}), got {self.beta2}")
+
+    def momentum(self, moment: Moment) -> torch.Tensor | None:
+        """`(1 - beta1) beta1^age`; see the base class."""
+        return (1.0 - self.beta1) * self.beta1 ** moment.ages() if self.beta1 else None
 
     def coefficients(self, gram: torch.Tensor, moment: Moment) -> torch.Tensor:
         """`c = W f(K_w) W^-1 a`; see the base class."""

@@ -66,7 +66,7 @@ def split_updates(site: Site, updates: Updates) -> Iterator[tuple[Member, Update
     whole = torch.cat([update for _, update in updates(0)])
     for member, span in spans(site):
         if member.param.grad is not None:
-            part = [(slice(0, member.param.numel()), whole[span])]
+            part = [(slice(0, member.param.numel()), whole[span])] if member.param.numel() else []
             yield member, lambda start, part=part: part  # type: ignore[misc]
 
 

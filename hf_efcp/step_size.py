@@ -62,7 +62,9 @@ def allocate(device: torch.device | str) -> torch.Tensor:
 
 
 def wanted(squares: torch.Tensor, gradient: float, preconditioned: float, rms: float) -> float:
-    """The root mean square of an update: `rms |x| / sqrt(v)`, but not more than `LONGEST` times `rms`.
+    """Remember a gradient's length, and tell the root mean square of its update: `rms |x| / sqrt(v)`.
+
+    Not more than `LONGEST` times `rms`.
 
     Args:
         squares: From `allocate`; the gradient is added. Zero gradients are not.
@@ -74,7 +76,7 @@ def wanted(squares: torch.Tensor, gradient: float, preconditioned: float, rms: f
         The root mean square; 0 for a vector of zeros, or before the first gradient that is not zero.
     """
     if gradient:
-        squares.mul_(DECAY).add_(torch.tensor([gradient, 1.0], dtype=torch.float64), alpha=1.0 - DECAY)
+        squares.mul_(DECAY).add_(torch.tensor([gradient, 1.0], dtype=torch.float64, device="cpu"), alpha=1.0 - DECAY)
     total, weights = squares.tolist()
     if not total:
         return 0.0
@@ -112,11 +114,13 @@ class Measured:
     Args:
         rows: `|u_r|^2` of each row, or of the whole parameter where it is a vector.
         columns: Entries of a row.
+        matrix: Whether it is one, whose rows have a limit. A shard of a vector is no row.
         slabs: The update.
     """
 
     rows: torch.Tensor
     columns: int
+    matrix: bool
     slabs: Iterable[Slab]
 
     @property
@@ -137,7 +141,8 @@ class Measured:
         """
         # A tensor with so small a part in the update of the model would be made of what rounding left.
         factor = rms * math.sqrt(numel) / max(math.sqrt(square), _NOTHING) if square else 0.0
-        limits = LONGEST_ROW * rms * math.sqrt(self.columns) / self.rows.sqrt()  # infinite for rows of zeros
+        longest = LONGEST_ROW * rms if self.matrix else math.inf
+        limits = longest * math.sqrt(self.columns) / self.rows.sqrt()  # infinite for rows of zeros
         factors = limits.nan_to_num_(nan=0.0).clamp_(max=factor).to(torch.float32)
         return Sized(self.slabs, self.columns, factors)
 
@@ -164,7 +169,7 @@ def measure(updates: Updates, shape: torch.Size, device: torch.device, kernels: 
             held.append((span, update))
         end = span.stop
     rest = held[-1][0].stop if held else 0
-    return Measured(rows, columns, chain(held, updates(rest) if rest < end else ()))
+    return Measured(rows, columns, len(shape) > 1, chain(held, updates(rest) if rest < end else ()))
 
 
 def squared(vector: torch.Tensor, kernels: Kernels) -> float:

@@ -234,7 +234,7 @@ class SparseWindow:
         Returns:
             `(rows,)`, float64, on the CPU.
         """
-        total = torch.zeros(rows, dtype=torch.float64)
+        total = torch.zeros(rows, dtype=torch.float64, device="cpu")
         for piece, indices, values, scales in self._views(state, shape):
             total += kernels.dots(indices, values, newest, rows, piece.length, scales).to("cpu", torch.float64)
         return total
@@ -254,7 +254,7 @@ class SparseWindow:
         Returns:
             `(rows,)`, float64, on the CPU.
         """
-        total = torch.zeros(rows, dtype=torch.float64)
+        total = torch.zeros(rows, dtype=torch.float64, device="cpu")
         for piece, indices, values, scales in self._views(state, shape):
             x = piece.of(dense.view(-1))
             total += kernels.project(indices, values, x, rows, scales).to("cpu", torch.float64)

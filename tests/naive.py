@@ -79,6 +79,10 @@ class Naive:
             row[at] = torch.tensor(levels, dtype=torch.float64) * scale
         return row
 
+    def preconditioned(self):
+        """What the matrix is applied to, unless it is the dense gradient."""
+        return self.rows[-1]
+
     def update(self, x):
         """The inverse of the matrix, applied to x."""
         raise NotImplementedError
@@ -103,14 +107,15 @@ class Naive:
             if gradient is not None:
                 self.errors[i] = accumulators[i] - rows[i]
         self.rows = [*self.rows, torch.cat(rows)][-self.num_grads :]
-        update = self.update(torch.cat(dense) if self.dense_gradient else self.rows[-1])
-        for i, (gradient, part) in enumerate(zip(gradients, update.split(sizes), strict=True)):
+        x = torch.cat(dense) if self.dense_gradient else self.preconditioned()
+        update = self.update(x)
+        for i, (gradient, part, own) in enumerate(zip(gradients, update.split(sizes), x.split(sizes), strict=True)):
             if gradient is None:
                 continue
             if self.rms is not None:
                 # What the matrix's rounding leaves of zero is zero.
                 part = part if part.norm() > 1e-12 * update.norm() else 0 * part
-                part = self.sized(i, part, dense[i], dense[i] if self.dense_gradient else rows[i])
+                part = self.sized(i, part, dense[i], own)
             self.velocity[i] = self.momentum * self.velocity[i] + part
             if not self.l2:
                 self.thetas[i] *= 1 - self.lr[i] * self.weight_decay[i]
@@ -154,17 +159,18 @@ class NaiveMFAC(Naive):
 class NaiveGGT(Naive):
     """`((sum_i w_i^2 g_i g_i^T)^(1/2) + eps I)^-1 x`, or of the momentum over the rows."""
 
+    def preconditioned(self):
+        beta1 = self.matrix.get("beta1", 0.0)
+        return sum((1 - beta1) * beta1**age * g for age, g in enumerate(reversed(self.rows)))
+
     def update(self, x):
         mean = sum(float(g @ g) for g in self.rows) / len(self.rows)
         eps = self.matrix.get("eps", 0.0) + self.matrix.get("relative_eps", 0.0) * math.sqrt(mean)
-        beta1, beta2 = self.matrix.get("beta1", 0.0), self.matrix.get("beta2", 1.0)
+        beta2 = self.matrix.get("beta2", 1.0)
         second = torch.zeros(x.numel(), x.numel(), dtype=torch.float64)
-        first = torch.zeros_like(x)
         for age, g in enumerate(reversed(self.rows)):
             second += beta2 ** (2 * age) * torch.outer(g, g)
-            first += (1 - beta1) * beta1**age * g
         spectrum, vectors = torch.linalg.eigh(second)
         # Rounding of zero has a root of 1e-8 of the largest: the vector has nothing there, unless it is dense.
         spectrum = torch.where(spectrum > 1e-13 * spectrum[-1], spectrum, 0.0)
-        x = x if self.dense_gradient else first
         return vectors @ ((vectors.T @ x) / (spectrum.sqrt() + eps))

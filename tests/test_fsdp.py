@@ -31,8 +31,13 @@ SETTINGS = {
     "low rank": (LowRankMFAC, dict(lr=0.03, num_grads=5, damp=1e-3, rank=1, momentum=0.5)),
     "4-bit error": (MicroAdam, dict(lr=0.02, num_grads=5, density=0.2, block_size=16)),
     "ggt": (SparseGGT, dict(lr=0.1, num_grads=5, eps=1e-3, density=0.1, block_size=16)),
+    "lengths": (SparseMFAC, dict(lr=0.01, num_grads=5, density=1.0, value_dtype=torch.float32, update_scale="tensor")),
+    "lengths of momenta": (
+        SparseGGT,
+        dict(lr=0.01, num_grads=5, density=1.0, value_dtype=torch.float32, beta1=0.5, update_scale="tensor"),
+    ),
 }
-RESUMED = ("dense", "sparse", "int8", "wide indices", "low rank", "4-bit error")
+RESUMED = ("dense", "sparse", "int8", "wide indices", "low rank", "4-bit error", "lengths")
 
 
 def network():
@@ -215,7 +220,7 @@ def two(ranks_and_results):
     return results
 
 
-@pytest.mark.parametrize("name", ["dense", "sparse at density 1"])
+@pytest.mark.parametrize("name", ["dense", "sparse at density 1", "lengths", "lengths of momenta"])
 def test_what_compression_does_not_cut_equals_the_unsharded_run(name, ranks_and_results):
     ranks, results = ranks_and_results
     cls, settings = SETTINGS[name]

@@ -9,7 +9,17 @@ from naive import NaiveGGT, NaiveMFAC
 from problems import Regression, distance, flat, set_gradients
 from test_numbers import rows
 
-from hf_efcp import DenseMFAC, LowRankMFAC, MicroAdam, SparseAdaGrad, SparseGGT, SparseMFAC, step_size
+from hf_efcp import (
+    DenseGGT,
+    DenseMFAC,
+    LowRankGGT,
+    LowRankMFAC,
+    MicroAdam,
+    SparseAdaGrad,
+    SparseGGT,
+    SparseMFAC,
+    step_size,
+)
 from hf_efcp.kernels import cpu, reference
 
 BACKENDS = ["reference", "numba"]
@@ -84,13 +94,16 @@ def test_the_first_update_has_the_wanted_root_mean_square(cls):
 
 
 @pytest.mark.parametrize("precondition", ["row", "gradient"])
-@pytest.mark.parametrize("cls", EVERY)
-def test_a_step_is_as_long_as_what_is_preconditioned(cls, precondition):
-    """A row s times as long as the gradients were makes a step s times as long, by the memory of their squares."""
-    if precondition == "gradient" and "precondition" not in inspect.signature(cls).parameters:
-        pytest.skip("diagonal rules and dense rows have no choice")
+@pytest.mark.parametrize(
+    ("cls", "options"), [*((cls, {}) for cls in EVERY), (DenseGGT, {"beta1": 0.9}), (LowRankGGT, {"beta1": 0.5})]
+)
+def test_a_step_is_as_long_as_what_is_preconditioned(cls, options, precondition):
+    """A vector s times as long as gradients were makes a step s times as long, by the memory of their squares."""
+    if precondition == "gradient" and (options or "precondition" not in inspect.signature(cls).parameters):
+        pytest.skip("momentum, diagonal rules and dense rows have no choice")
     param = torch.nn.Parameter(torch.zeros(40))
-    optimizer = cls([param], lr=1.0, **({"precondition": "gradient"} if precondition == "gradient" else {}))
+    optimizer = cls([param], lr=1.0, **({"precondition": "gradient"} if precondition == "gradient" else {}), **options)
+    beta1 = optimizer.defaults.get("beta1", 0.0) if precondition == "row" else 0.0
     generator = torch.Generator().manual_seed(0)
     squares = []
     for step, size in enumerate((1.0, 3.0, 0.5)):
@@ -102,10 +115,12 @@ def test_a_step_is_as_long_as_what_is_preconditioned(cls, precondition):
         optimizer.step()
         weights = [0.999**age for age in reversed(range(len(squares)))]
         mean = sum(w * q for w, q in zip(weights, squares, strict=True)) / sum(weights)
-        window = rows(optimizer, step % optimizer.param_groups[0]["num_grads"])
-        length = size if precondition == "gradient" else window.norm().item()
-        if cls not in (DenseMFAC, LowRankMFAC) and precondition == "row":
-            assert length < 0.9 * size or step  # Top-k keeps one entry; later rows have what earlier ones left
+        bias = 1.0 - beta1 ** (step + 1) if cls is MicroAdam else 1.0
+        if precondition == "row" and cls is not SparseAdaGrad:  # whose window has one row
+            x = sum((1.0 - beta1) / bias * beta1**age * rows(optimizer, step - age)[0] for age in range(step + 1))
+        else:
+            x = gradient if precondition == "gradient" else rows(optimizer, 0)[0]
+        length = x.norm().item()
         moved = (param.detach() - before).norm().item()
         assert moved == pytest.approx(math.sqrt(40) * length / math.sqrt(mean), rel=1e-3)
 
@@ -296,6 +311,50 @@ def test_an_update_is_measured_row_by_row_and_given_out_whole(shape, kernels):
 def test_sums_of_squares_neither_vanish_nor_overflow(size, kernels):
     vector = torch.full((1000,), size)
     assert step_size.squared(vector, kernels) == pytest.approx(1000 * vector[0].double().item() ** 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("scale", ["tensor", "none"])
+@pytest.mark.parametrize("selection", ["block", "global"])
+@pytest.mark.parametrize("shapes", [[(4, 3), (0,), (7,)], [(5, 0), (2,)], [(0, 5), (2,)], [(), (3, 2)]], ids=str)
+def test_parameters_without_entries_are_in_nobodys_way(shapes, selection, scale, backend):
+    params = [torch.nn.Parameter(torch.ones(shape)) for shape in shapes]
+    optimizer = SparseMFAC(params, lr=0.5, selection=selection, update_scale=scale, backend=backend, density=1.0)
+    set_gradients(params, [torch.ones(shape) for shape in shapes])
+    optimizer.step()
+    assert all(bool((param < 1.0).all()) for param in params)
+    assert sum(param.numel() for param in params) > 0
+
+
+def test_a_vector_has_no_limit_and_a_part_of_one_neither():
+    """A shard that has all of a vector's update takes all of its length."""
+    kernels = cpu
+    whole = torch.zeros(1600)
+    whole[:100] = torch.randn(100, generator=torch.Generator().manual_seed(0))
+    square = whole.double().square().sum().item()
+    for shard in (whole, whole[:100]):
+        flat = shard.clone()
+        update = step_size.measure(lambda start, f=flat: [(slice(0, len(f)), f)], flat.shape, flat.device, kernels)
+        factor = update.sized(1.0, square, 1600).factors
+        assert factor.item() == pytest.approx(40.0 / math.sqrt(square), rel=1e-5)
+
+
+def test_a_default_device_changes_nothing():
+    """torch.set_default_device is for models; the Gram matrix and what belongs to it stay on the CPU."""
+    for cls in (SparseMFAC, SparseGGT, MicroAdam, SparseAdaGrad, LowRankMFAC):
+        ends = []
+        for device in ("cpu", "meta"):
+            param = torch.nn.Parameter(torch.ones(20, 30))
+            optimizer = cls([param], lr=0.1)
+            param.grad = torch.randn(20, 30, generator=torch.Generator().manual_seed(0))
+            torch.set_default_device(device)
+            try:
+                optimizer.step()
+            finally:
+                torch.set_default_device(None)
+            ends.append(param.detach())
+        assert torch.equal(*ends)
+        assert not torch.equal(ends[0], torch.ones(20, 30))
 
 
 def test_wrong_values_are_refused():
