@@ -26,7 +26,8 @@ from hf_efcp.glue import GlueTask
 NOT_IN_KEY = {
     *("optim", "optim_args", "learning_rate", "seed", "output_dir", "report_to", "disable_tqdm", "run_name"),
     *("logging_strategy", "logging_steps", "logging_first_step", "logging_nan_inf_filter", "log_level"),
-    *("save_strategy", "per_device_eval_batch_size", "dataloader_num_workers", "dataloader_pin_memory"),
+    *("save_strategy", "save_total_limit", "per_device_eval_batch_size"),
+    *("dataloader_num_workers", "dataloader_pin_memory"),
 }
 
 

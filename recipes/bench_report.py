@@ -118,7 +118,7 @@ class Report:
         entries = None if smallest is None else smallest.memory["total"] - smallest.memory["gram"]
         size = None if entries is None else entries / self.parameters
         targets.append(Target(f"{SMALLEST}: state without K, bytes per parameter", size, 7.5, ""))
-        for label, result in ((SPARSE_1024, large), (SPARSE_256, small)):
+        for label, result in ((SPARSE_1024, large), (SPARSE_256, small), (SMALLEST, smallest)):
             most = 32.0 if result is None else max(0.05 * result.memory["total"] / MIB, 32.0)
             peak = None if result is None else result.peak / MIB
             targets.append(Target(f"{label}: resident memory, peak of a step", peak, most, " MiB"))
@@ -141,6 +141,7 @@ class Report:
             *self._steps(),
             *(f"\n{label}: left out, {reason}" for label, reason in self.left_out.items()),
             *self._extrapolations(),
+            *self._unwarmed(),
         ]
         if self.training:
             batch, length = self.training_batch
@@ -177,6 +178,13 @@ class Report:
             "multiplied up in proportion to m; the solve is that of the smaller window, and so are the bytes"
             for result in self.results
             if result.extrapolated_from
+        ]
+
+    def _unwarmed(self) -> list[str]:
+        return [
+            f"\n{result.label}: {len(result.repeats)} timed, none to warm up"
+            for result in self.results
+            if result.optimizer == "published"
         ]
 
     def _training(self) -> list[str]:

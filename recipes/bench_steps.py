@@ -82,7 +82,6 @@ def measure_steps(
             published = isinstance(optimizer, AsPublished)
             if published and not 1 <= turn <= published_repeats:
                 continue
-            streams[label].append(stream(window_tensors(optimizer)))
             if published:  # its memory is watched while it is timed: another step would take as long again
                 (step, peaks[label]), method = _timed_and_watched(optimizer)
                 steps[label].append(step)
@@ -91,6 +90,8 @@ def measure_steps(
             else:
                 optimizer.step()
                 peaks[label], method = peak_memory(optimizer.step)
+            # Behind the step, which would find a small window in the cache.
+            streams[label].append(stream(window_tensors(optimizer)))
         print(f"steps: round {turn} of {repeats}", flush=True)
     results = [
         _result(contender, built[contender.label], numel, steps[contender.label], streams[contender.label], peak)

@@ -54,6 +54,11 @@ class Sweep:
         above = [seconds - self.offset for seconds in self.growing]
         return [b / a if a > 0.0 else None for a, b in pairwise(above)]
 
+    @property
+    def linear(self) -> bool:
+        """Whether every doubling doubles the time above the fixed part, within 15 %."""
+        return all(ratio is not None and 1.7 <= ratio <= 2.3 for ratio in self.ratios())
+
     def markdown(self) -> list[str]:
         """The sweep as a table."""
         heading = (self.name, "step, s", "accumulate + Top-k", "dots", "solve", "combine", "length + apply", "rest")
@@ -63,7 +68,8 @@ class Sweep:
         ):
             cells = [f"{parts[part]:.4f}" for part in (*PARTS, "rest")]
             rows.append((f"{size:g}", f"{seconds:.4f}", *cells, "-" if ratio is None else f"{ratio:.2f}"))
-        note = f"{self.fixed}; the fixed part is {self.offset:.4f} s:"
+        verdict = "reached" if self.linear else "MISSED"
+        note = f"{self.fixed}; the fixed part is {self.offset:.4f} s; every doubling within 15 % of 2x: {verdict}."
         return [note, "", *table((*heading, "growth above the fixed part"), rows), ""]
 
 

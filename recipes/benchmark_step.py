@@ -31,6 +31,7 @@ from bench_report import describe
 from bench_steps import build_all, measure_steps
 from bench_sweep import run_sweeps
 from bench_training import measure_training
+from cli import require
 from training import PACKAGED, ModelArguments, load_model
 
 from hf_efcp.glue import get_task
@@ -43,6 +44,7 @@ def main(argv: list[str] | None = None) -> None:
         argv: The command line; None is the program's own.
     """
     arguments = _parser().parse_args(argv)
+    require("recipes", "matplotlib", "psutil")
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     if arguments.sweep:
         _sweep(arguments)
@@ -155,7 +157,10 @@ def _sweep(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
         available=available_memory,
     )
-    content = {"machine": here, "sweeps": [{**asdict(s), "offset": s.offset, "ratios": s.ratios()} for s in sweeps]}
+    content = {
+        "machine": here,
+        "sweeps": [{**asdict(s), "offset": s.offset, "ratios": s.ratios(), "linear": s.linear} for s in sweeps],
+    }
     lines = [describe(here), "", *(line for sweep in sweeps for line in sweep.markdown())]
     _write(arguments.output_dir, "sweep", content, "\n".join(lines))
     plot_sweeps(arguments.output_dir / "sweep.png", sweeps)

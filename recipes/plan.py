@@ -23,6 +23,7 @@ ELSEWHERE = {
     **dict.fromkeys(("optim", "optim_args", "optim_target_modules"), "it under optimizers"),
     **dict.fromkeys(("save_strategy", "resume_from_checkpoint", "do_predict"), "run_glue.py: no model is stored"),
     "disable_tqdm": "nothing: there is one line per run",
+    "efcp_diagnostics_steps": "run_glue.py, which keeps all that is logged",
 }
 
 

@@ -194,7 +194,7 @@ def plot_rates(path: Path, curves: list[Curve]) -> None:
         stock = own[0].stock
         style = {
             "color": FAMILIES["stock"][0] if stock else COLOURS[number % len(COLOURS)],
-            "marker": FAMILIES["stock"][1] if stock else MARKERS[number % len(MARKERS)],
+            "marker": FAMILIES["stock"][1] if stock else MARKERS[number // len(COLOURS) % len(MARKERS)],
             "linestyle": "--" if stock else "-",
         }
         means: dict[float, list[float]] = {}
@@ -218,7 +218,9 @@ def plot_rates(path: Path, curves: list[Curve]) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.margins(x=0.08, y=0.1)
     figure.suptitle("Only the optimizer changes: metric after training against the learning rate", fontsize=12)
-    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=len(handles), frameon=False)
+    figure.legend(
+        list(handles.values()), list(handles), loc="outside lower center", ncols=min(5, len(handles)), frameon=False
+    )
     figure.savefig(path)
 
 

@@ -102,11 +102,11 @@ def rates_table(curves: list[Curve]) -> str:
     """
     rates = sorted({rate for curve in curves for rate in curve.points})
     header = ("optimizer", *(f"{rate:g}" for rate in rates))
-    lines = ["", "# Every learning rate", "", "Mean ± sample standard deviation over the seeds that were trained."]
+    lines = ["", "## Every learning rate", "", "Mean ± sample standard deviation over the seeds that were trained."]
     for task in dict.fromkeys(curve.task for curve in curves):
         of_task = [curve for curve in curves if curve.task == task]
         rows = [(curve.label, *(_spread(curve.points.get(rate, ())) for rate in rates)) for curve in of_task]
-        lines += ["", f"## {task}, {of_task[0].headline.replace('_', ' ')}", "", *_markdown(header, rows)]
+        lines += ["", f"### {task}, {of_task[0].headline.replace('_', ' ')}", "", *_markdown(header, rows)]
     tasks = len({curve.task for curve in curves})
     if tasks > 1:
         rows = []
@@ -117,7 +117,7 @@ def rates_table(curves: list[Curve]) -> str:
                 means = [statistics.fmean(values) for values in found if values]
                 cells.append(f"{statistics.fmean(means):.3f}" if len(means) == tasks else "-")
             rows.append((label, *cells))
-        lines += ["", "## Mean over tasks", "", *_markdown(header, rows)]
+        lines += ["", "### Mean over tasks", "", *_markdown(header, rows)]
     return "\n".join(lines) + "\n"
 
 

@@ -12,18 +12,17 @@ are those of `run_glue.py`.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
 
 from cli import parse_arguments, require
+from fine_tuning import BaselineArguments, fine_tune, runs_of
 from qa_data import has_unanswerable, load_questions
 from qa_features import AnswerFinder, check_tokenizer, cut_windows
 from qa_metrics import metric_names, squad_metrics
-from run_glue import BaselineArguments, comparison
-from training import DEFAULTS, ModelArguments, load_pretrained, train, write_json
+from training import DEFAULTS, InOrder, ModelArguments, load_pretrained, write_json
 from transformers import AutoModelForQuestionAnswering, DataCollatorWithPadding, EvalPrediction, set_seed
 
 from hf_efcp import EFCPTrainer, EFCPTrainingArguments
@@ -131,7 +130,7 @@ def build_trainer(
     Returns:
         A trainer that watches the metrics on the validation split.
     """
-    return EFCPTrainer(
+    return InOrder(
         model=model,
         args=args,
         train_dataset=windows["train"],
@@ -149,22 +148,13 @@ def main(argv: list[str]) -> None:
         argv: the command line without the program's name.
     """
     require("recipes", "datasets", "matplotlib", "yaml")
-    from plots import plot_training
-
-    data_arguments, model_arguments, baseline_arguments, args = parse_arguments(
-        (DataArguments, ModelArguments, BaselineArguments, EFCPTrainingArguments), argv, DEFAULTS
+    data_arguments, model_arguments, baseline, args = parse_arguments(
+        (DataArguments, ModelArguments, BaselineArguments, EFCPTrainingArguments),
+        argv,
+        DEFAULTS,
+        elsewhere={"do_predict": "predictions.json, the answers to the validation questions, which are always written"},
     )
-    runs = [args]
-    if baseline_arguments.baseline:
-        runs.append(
-            dataclasses.replace(
-                args,
-                optim=baseline_arguments.baseline,
-                optim_args=None,
-                learning_rate=baseline_arguments.baseline_learning_rate,
-                output_dir=str(Path(args.output_dir, "baseline")),
-            )
-        )
+    runs = runs_of(args, baseline)
     questions = load_questions(data_arguments.dataset_name, data_arguments.data_dir)
     may_be_null = any(has_unanswerable(split) for split in questions.values())
     limits = {"train": data_arguments.max_train_samples, "validation": data_arguments.max_eval_samples}
@@ -197,42 +187,20 @@ def main(argv: list[str]) -> None:
     source = Path(data_arguments.data_dir).resolve() if data_arguments.data_dir else Path(data_arguments.dataset_name)
     task = QATask(source.name, metric_names(evaluation.true))
 
-    records, curves = [], []
-    for run in runs:
-        resume: bool | str = False
-        if run is args and run.resume_from_checkpoint:  # a flag gives the word "true", or a folder
-            resume = run.resume_from_checkpoint.lower() == "true" or run.resume_from_checkpoint
-        # Every run starts from the same weights; Trainer seeds dropout and the order of the data.
-        trainer = build_trainer(copy.deepcopy(model), tokenizer, windows, evaluation, run)
-        record, history = train(trainer, task, windows, resume)
-        trainer.save_model()
-        records.append({
-            "model": model_arguments.model_name_or_path,
-            "layers": model.config.num_hidden_layers,
-            **record,
-            "train_examples": len(questions["train"]),
-            "train_windows": len(windows["train"]),
-            "validation_examples": len(questions["validation"]),
-        })
-        curves.append((f"{record['optimizer']}, lr {run.learning_rate:g}", history))
-        if args.process_index == 0:
-            write_json(Path(run.output_dir, "metrics.json"), records[-1])
-            write_json(Path(run.output_dir, "history.json"), history)
-            write_json(Path(run.output_dir, "predictions.json"), evaluation.predictions)
-    if args.process_index > 0:
-        return
+    def build(model: Any, run: EFCPTrainingArguments) -> EFCPTrainer:
+        return build_trainer(model, tokenizer, windows, evaluation, run)
 
-    output_dir, main_run = Path(args.output_dir), records[0]
-    write_json(output_dir / "metrics.json", {**main_run, "baseline": records[1] if len(records) > 1 else None})
-    title = f"{task.name}: {main_run['model']}, {main_run['layers']} layers, batch {main_run['train_batch_size']}"
-    plot_training(output_dir / "training.png", title, task.headline, curves)
-    if len(records) > 1:
-        print(comparison(records))
-    print(f"model, metrics.json, history.json, training.png and predictions.json are in {output_dir}")
-    print(
-        f"{task.name} {task.headline}: {main_run['metrics'][task.headline]:.3f} "
-        f"({main_run['optimizer']}, {main_run['steps']} steps, {main_run['seconds']:.0f} s)"
-    )
+    def write(trainer: EFCPTrainer, folder: Path) -> list[str]:
+        if args.process_index == 0:
+            write_json(folder / "predictions.json", evaluation.predictions)
+        return ["predictions.json"]
+
+    counts = {
+        "train_examples": len(questions["train"]),
+        "train_windows": len(windows["train"]),
+        "validation_examples": len(questions["validation"]),
+    }
+    fine_tune(runs, task, windows, model, model_arguments, build, write, counts)
 
 
 if __name__ == "__main__":

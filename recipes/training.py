@@ -9,7 +9,7 @@ import platform
 import re
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from enum import Enum
 from importlib.metadata import version
 from pathlib import Path
@@ -31,7 +31,8 @@ import hf_efcp
 from hf_efcp import EFCPTrainer, EFCPTrainingArguments
 from hf_efcp.glue import GlueTask, compute_metrics
 
-DEFAULTS = {"optim": "sparse_mfac", "warmup_steps": 0.1, "logging_nan_inf_filter": False}
+# A checkpoint has the optimizer's window in it, and is as large.
+DEFAULTS = {"optim": "sparse_mfac", "warmup_steps": 0.1, "logging_nan_inf_filter": False, "save_total_limit": 1}
 PACKAGED = "packaged-minilm"
 
 
@@ -77,6 +78,25 @@ class Measured(Protocol):
     @property
     def validation_splits(self) -> tuple[str, ...]:
         """The splits to evaluate on."""
+
+
+class InOrder(EFCPTrainer):
+    """Evaluates and predicts in the order of the data; `train_sampling_strategy` would change that order as well."""
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """As the parent's, in order."""
+        return self._in_order(super().get_eval_dataloader, *args, **kwargs)
+
+    def get_test_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """As the parent's, in order."""
+        return self._in_order(super().get_test_dataloader, *args, **kwargs)
+
+    def _in_order(self, make: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        strategy, self.args.train_sampling_strategy = self.args.train_sampling_strategy, "random"
+        try:
+            return make(*args, **kwargs)
+        finally:
+            self.args.train_sampling_strategy = strategy
 
 
 class StepTimer(TrainerCallback):
@@ -129,7 +149,8 @@ def load_pretrained(arguments: ModelArguments, auto_model: Any, head: dict[str, 
     Raises:
         FileNotFoundError: if the model is a path that does not exist.
         OSError: if the model is neither a folder here nor found on the Hub.
-        ValueError: if the model does not have so many layers.
+        ValueError: if the model does not have so many layers, or its weights are not of the sizes that its
+            configuration says.
     """
     name = arguments.model_name_or_path
     path = Path(name).expanduser()
@@ -149,12 +170,19 @@ def load_pretrained(arguments: ModelArguments, auto_model: Any, head: dict[str, 
                 raise ValueError(f"--num_hidden_layers must be in 1..{config.num_hidden_layers} for {name}: {layers}")
             config.num_hidden_layers = layers
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model = auto_model.from_pretrained(source, config=config, dtype=torch.float32)
+        model, loaded = auto_model.from_pretrained(
+            source, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True
+        )
     except OSError as error:
         raise OSError(
             f"could not load {name}: it is no folder with a model here, and the Hub did not give it ({error}). "
             f"{NO_HUB}: --model_name_or_path FOLDER, or {PACKAGED}"
         ) from error
+    others = [entry[0] for entry in loaded["mismatched_keys"]]
+    if wrong := [key for key in others if key.startswith(f"{model.base_model_prefix}.")]:
+        raise ValueError(f"{name} has weights of other sizes than its configuration says: {', '.join(wrong[:3])}")
+    if others:
+        print(f"the head of {name} is that of another task: it starts anew")
     return tokenizer, model
 
 
@@ -212,7 +240,7 @@ def build_trainer(
     def metrics(output: EvalPrediction) -> dict[str, float]:
         return compute_metrics(task, decide(task, first_output(output.predictions)), output.label_ids)
 
-    return EFCPTrainer(
+    return InOrder(
         model=model,
         args=args,
         train_dataset=splits["train"],

@@ -195,7 +195,7 @@ def refused_run(rank):
 
 def everything(rank, ranks, folder):
     """All runs in one pair of processes: starting them is what takes the time."""
-    compared = ("dense", "sparse at density 1", "sparse", "ggt")
+    compared = ("dense", "sparse at density 1", "sparse", "ggt", "lengths", "lengths of momenta")
     results = {name: sharded_run(rank, name, ranks) for name in compared}
     if ranks == 2:
         for name in RESUMED:

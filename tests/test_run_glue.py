@@ -248,6 +248,34 @@ def test_data_that_does_not_fit_the_task_is_refused(recipe, tmp_path, task, colu
         recipe.data.load_splits(get_task(task), str(tmp_path))
 
 
+def test_a_folder_of_other_tasks_leaves_rotten_tomatoes_to_its_package(recipe, tmp_path, monkeypatch):
+    packaged = {split: Dataset.from_dict({"text": ["a"], "label": [1]}) for split in ("train", "validation")}
+    monkeypatch.setattr(recipe.data, "rotten_tomatoes", lambda: packaged)
+    task = get_task("rotten_tomatoes")
+    with pytest.raises(FileNotFoundError, match="expected one of train.parquet"):
+        recipe.data.load_splits(task, str(tmp_path))  # an empty folder is a mistake
+    (tmp_path / "sst2").mkdir()
+    assert recipe.data.load_splits(task, str(tmp_path)) is packaged
+    for split in ("train", "validation"):
+        write_csv(tmp_path / "rotten_tomatoes" / f"{split}.csv", {"text": ["b", "c"], "label": [0, 1]})
+    assert recipe.data.load_splits(task, str(tmp_path))["train"]["text"] == ["b", "c"]
+
+
+def test_a_head_of_another_task_starts_anew_and_other_sizes_are_refused(recipe, tiny_model, tmp_path, capsys):
+    arguments = recipe.training.ModelArguments(str(tiny_model))
+    tokenizer, model = recipe.training.load_model(arguments, get_task("mnli"))
+    for part in (tokenizer, model):
+        part.save_pretrained(tmp_path / "mnli")
+    _, loaded = recipe.training.load_model(recipe.training.ModelArguments(str(tmp_path / "mnli")), get_task("rte"))
+    assert loaded.classifier.weight.shape[0] == 2
+    assert torch.equal(loaded.bert.pooler.dense.weight, model.bert.pooler.dense.weight)
+    assert "that of another task: it starts anew" in capsys.readouterr().out
+    config = json.loads((tmp_path / "mnli" / "config.json").read_text())
+    (tmp_path / "mnli" / "config.json").write_text(json.dumps({**config, "intermediate_size": 32}))
+    with pytest.raises(ValueError, match=r"weights of other sizes than its configuration says: bert\."):
+        recipe.training.load_model(recipe.training.ModelArguments(str(tmp_path / "mnli")), get_task("rte"))
+
+
 @pytest.mark.parametrize("names", [["positive", "negative"], ["negative", "positive"], ["neg", "pos"]])
 def test_classes_in_another_order_are_refused(recipe, tmp_path, names):
     features = Features({"sentence": Value("string"), "label": ClassLabel(names=names)})

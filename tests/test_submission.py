@@ -6,6 +6,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from tiny import arguments
 
 from hf_efcp.glue import TASKS, get_task
 
@@ -60,6 +62,37 @@ def test_each_test_split_gets_its_file(module, tmp_path):
         trained(outputs, rank=1), get_task("mnli"), {name: name for name in outputs}, tmp_path / "c"
     )
     assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize("strategy", ["random", "group_by_length"])
+def test_predictions_are_in_the_order_of_the_split(strategy, tmp_path, monkeypatch):
+    """Sampling by length is for training: Trainer would sort what it predicts as well."""
+    monkeypatch.syspath_prepend(RECIPES)
+    training = importlib.import_module("training")
+    rows = [{"input_ids": [5] * length, "labels": 0} for length in (3, 9, 2, 8, 4, 7, 1, 6)]
+
+    class Lengths(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(1))
+
+        def forward(self, input_ids, labels=None):
+            lengths = (input_ids == 5).sum(dim=1).float()
+            return {"loss": self.weight.sum(), "logits": torch.stack((lengths, self.weight * lengths), dim=1)}
+
+    def collate(batch):
+        longest = max(len(row["input_ids"]) for row in batch)
+        padded = [row["input_ids"] + [0] * (longest - len(row["input_ids"])) for row in batch]
+        return {"input_ids": torch.tensor(padded), "labels": torch.zeros(len(batch), dtype=torch.long)}
+
+    args = arguments(tmp_path, train_sampling_strategy=strategy, per_device_eval_batch_size=3)
+    trainer = training.InOrder(model=Lengths(), args=args, eval_dataset=rows, data_collator=collate)
+    for found in (
+        trainer.predict(rows).predictions,
+        trainer.evaluation_loop(trainer.get_eval_dataloader(), "evaluate", prediction_loss_only=False).predictions,
+    ):
+        assert found[:, 0].tolist() == [3, 9, 2, 8, 4, 7, 1, 6]
+    assert args.train_sampling_strategy == strategy
 
 
 @pytest.mark.parametrize("task", ["sst2", "stsb"])
