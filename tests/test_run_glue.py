@@ -523,7 +523,7 @@ def test_regression_learns_numbers(recipe, tiny_model, tmp_path):
 
 def test_a_run_resumes_from_its_checkpoint(recipe, tiny_model, data_dir, tmp_path):
     output = tmp_path / "out"
-    flags = ["--max_steps", 6, "--save_strategy", "steps", "--save_steps", 3]
+    flags = ["--max_steps", 6, "--save_strategy", "steps", "--save_steps", 3, "--save_total_limit", 2]
     argv = small_run(tiny_model, data_dir, output, *flags)
     with pytest.raises(ValueError, match="No valid checkpoint"):
         recipe.run_glue.main([*argv, "--resume_from_checkpoint", "true"])
@@ -545,7 +545,7 @@ def test_wrong_names_end_a_run_before_anything_is_loaded(recipe, monkeypatch):
 
 
 def test_numbers_that_are_not_finite_become_null(recipe, tmp_path):
-    recipe.run_glue.write_json(tmp_path / "a.json", {"a": [1.5, math.nan, (math.inf,)], "b": torch.float32})
+    recipe.training.write_json(tmp_path / "a.json", {"a": [1.5, math.nan, (math.inf,)], "b": torch.float32})
     assert json.loads((tmp_path / "a.json").read_text()) == {"a": [1.5, None, [None]], "b": "torch.float32"}
 
 

@@ -663,7 +663,7 @@ def test_data_without_unanswerable_questions_never_gets_no_answer(recipe, tiny_m
 
 def test_a_run_resumes_from_its_checkpoint(recipe, tiny_model, tmp_path):
     output = tmp_path / "out"
-    flags = ["--max_steps", 4, "--save_strategy", "steps", "--save_steps", 2]
+    flags = ["--max_steps", 4, "--save_strategy", "steps", "--save_steps", 2, "--save_total_limit", 2]
     argv = small_run(tiny_model, write_flat(tmp_path / "data", metal_questions(64, seed=0)), output, *flags)
     recipe.run_qa.main(argv)
     whole = load_file(output / "model.safetensors")
