@@ -11,11 +11,12 @@ from typing import Any, NamedTuple, overload
 import torch
 from torch.optim.optimizer import ParamsT
 
-from . import adamw, budget, checks, shards, step_size
+from . import adamw, budget, checks, layout, shards, step_size
 from .accounting import count_bytes
 from .compressors import Compressor
 from .errors import error_store
 from .kernels import Kernels, check_name, choose, widest
+from .layout import Layout
 from .preconditioners import Moment, Preconditioner
 from .shards import is_sharded, local
 from .sites import Group, Member, Site, apply_updates, gradient_of, joint_shape, spans, split_updates
@@ -147,6 +148,7 @@ class EFCP(torch.optim.Optimizer):
         self._compressor = compressor
         self._window = compressor.window(num_grads)
         self._errors = error_store(error_dtype)
+        self._layout = Layout(compressor, self._window, self._errors, preconditioner, num_grads)
         self._precondition_gradient = precondition == "gradient"
         self._schedules = dict(schedules or {})
         self._skip_nonfinite = nonfinite == "skip"
@@ -262,14 +264,14 @@ class EFCP(torch.optim.Optimizer):
             As `memory`.
         """
         trainable = [member for member in self._members() if member.param.requires_grad]
-        states = [self._fresh(member, "meta") for member in trainable]
+        states = [self._layout.fresh(member, "meta") for member in trainable]
         for member, state in zip(trainable, states, strict=True):
             if is_sharded(member.param) and member.group["preconditioned"]:
                 own = {name: tensor[:1] for name, tensor in state.items() if name != "squares"}
                 state.update(own)  # this rank's row
         units = [member for member in trainable if member.group["preconditioned"]]
         keepers = len(units) if self._structure["scope"] == "layer" else min(1, len(units))
-        return count_bytes([*states, *(self._fresh_keeper(units, "meta") for _ in range(keepers))])
+        return count_bytes([*states, *(self._layout.keeper(units, "meta") for _ in range(keepers))])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict()` returned, bit for bit.
@@ -294,12 +296,12 @@ class EFCP(torch.optim.Optimizer):
         ]
         trained = [member for member, _ in loaded if member.group["preconditioned"]]
         for member, saved in loaded:
-            self._check_saved(saved, member, trained)
+            self._layout.check(saved, member, trained, self._name(member.param))
         windows = [saved for member, saved in loaded if member.group["preconditioned"]]
-        checks.check_keepers(windows, self._fresh_keeper(trained, "meta"), self._structure["scope"] == "layer")
+        checks.check_keepers(windows, self._layout.keeper(trained, "meta"), self._structure["scope"] == "layer")
         super().load_state_dict({**state_dict, "state": {}})
         for member, saved in loaded:
-            self.state[member.param] = {name: _copy(name, value, member.param) for name, value in saved.items()}
+            self.state[member.param] = {name: layout.copied(name, value, member.param) for name, value in saved.items()}
 
     def _step(self, active: list[Member]) -> bool:
         """Check everything, then step what is preconditioned; whether the step was not skipped."""
@@ -359,7 +361,8 @@ class EFCP(torch.optim.Optimizer):
 
     def _resize(self, num_grads: int) -> None:
         """Set the capacity of the window, before anything is allocated."""
-        self._window = self._compressor.window(num_grads)
+        self._layout = self._layout.resized(num_grads)
+        self._window = self._layout.window
         for settings in (self._structure, self.defaults, *self.param_groups):
             settings["num_grads"] = num_grads
 
@@ -393,58 +396,22 @@ class EFCP(torch.optim.Optimizer):
                     return f"parameter {position} of group {number} (shape {tuple(param.shape)})"
         raise KeyError("not a parameter of this optimizer")
 
-    def _fresh(self, member: Member, device: torch.device | str) -> dict[str, Any]:
-        """The state of a parameter that was never stepped. On "meta" it has shapes and no memory."""
-        if not member.group["preconditioned"]:
-            return adamw.allocate(member.param, device)
-        state = shards.allocate(member.param, self._maker(member), device)
-        if member.group["update_scale"] == "tensor":
-            state["squares"] = step_size.allocate(device)
-        return {"entries": member.param.numel(), **state} if self._joint else state
-
-    def _maker(self, member: Member) -> shards.Maker:
-        """Makes the tensors of a parameter, or of a shard of it."""
-
-        def make(shape: torch.Size, device: torch.device | str) -> dict[str, Any]:
-            state = {} if self._joint else self._fresh_site(shape, device, member.position)
-            return state | (_momentum(shape, device) if member.group["momentum"] else {})
-
-        return make
-
-    def _fresh_site(self, shape: torch.Size, device: torch.device | str, position: int) -> dict[str, Any]:
-        """Error and window, and what the compressor and the preconditioner keep."""
-        state: dict[str, Any] = {} if self._compressor.lossless else self._errors.allocate(shape, device)
-        state |= self._window.allocate(shape, device)
-        state |= self._compressor.allocate(shape, device, position)
-        return state | self._preconditioner.allocate(shape, device)
-
-    def _fresh_keeper(self, members: list[Member], device: torch.device | str) -> dict[str, Any]:
-        """What a unit has in common: rows pushed, the Gram matrix (float64 on the CPU), a joint window."""
-        state: dict[str, Any] = {"pushed": 0}
-        if self._preconditioner.uses_gram:
-            capacity = self._structure["num_grads"]
-            home = "meta" if device == "meta" else "cpu"
-            state["gram"] = torch.zeros(capacity, capacity, dtype=torch.float64, device=home)
-        if self._joint:
-            state |= self._fresh_site(joint_shape(members), device, 0)
-        return state
-
     def _allocate(self, active: list[Member]) -> None:
         """Make the state of the parameters that have none."""
         preconditioned = [member for member in active if member.group["preconditioned"]]
         for member in active:
             group, param, state = member.group, member.param, self.state[member.param]
             if not state:
-                fresh = self._fresh(member, param.device)
+                fresh = self._layout.fresh(member, param.device)
                 if group["preconditioned"] and (
                     self._structure["scope"] == "layer" or not self._keeper(self._members())
                 ):
                     # With a parameter, since a checkpoint keeps nothing that no parameter owns.
-                    fresh |= self._fresh_keeper(preconditioned, param.device)
+                    fresh |= self._layout.keeper(preconditioned, param.device)
                 state.update(fresh)  # all of it or, if memory runs out, nothing
             elif group["preconditioned"]:  # what was switched on since
                 if group["momentum"] and "momentum" not in state:
-                    state.update(shards.allocate(param, _momentum, param.device))
+                    state.update(shards.allocate(param, layout.momentum, param.device))
                 if group["update_scale"] == "tensor" and "squares" not in state:
                     state["squares"] = step_size.allocate(param.device)
 
@@ -470,9 +437,8 @@ class EFCP(torch.optim.Optimizer):
     def _sites(self, unit: list[Member]) -> list[Site]:
         if self._joint:
             return [Site(self._keeper(unit), joint_shape(unit), unit)]
-        return [
-            Site(shards.view(self.state[m.param], m.param, self._maker(m)), local(m.param).shape, [m]) for m in unit
-        ]
+        views = ((m, shards.view(self.state[m.param], m.param, self._layout.maker(m))) for m in unit)
+        return [Site(state, local(m.param).shape, [m]) for m, state in views]
 
     def _refuses_nonfinite(
         self, active: list[Member], processes: torch.distributed.ProcessGroup | None, device: torch.device
@@ -635,27 +601,6 @@ class EFCP(torch.optim.Optimizer):
                 error[span] = kept
             self._errors.save(state, error, slab, moment.steps, site.members[0].position, kernels)
 
-    def _check_saved(self, saved: dict[str, Any], member: Member, trained: list[Member]) -> None:
-        optional = {"momentum": 1.0, "update_scale": "tensor"}
-        expected = self._fresh(member._replace(group={**member.group, **optional}), "meta")
-        own = set(expected) - {"step", "squares"}
-        if member.group["preconditioned"]:
-            expected |= {name: v for name, v in self._fresh_keeper(trained, "meta").items() if name in saved}
-        name = self._name(member.param)
-        if is_sharded(member.param) and any(
-            torch.is_tensor(v) and not is_sharded(v) and k in own for k, v in saved.items()
-        ):
-            raise ValueError(
-                f"the checkpoint's state of {name} is whole, but the parameter is sharded: load it with "
-                "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
-            )
-        checks.check_tensors(saved, expected, {"momentum", "squares"}, name)
-        if member.group["preconditioned"] and not self._joint:
-            view = shards.view(saved, member.param, self._maker(member))
-            self._window.check(view, local(member.param).shape, name)
-        elif "indices" in saved:
-            self._window.check(saved, joint_shape(trained), "all parameters")
-
 
 def _plain(settings: Mapping[str, Any]) -> Group:
     """Settings as they stand in the parameter groups: torch.distributed.checkpoint takes no dtypes there."""
@@ -663,14 +608,3 @@ def _plain(settings: Mapping[str, Any]) -> Group:
         name: str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
         for name, value in settings.items()
     }
-
-
-def _momentum(shape: torch.Size, device: torch.device | str) -> dict[str, Any]:
-    return {"momentum": torch.zeros(shape, dtype=torch.float32, device=device)}
-
-
-def _copy(name: str, value: Any, param: torch.Tensor) -> Any:
-    """A copy of a saved value, on the device where it belongs."""
-    if not isinstance(value, torch.Tensor):
-        return value
-    return value.detach().to("cpu" if name in ("gram", "squares", "step") else param.device, copy=True)

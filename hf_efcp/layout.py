@@ -1,0 +1,166 @@
+"""What the state of a parameter is made of: fresh tensors, and the check of those that a checkpoint brings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from . import adamw, checks, shards, step_size
+from .compressors import Compressor
+from .errors import ErrorStore
+from .preconditioners import Preconditioner
+from .shards import is_sharded, local
+from .sites import Member, joint_shape
+from .windows import Window
+
+State = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The parts of an optimizer that keep something between steps.
+
+    Args:
+        compressor: Of the gradients.
+        window: Of the compressor's rows.
+        errors: How errors are kept.
+        preconditioner: What is made of the window.
+        num_grads: Capacity `m` of the window.
+    """
+
+    compressor: Compressor
+    window: Window
+    errors: ErrorStore
+    preconditioner: Preconditioner
+    num_grads: int
+
+    def resized(self, num_grads: int) -> Layout:
+        """The same with another window.
+
+        Args:
+            num_grads: Its capacity.
+
+        Returns:
+            The layout.
+        """
+        return replace(self, window=self.compressor.window(num_grads), num_grads=num_grads)
+
+    def fresh(self, member: Member, device: torch.device | str) -> State:
+        """The state of a parameter that was never stepped.
+
+        Args:
+            member: The parameter.
+            device: Where; "meta" gives shapes without memory.
+
+        Returns:
+            Plain tensors and numbers by name.
+        """
+        if not member.group["preconditioned"]:
+            return adamw.allocate(member.param, device)
+        state = shards.allocate(member.param, self.maker(member), device)
+        if member.group["update_scale"] == "tensor":
+            state["squares"] = step_size.allocate(device)
+        return {"entries": member.param.numel(), **state} if self.compressor.joint else state
+
+    def maker(self, member: Member) -> shards.Maker:
+        """What makes the tensors of a parameter, or of a shard of it.
+
+        Args:
+            member: The parameter.
+
+        Returns:
+            A function of shape and device.
+        """
+
+        def make(shape: torch.Size, device: torch.device | str) -> State:
+            state = {} if self.compressor.joint else self._site(shape, device, member.position)
+            return state | (momentum(shape, device) if member.group["momentum"] else {})
+
+        return make
+
+    def keeper(self, members: list[Member], device: torch.device | str) -> State:
+        """What parameters that share a preconditioner have in common.
+
+        Args:
+            members: They.
+            device: Where; "meta" gives shapes without memory.
+
+        Returns:
+            The rows pushed, the Gram matrix (float64 on the CPU), a joint window.
+        """
+        state: State = {"pushed": 0}
+        if self.preconditioner.uses_gram:
+            home = "meta" if device == "meta" else "cpu"
+            state["gram"] = torch.zeros(self.num_grads, self.num_grads, dtype=torch.float64, device=home)
+        if self.compressor.joint:
+            state |= self._site(joint_shape(members), device, 0)
+        return state
+
+    def check(self, saved: State, member: Member, trained: list[Member], name: str) -> None:
+        """Refuse a saved state that `fresh` and `keeper` would not have made.
+
+        Args:
+            saved: State of one parameter in a checkpoint.
+            member: The parameter, in the checkpoint's group.
+            trained: The preconditioned parameters that have a state in the checkpoint.
+            name: What to call the parameter.
+
+        Raises:
+            ValueError: It does not fit.
+        """
+        optional = {"momentum": 1.0, "update_scale": "tensor"}
+        expected = self.fresh(member._replace(group={**member.group, **optional}), "meta")
+        own = set(expected) - {"step", "squares"}
+        if member.group["preconditioned"]:
+            expected |= {name: v for name, v in self.keeper(trained, "meta").items() if name in saved}
+        if is_sharded(member.param) and any(
+            torch.is_tensor(v) and not is_sharded(v) and k in own for k, v in saved.items()
+        ):
+            raise ValueError(
+                f"the checkpoint's state of {name} is whole, but the parameter is sharded: load it with "
+                "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
+            )
+        checks.check_tensors(saved, expected, {"momentum", "squares"}, name)
+        if member.group["preconditioned"] and not self.compressor.joint:
+            view = shards.view(saved, member.param, self.maker(member))
+            self.window.check(view, local(member.param).shape, name)
+        elif "indices" in saved:
+            self.window.check(saved, joint_shape(trained), "all parameters")
+
+    def _site(self, shape: torch.Size, device: torch.device | str, position: int) -> State:
+        """Error and window, and what the compressor and the preconditioner keep."""
+        state: State = {} if self.compressor.lossless else self.errors.allocate(shape, device)
+        state |= self.window.allocate(shape, device)
+        state |= self.compressor.allocate(shape, device, position)
+        return state | self.preconditioner.allocate(shape, device)
+
+
+def momentum(shape: torch.Size, device: torch.device | str) -> State:
+    """The velocity of a parameter.
+
+    Args:
+        shape: Its shape.
+        device: Where.
+
+    Returns:
+        `{"momentum": ...}`, float32, zeros.
+    """
+    return {"momentum": torch.zeros(shape, dtype=torch.float32, device=device)}
+
+
+def copied(name: str, value: Any, param: torch.Tensor) -> Any:
+    """A copy of a saved value, on the device where it belongs.
+
+    Args:
+        name: Its name in the state.
+        value: A tensor, or a number, which is returned as it is.
+        param: The parameter.
+
+    Returns:
+        The copy.
+    """
+    if not isinstance(value, torch.Tensor):
+        return value
+    return value.detach().to("cpu" if name in ("gram", "squares", "step") else param.device, copy=True)
