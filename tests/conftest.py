@@ -1,6 +1,8 @@
-"""Settings of the test run, and a fixture of several files."""
+"""Settings of the test run, and fixtures of several files."""
 
+import importlib
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,27 @@ from hypothesis import settings
 settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):
     settings.load_profile("ci")
+
+
+class Recipes:
+    """The modules of recipes/, which is a folder of programs and no package, by their names."""
+
+    def __getattr__(self, name):
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return importlib.import_module(name)
+
+
+@pytest.fixture
+def recipe(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "recipes"))
+    return Recipes()
+
+
+@pytest.fixture
+def private_cache(tmp_path, monkeypatch):
+    """What datasets keeps of a test stays with the test."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 @pytest.fixture

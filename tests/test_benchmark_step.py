@@ -1,6 +1,5 @@
 """The benchmark of a step: an honest baseline, windows that are valid, bytes and parts that are counted right."""
 
-import importlib
 import json
 import re
 import sys
@@ -18,17 +17,8 @@ from hf_efcp import SparseMFAC, create_optimizer
 from hf_efcp.factory import parse_optim_args
 
 ROOT = Path(__file__).parents[1]
-MODULES = (
-    *("bench_baselines", "bench_cases", "bench_figures", "bench_measure", "bench_report", "bench_steps"),
-    *("bench_sweep", "bench_training", "benchmark_step"),
-)
+
 SIZES = [(40, 30), (17,), (300,), ()]
-
-
-@pytest.fixture
-def recipe(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
-    return SimpleNamespace(**{name: importlib.import_module(name) for name in MODULES})
 
 
 @pytest.fixture(scope="module")

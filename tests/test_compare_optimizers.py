@@ -2,7 +2,6 @@
 
 import copy
 import csv
-import importlib
 import json
 import math
 import random
@@ -25,18 +24,7 @@ CONFIGS = [
     for path in sorted((ROOT / "recipes" / "configs").rglob("*.yaml"))
     if "optimizers" in yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
 ]
-MODULES = ("bench", "compare_optimizers", "data", "plan", "plots", "report", "run_glue", "runs", "training")
-
-
-@pytest.fixture(autouse=True)
-def private_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-@pytest.fixture
-def recipe(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
-    return SimpleNamespace(**{name: importlib.import_module(name) for name in MODULES})
+pytestmark = pytest.mark.usefixtures("private_cache")
 
 
 @pytest.fixture(scope="module")

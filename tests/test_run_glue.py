@@ -2,14 +2,12 @@
 
 import csv
 import hashlib
-import importlib
 import json
 import math
 import os
 import random
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,20 +19,7 @@ from hf_efcp.glue import TASKS, get_task
 
 ROOT = Path(__file__).parents[1]
 GLUE_DIR = Path(os.environ.get("HF_EFCP_GLUE_DIR", ROOT.parent / "shared" / "glue"))
-
-
-@pytest.fixture(autouse=True)
-def private_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-@pytest.fixture
-def recipe(monkeypatch):
-    """The scripts of recipes/, which is a folder of programs and no package."""
-    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
-    return SimpleNamespace(**{
-        name: importlib.import_module(name) for name in ("cli", "data", "plots", "run_glue", "training")
-    })
+pytestmark = pytest.mark.usefixtures("private_cache")
 
 
 @pytest.fixture

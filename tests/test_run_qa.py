@@ -1,6 +1,5 @@
 """The question answering recipe: data, windows, answers, metrics, and whole runs with a tiny model."""
 
-import importlib
 import itertools
 import json
 import math
@@ -21,20 +20,8 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 ROOT = Path(__file__).parents[1]
 SAMPLE = ROOT / "tests" / "data" / "squad_sample"
 CONFIG = ROOT / "recipes" / "configs" / "squad_v2.yaml"
-MODULES = ("cli", "qa_data", "qa_features", "qa_metrics", "run_qa", "training")
 SQUAD = "rajpurkar/squad_v2"
-
-
-@pytest.fixture(autouse=True)
-def private_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-@pytest.fixture
-def recipe(monkeypatch):
-    """The scripts of recipes/, which is a folder of programs and no package."""
-    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
-    return SimpleNamespace(**{name: importlib.import_module(name) for name in MODULES})
+pytestmark = pytest.mark.usefixtures("private_cache")
 
 
 @pytest.fixture

@@ -1,7 +1,5 @@
 """The files that GLUE's server takes, letter by letter."""
 
-import importlib
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,14 +8,6 @@ import torch
 from tiny import arguments
 
 from hf_efcp.glue import TASKS, get_task
-
-RECIPES = str(Path(__file__).parents[1] / "recipes")
-
-
-@pytest.fixture
-def module(monkeypatch):
-    monkeypatch.syspath_prepend(RECIPES)
-    return importlib.import_module("submission")
 
 
 def trained(outputs, rank=0):
@@ -47,28 +37,28 @@ def test_the_files_have_the_names_that_the_server_knows():
         ("stsb", [-0.3, 2.34567, 5.2, 4.9996], ["0.000", "2.346", "5.000", "5.000"]),
     ],
 )
-def test_numbers_names_and_scores(module, task, predictions, cells):
+def test_numbers_names_and_scores(recipe, task, predictions, cells):
     expected = "index\tprediction\n" + "".join(f"{row}\t{cell}\n" for row, cell in enumerate(cells))
-    assert module.submission(get_task(task), np.array(predictions)) == expected
+    assert recipe.submission.submission(get_task(task), np.array(predictions)) == expected
 
 
-def test_each_test_split_gets_its_file(module, tmp_path):
+def test_each_test_split_gets_its_file(recipe, tmp_path):
     matched = np.array([[0.0, 1.0, 0.0], [2.0, 1.0, 0.0]])
     outputs = {"test_matched": matched, "test_mismatched": (matched[:, ::-1], "hidden states")}
-    module.write_predictions(trained(outputs), get_task("mnli"), {name: name for name in outputs}, tmp_path / "a" / "b")
+    recipe.submission.write_predictions(
+        trained(outputs), get_task("mnli"), {name: name for name in outputs}, tmp_path / "a" / "b"
+    )
     assert (tmp_path / "a" / "b" / "MNLI-m.tsv").read_text() == "index\tprediction\n0\tneutral\n1\tentailment\n"
     assert (tmp_path / "a" / "b" / "MNLI-mm.tsv").read_text() == "index\tprediction\n0\tneutral\n1\tcontradiction\n"
-    module.write_predictions(
+    recipe.submission.write_predictions(
         trained(outputs, rank=1), get_task("mnli"), {name: name for name in outputs}, tmp_path / "c"
     )
     assert not (tmp_path / "c").exists()
 
 
 @pytest.mark.parametrize("strategy", ["random", "group_by_length"])
-def test_predictions_are_in_the_order_of_the_split(strategy, tmp_path, monkeypatch):
+def test_predictions_are_in_the_order_of_the_split(strategy, tmp_path, recipe):
     """Sampling by length is for training: Trainer would sort what it predicts as well."""
-    monkeypatch.syspath_prepend(RECIPES)
-    training = importlib.import_module("training")
     rows = [{"input_ids": [5] * length, "labels": 0} for length in (3, 9, 2, 8, 4, 7, 1, 6)]
 
     class Lengths(torch.nn.Module):
@@ -86,7 +76,7 @@ def test_predictions_are_in_the_order_of_the_split(strategy, tmp_path, monkeypat
         return {"input_ids": torch.tensor(padded), "labels": torch.zeros(len(batch), dtype=torch.long)}
 
     args = arguments(tmp_path, train_sampling_strategy=strategy, per_device_eval_batch_size=3)
-    trainer = training.InOrder(model=Lengths(), args=args, eval_dataset=rows, data_collator=collate)
+    trainer = recipe.training.InOrder(model=Lengths(), args=args, eval_dataset=rows, data_collator=collate)
     for found in (
         trainer.predict(rows).predictions,
         trainer.evaluation_loop(trainer.get_eval_dataloader(), "evaluate", prediction_loss_only=False).predictions,
@@ -96,8 +86,8 @@ def test_predictions_are_in_the_order_of_the_split(strategy, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("task", ["sst2", "stsb"])
-def test_a_diverged_model_writes_nothing(module, tmp_path, task):
+def test_a_diverged_model_writes_nothing(recipe, tmp_path, task):
     outputs = {"test": np.array([[1.0, 2.0], [np.nan, 0.0]])}
     with pytest.raises(ValueError, match=rf"test split of {task} are not finite, .* try a smaller learning_rate"):
-        module.write_predictions(trained(outputs), get_task(task), {"test": "test"}, tmp_path / "a")
+        recipe.submission.write_predictions(trained(outputs), get_task(task), {"test": "test"}, tmp_path / "a")
     assert not (tmp_path / "a").exists()
