@@ -194,7 +194,10 @@ def plot_rates(path: Path, curves: list[Curve]) -> None:
         stock = own[0].stock
         style = {
             "color": FAMILIES["stock"][0] if stock else COLOURS[number % len(COLOURS)],
-            "marker": FAMILIES["stock"][1] if stock else MARKERS[number // len(COLOURS) % len(MARKERS)],
+            "marker": FAMILIES["stock"][1] if stock else MARKERS[(number + number // len(COLOURS)) % len(MARKERS)],
+            # Hollow, and each larger than the one before: results that are equal show as one around the other.
+            "markerfacecolor": "none",
+            "markersize": 6 + 2.5 * (number % len(COLOURS)),
             "linestyle": "--" if stock else "-",
         }
         means: dict[float, list[float]] = {}

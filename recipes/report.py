@@ -213,5 +213,6 @@ def _markdown(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[
     def line(cells: tuple[str, ...]) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
-    alignment = "| " + " | ".join("---" if index in (0, 2) else "---:" for index in range(len(header))) + " |"
+    words = [index == 0 or name == "tried" for index, name in enumerate(header)]
+    alignment = "| " + " | ".join("---" if left else "---:" for left in words) + " |"
     return [line(header), alignment, *map(line, rows)]
