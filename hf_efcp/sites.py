@@ -92,5 +92,6 @@ def apply_updates(member: Member, state: dict[str, Any], update: Sized, kernels:
             velocity=None if velocity is None else velocity[span],
             momentum=group["momentum"],
         )
+        del slab  # before the next one is made
     if not in_place:
         param.copy_(theta)

@@ -6,7 +6,7 @@ A window object holds no data: it says how the plain tensors in `optimizer.state
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import gcd, lcm
 from typing import Any, NamedTuple, Protocol
 
@@ -34,9 +34,10 @@ class Part(NamedTuple):
 
     def blocks(self, begin: int, end: int, start: int = 0) -> Part:
         """Some blocks of the part. The first is the first that shares its scale, and `start` is where they begin."""
-        share = sharing(self.piece.length)
+        piece = self.piece
+        share = sharing(piece.length)
         return Part(
-            replace(self.piece, start=start, blocks=end - begin),
+            Piece(start, end - begin, piece.length, piece.kept, piece.offset),
             self.indices[begin:end],
             self.values[begin:end],
             None if self.scales is None else self.scales[begin // share : -(-end // share)],
@@ -309,6 +310,7 @@ class SparseWindow:
                     squared=squared,
                 )
                 yield slice(first, first + out.numel()), out.view(-1)
+                del out  # before the next one is made
 
     def _pieces(self, shape: torch.Size) -> tuple[Piece, ...]:
         return cut(shape.numel(), self.block_size, self.density)
