@@ -45,7 +45,7 @@ DECAY = 0.999  # of the second moment, as AdamW's beta2
 LONGEST = 1.0 / math.sqrt(1.0 - DECAY)  # that |x| / sqrt(v) may be: what |g| / sqrt(v) can
 LONGEST_ROW = 3.0  # root mean square of a row of a matrix, over that of the matrix
 
-_HELD = 5 << 20  # entries of an update that are kept while it is measured; what is beyond is computed again
+_HELD = 4 << 20  # entries of an update that are kept while it is measured; what is beyond is computed again
 _NOTHING = 1e-30  # length of a part of an update that is about 1 long
 
 
@@ -151,7 +151,7 @@ def measure(updates: Updates, shape: torch.Size, device: torch.device, kernels: 
     """Measure an update.
 
     Args:
-        updates: Computes it. Called twice if it has more than 5 Mi entries.
+        updates: Computes it. Called twice if it has more than 4 Mi entries.
         shape: Shape of the parameter.
         device: Where it is.
         kernels: The backend.
