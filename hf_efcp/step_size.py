@@ -19,8 +19,10 @@ not kept:
 
 - `|u| = rms sqrt(n)` at every step, as Muon has it: learns at twice AdamW's learning rate and not at once or four
   times. A step has to be longer when the gradient is, or noise weighs as much as signal.
-- The same rule without the limit for rows: as good on SST-2; on Rotten Tomatoes good at one learning rate and lost at
-  the next.
+- The gradient's length in the place of the row's, with 1 % kept: a run of 90 steps at 3e-4 never left chance, where
+  AdamW reached 0.70.
+- The same without the limit for rows: as good on SST-2; on Rotten Tomatoes good at one learning rate and lost at the
+  next.
 - A second moment for each row, as Adafactor has it, for the length of the matrix: some runs ended in NaN. For the
   length of each row: learns more slowly.
 """
