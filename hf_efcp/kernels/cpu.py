@@ -3,9 +3,11 @@
 One block of the dense vector stays in the first-level cache while all rows of the window stream past it. Everything
 that is compiled is in this file, because numba's cache on disk notices changes of this file only.
 
-The loops over the entries of a window take four rows at a time, each with a sum of its own, and count in uint64: a
-signed index would be compared with zero at every entry. Their sums must not be reordered, because the compiler would
-then gather eight entries with one instruction, which takes longer than eight loads, on some machines several times.
+The loops over the entries of a window take eight entries of a row at a time: their values are loaded and widened as one
+vector, the entries of the dense block one by one, because an instruction that gathers takes longer than eight loads, on
+some machines several times. Rows too short for that are taken four at a time, each with a sum of its own, and nothing
+there may be reordered, or the compiler would gather. Indices are uint64: signed ones would be compared with zero at
+every entry.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numba import njit, types
+from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
 from ..blocks import sharing
@@ -32,6 +35,12 @@ _RANGE = 1 << 16  # entries of the dense vector in one task; partial sums are ke
 # Sums may be reordered, but NaN and infinity keep their meaning.
 _FASTMATH = {"reassoc", "contract"}
 _ZERO, _ONE, _TWO, _THREE, _FOUR = (np.uint64(number) for number in range(5))
+_COUNTED = 1 << 14  # keys that are counted in 16 bits
+_LANES = 8  # entries of a vector
+_LONG = 24  # entries of a row from which its products are summed as vectors
+_AHEAD = 512  # entries, of the window, that are asked for before they are added
+_WIDTH = np.uint64(_LANES)
+_COMPARED = np.uint64(32)  # keys that are compared at once
 
 
 def _compiled(function: Callable[..., Any], fastmath: set[str]) -> Callable[..., Any]:
@@ -107,55 +116,243 @@ def _times(value, entry):
 def _times_overload(value, entry):
     if isinstance(entry, types.Integer):
         return lambda value, entry: np.int64(value) * np.int64(entry)
-    return lambda value, entry: np.float64(_decode(value)) * entry
+    return lambda value, entry: np.float64(_decode(value)) * np.float64(entry)
+
+
+def _vector(element, lanes=_LANES):
+    return ir.VectorType(element, lanes)
+
+
+def _constant(vector, number):
+    return ir.Constant(vector, [number] * vector.count)
+
+
+def _lane(number):
+    return ir.IntType(32)(number)
+
+
+def _data(context, builder, array, argument):
+    """Pointer to the entries of an array that is contiguous."""
+    return context.make_array(array)(context, builder, argument).data
+
+
+def _widened(builder, stored, pointer):
+    """Eight stored values from a pointer on, as a vector of float64."""
+    elements = {types.int16: ir.IntType(16), types.int8: ir.IntType(8), types.float32: ir.FloatType()}
+    loaded = builder.load(builder.bitcast(pointer, _vector(elements[stored]).as_pointer()))
+    loaded.align = 1
+    if stored == types.int8:
+        return builder.sitofp(loaded, _vector(ir.DoubleType()))
+    if stored == types.int16:  # bfloat16
+        integers = _vector(ir.IntType(32))
+        bits = builder.shl(builder.zext(loaded, integers), _constant(integers, 16))
+        loaded = builder.bitcast(bits, _vector(ir.FloatType()))
+    return builder.fpext(loaded, _vector(ir.DoubleType()))
+
+
+def _eight_at_a_time(builder, start, groups):
+    """A loop over groups of eight entries; yields the first of each."""
+    with cgutils.for_range(builder, groups) as loop:
+        yield builder.add(start, builder.mul(loop.index, loop.index.type(_LANES)))
+
+
+def _indices(builder, pointer, first):
+    """Pointers' offsets of eight entries, as integers of 64 bits."""
+    for lane in range(_LANES):
+        at = builder.gep(pointer, [builder.add(first, first.type(lane))])
+        yield builder.zext(builder.load(at), first.type)
+
+
+def _ask_for(builder, pointer, at):
+    """Have memory loaded that is needed soon; an address that does not exist is no error."""
+    byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+    prefetch = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
+    function = cgutils.get_or_insert_function(builder.module, prefetch, "llvm.prefetch.p0i8")
+    read, keep, data = number(0), number(3), number(1)
+    builder.call(function, [builder.bitcast(builder.gep(pointer, [at]), byte), read, keep, data])
+
+
+def _contiguous(*arrays):
+    return all(array.layout == "C" for array in arrays)
+
+
+@intrinsic
+def _product_of_groups(typing_context, index, value, start, groups, dense):
+    """The inner product of a dense block with `groups` times eight entries of a row from `start` on: float64."""
+    if not _contiguous(index, value, dense):
+        return None
+
+    def codegen(context, builder, signature, arguments):
+        at, stored, block = (
+            _data(context, builder, array, arguments[place]) for array, place in ((index, 0), (value, 1), (dense, 4))
+        )
+        wide = _vector(ir.DoubleType())
+        total = cgutils.alloca_once(builder, wide)
+        builder.store(_constant(wide, 0.0), total)
+        for first in _eight_at_a_time(builder, arguments[2], arguments[3]):
+            entries = ir.Constant(_vector(block.type.pointee), ir.Undefined)
+            for lane, offset in enumerate(_indices(builder, at, first)):
+                entries = builder.insert_element(entries, builder.load(builder.gep(block, [offset])), _lane(lane))
+            widen = builder.fpext if dense.dtype == types.float32 else builder.sitofp
+            values = _widened(builder, value.dtype, builder.gep(stored, [first]))
+            product = builder.fmul(values, widen(entries, wide), flags=["contract"])
+            builder.store(builder.fadd(builder.load(total), product, flags=["contract"]), total)
+        halves = builder.load(total)
+        while (lanes := halves.type.count // 2) > 0:
+            lower, upper = (
+                builder.shuffle_vector(halves, halves, ir.Constant(_vector(ir.IntType(32), lanes), list(some)))
+                for some in (range(lanes), range(lanes, 2 * lanes))
+            )
+            halves = builder.fadd(lower, upper)
+        return builder.extract_element(halves, _lane(0))
+
+    return types.float64(index, value, types.uint64, types.uint64, dense), codegen
+
+
+@intrinsic
+def _add_groups(typing_context, index, value, start, groups, weight, dense):
+    """Add `groups` times eight entries of a row from `start` on, times the row's weight, to a dense block."""
+    if not _contiguous(index, value, dense):
+        return None
+
+    def codegen(context, builder, signature, arguments):
+        at, stored, block = (
+            _data(context, builder, array, arguments[place]) for array, place in ((index, 0), (value, 1), (dense, 5))
+        )
+        wide = _vector(ir.DoubleType())
+        weights = builder.insert_element(ir.Constant(wide, ir.Undefined), arguments[4], _lane(0))
+        weights = builder.shuffle_vector(weights, weights, _constant(_vector(ir.IntType(32)), 0))
+        for first in _eight_at_a_time(builder, arguments[2], arguments[3]):
+            later = builder.add(first, first.type(_AHEAD))
+            _ask_for(builder, at, later)
+            _ask_for(builder, stored, later)
+            terms = builder.fmul(_widened(builder, value.dtype, builder.gep(stored, [first])), weights)
+            for lane, offset in enumerate(_indices(builder, at, first)):
+                entry = builder.gep(block, [offset])
+                term = builder.extract_element(terms, _lane(lane))
+                builder.store(builder.fadd(builder.load(entry), term), entry)
+        return context.get_dummy_value()
+
+    return types.void(index, value, types.uint64, types.uint64, types.float64, dense), codegen
+
+
+@intrinsic
+def _at_least(typing_context, keys, first, threshold):
+    """Which of 32 keys from `first` on are not below a threshold, a bit for each."""
+    if not _contiguous(keys):
+        return None
+
+    def codegen(context, builder, signature, arguments):
+        vector = _vector(ir.IntType(16), 32)
+        at = builder.gep(_data(context, builder, keys, arguments[0]), [arguments[1]])
+        loaded = builder.load(builder.bitcast(at, vector.as_pointer()))
+        loaded.align = 1
+        threshold = builder.insert_element(ir.Constant(vector, ir.Undefined), arguments[2], _lane(0))
+        threshold = builder.shuffle_vector(threshold, threshold, _constant(_vector(ir.IntType(32), 32), 0))
+        return builder.bitcast(builder.icmp_unsigned(">=", loaded, threshold), ir.IntType(32))
+
+    return types.uint32(keys, types.uint64, types.uint16), codegen
+
+
+@intrinsic
+def _lowest(typing_context, bits):
+    """The number of the lowest bit that is set."""
+
+    def codegen(context, builder, signature, arguments):
+        return builder.zext(builder.cttz(arguments[0], ir.IntType(1)(1)), ir.IntType(64))
+
+    return types.uint64(types.uint32), codegen
 
 
 @_jit
-def _threshold(keys, kept):
-    """The `kept`-th largest key, and how many keys that are equal to it still fit."""
-    # Bit by bit from the top: thirty passes that only count vectorise, which a sort or a heap does not.
-    threshold = np.int32(0)
-    for bit in range(30, -1, -1):
-        candidate = np.int32(threshold | np.int32(1 << bit))
-        count = np.int32(0)
-        for i in range(keys.shape[0]):
-            count += np.int32(keys[i] >= candidate)
+def _threshold(keys, bits, kept):
+    """The `kept`-th largest of some keys of so many bits, uint16, and how many keys that are equal to it still fit."""
+    # Bit by bit from the top: passes that only count vectorise, which a sort or a heap does not.
+    threshold, above = np.uint16(0), np.int64(0)
+    for bit in range(bits - 1, -1, -1):
+        candidate = np.uint16(threshold | np.uint16(1 << bit))
+        count = np.int64(0)
+        for first in range(0, keys.shape[0], _COUNTED):
+            part = keys[first : first + _COUNTED]
+            some = np.int16(0)
+            for i in range(part.shape[0]):
+                some = np.int16(some + np.int16(part[i] >= candidate))
+            count += some
         if count >= kept:
             threshold = candidate
             if count == kept:
                 return threshold, kept
-    above = 0
-    for i in range(keys.shape[0]):
-        above += keys[i] > threshold
+        else:
+            above = count
     return threshold, kept - above
 
 
 @_jit
-def _select(gradient, error, keys, index):
-    """Accumulate a block, and write the ascending indices of its largest entries. Their number is that of `index`."""
-    length = gradient.shape[0]
-    for i in range(length):
+def _candidates(keys, threshold, found):
+    """Write the ascending places of keys that are not below a threshold; how many there are."""
+    count = np.int64(0)
+    first = _ZERO
+    length = np.uint64(keys.shape[0])
+    while first + _COMPARED <= length:
+        mask = _at_least(keys, first, threshold)
+        while mask:
+            found[count] = first + _lowest(mask)
+            count += 1
+            mask &= mask - np.uint32(1)
+        first += _COMPARED
+    while first < length:
+        if keys[first] >= threshold:
+            found[count] = first
+            count += 1
+        first += _ONE
+    return count
+
+
+@_jit
+def _select(gradient, error, keys, found, lower, index):
+    """Accumulate a block, and write the ascending indices of its largest entries. Their number is that of `index`.
+
+    The first 15 bits of a magnitude settle most; the other 16 are looked at where those are equal to the last ones kept.
+    """
+    kept = index.shape[0]
+    for i in range(gradient.shape[0]):
         a = min(max(error[i] + gradient[i], -_LARGEST), _LARGEST)
         error[i] = a
-        keys[i] = _bits_of_float(a) & np.int32(0x7FFFFFFF)
-    threshold, ties = _threshold(keys, index.shape[0])
+        keys[i] = np.uint16((_bits_of_float(a) & np.int32(0x7FFFFFFF)) >> np.int32(16))
+    upper, room = _threshold(keys, 15, kept)
+    count = _candidates(keys, upper, found)
+    equal = 0
+    for j in range(count):
+        if keys[found[j]] == upper:
+            lower[equal] = np.uint16(_bits_of_float(error[found[j]]) & np.int32(0xFFFF))
+            equal += 1
+    threshold, ties = np.uint16(0), np.int64(equal)
+    if room < equal:
+        threshold, ties = _threshold(lower[:equal], 16, room)
     position = 0
-    for i in range(length):
-        if keys[i] >= threshold:
-            if keys[i] == threshold:
-                if ties == 0:
-                    continue
-                ties -= 1
-            index[position] = i
-            position += 1
+    for j in range(count):
+        i = found[j]
+        if keys[i] == upper:
+            rest = np.uint16(_bits_of_float(error[i]) & np.int32(0xFFFF))
+            if rest < threshold or (rest == threshold and ties == 0):
+                continue
+            ties -= rest == threshold
+        index[position] = i
+        position += 1
+
+
+@_jit
+def _scratch(length):
+    """What `_select` needs for a block."""
+    return np.empty(length, np.uint16), np.empty(length, np.int32), np.empty(length, np.uint16)
 
 
 @_jit
 def _accumulate_topk(gradient, error, indices, values, begin, end):
-    keys = np.empty(gradient.shape[1], np.int32)
+    keys, found, lower = _scratch(gradient.shape[1])
     for block in range(begin, end):
         e = error[block]
-        _select(gradient[block], e, keys, indices[block])
+        _select(gradient[block], e, keys, found, lower, indices[block])
         for j in range(indices.shape[1]):
             at = indices[block, j]
             stored = _encode(e[at], values)
@@ -165,12 +362,12 @@ def _accumulate_topk(gradient, error, indices, values, begin, end):
 
 @_jit
 def _accumulate_topk_levels(gradient, error, indices, values, scales, share, begin, end):
-    keys = np.empty(gradient.shape[1], np.int32)
+    keys, found, lower = _scratch(gradient.shape[1])
     for first in range(begin, end, share):
         last = min(first + share, end)
         largest = np.int32(0)
         for block in range(first, last):
-            _select(gradient[block], error[block], keys, indices[block])
+            _select(gradient[block], error[block], keys, found, lower, indices[block])
             for j in range(indices.shape[1]):
                 largest = max(largest, _bits_of_float(error[block, indices[block, j]]) & np.int32(0x7FFFFFFF))
         unit = max(_float_of_bits(largest) / np.float32(127), _SMALLEST)
@@ -187,8 +384,8 @@ def _accumulate_topk_levels(gradient, error, indices, values, scales, share, beg
 
 
 @_jit_in_order
-def _add_products(index, value, kept, dense, weights, rows, partial):
-    """Add the inner products of one dense block with its rows, times the rows' weights, to `partial`."""
+def _add_products_of_short_rows(index, value, kept, dense, weights, rows, partial):
+    """See `_add_products`: four rows at a time."""
     zero = _times(value[_ZERO], dense[_ZERO]) * 0
     row = _ZERO
     while row + _FOUR <= rows:
@@ -217,18 +414,44 @@ def _add_products(index, value, kept, dense, weights, rows, partial):
         row += _ONE
 
 
+@_jit_in_order
+def _add_products_of_long_rows(index, value, kept, dense, weights, rows, partial):
+    """See `_add_products`: eight entries at a time."""
+    groups = kept // _WIDTH
+    row = _ZERO
+    while row < rows:
+        j = row * kept
+        total = _product_of_groups(index, value, j, groups, dense)
+        stop = j + kept
+        j += groups * _WIDTH
+        while j < stop:
+            total += np.float64(_times(value[j], dense[index[j]]))
+            j += _ONE
+        partial[row] += weights[row] * total
+        row += _ONE
+
+
+@_jit
+def _add_products(index, value, kept, dense, weights, rows, partial):
+    """Add the inner products of one dense block with its rows, times the rows' weights, to `partial`."""
+    if kept < _LONG:
+        _add_products_of_short_rows(index, value, kept, dense, weights, rows, partial)
+    else:
+        _add_products_of_long_rows(index, value, kept, dense, weights, rows, partial)
+
+
 @_jit
 def _dots(indices, values, kept, newest, rows, length, begin, end, partial):
-    dense = np.zeros(length, np.float64)
+    dense = np.zeros(length, np.float32)  # half as much of the first-level cache as float64, and as exact
     weights = np.ones(rows)
     own = range(newest * kept, (newest + 1) * kept)
     for block in range(begin, end):
         index, value = indices[block], values[block]
         for j in own:
-            dense[index[j]] = np.float64(_decode(value[j]))
+            dense[index[j]] = _decode(value[j])
         _add_products(index, value, np.uint64(kept), dense, weights, np.uint64(rows), partial)
         for j in own:
-            dense[index[j]] = 0.0
+            dense[index[j]] = np.float32(0.0)
 
 
 @_jit
@@ -252,21 +475,18 @@ def _dots_levels(indices, values, scales, share, kept, newest, rows, length, beg
 
 @_jit
 def _project(indices, values, scales, share, kept, x, rows, begin, end, partial):
-    dense = np.empty(x.shape[1], np.float64)
     weights = np.ones(rows)
     for block in range(begin, end):
         if scales is not None and block % share == 0:
             scale = scales[block // share]
             for row in range(rows):
                 weights[row] = np.float64(_decode(scale[row]))
-        for i in range(dense.shape[0]):
-            dense[i] = np.float64(x[block, i])
-        _add_products(indices[block], values[block], np.uint64(kept), dense, weights, np.uint64(rows), partial)
+        _add_products(indices[block], values[block], np.uint64(kept), x[block], weights, np.uint64(rows), partial)
 
 
 @_jit_in_order
-def _add_rows(index, value, kept, weights, rows, dense):
-    """Add the rows of one block, times their weights, to a dense block."""
+def _add_short_rows(index, value, kept, weights, rows, dense):
+    """See `_add_rows`: four rows at a time."""
     row = _ZERO
     while row + _FOUR <= rows:
         j = row * kept
@@ -287,6 +507,32 @@ def _add_rows(index, value, kept, weights, rows, dense):
             dense[index[j]] += a * np.float64(_decode(value[j]))
             j += _ONE
         row += _ONE
+
+
+@_jit_in_order
+def _add_long_rows(index, value, kept, weights, rows, dense):
+    """See `_add_rows`: eight entries at a time."""
+    groups = kept // _WIDTH
+    row = _ZERO
+    while row < rows:
+        j = row * kept
+        weight = weights[row]
+        _add_groups(index, value, j, groups, weight, dense)
+        stop = j + kept
+        j += groups * _WIDTH
+        while j < stop:
+            dense[index[j]] += weight * np.float64(_decode(value[j]))
+            j += _ONE
+        row += _ONE
+
+
+@_jit
+def _add_rows(index, value, kept, weights, rows, dense):
+    """Add the rows of one block, times their weights, to a dense block."""
+    if kept < _WIDTH:
+        _add_short_rows(index, value, kept, weights, rows, dense)
+    else:
+        _add_long_rows(index, value, kept, weights, rows, dense)
 
 
 @_jit_in_order
