@@ -28,6 +28,7 @@ class Layout:
         errors: How errors are kept.
         preconditioner: What is made of the window.
         num_grads: Capacity `m` of the window.
+        scope: "model" or "layer": what shares a Gram matrix.
     """
 
     compressor: Compressor
@@ -35,6 +36,7 @@ class Layout:
     errors: ErrorStore
     preconditioner: Preconditioner
     num_grads: int
+    scope: str
 
     def resized(self, num_grads: int) -> Layout:
         """The same with another window.
@@ -62,6 +64,8 @@ class Layout:
         state = shards.allocate(member.param, self.maker(member), device)
         if member.group["update_scale"] == "tensor":
             state["squares"] = step_size.allocate(device)
+            if self._keeps_part(member):
+                state["gram_part"] = self._gram(device)
         return {"entries": member.param.numel(), **state} if self.compressor.joint else state
 
     def maker(self, member: Member) -> shards.Maker:
@@ -92,8 +96,7 @@ class Layout:
         """
         state: State = {"pushed": 0}
         if self.preconditioner.uses_gram:
-            home = "meta" if device == "meta" else "cpu"
-            state["gram"] = torch.zeros(self.num_grads, self.num_grads, dtype=torch.float64, device=home)
+            state["gram"] = self._gram(device)
         if self.compressor.joint:
             state |= self._site(joint_shape(members), device, 0)
         return state
@@ -112,7 +115,7 @@ class Layout:
         """
         optional = {"momentum": 1.0, "update_scale": "tensor"}
         expected = self.fresh(member._replace(group={**member.group, **optional}), "meta")
-        own = set(expected) - {"step", "squares"}
+        own = set(expected) - {"step", "squares", "gram_part"}
         if member.group["preconditioned"]:
             expected |= {name: v for name, v in self.keeper(trained, "meta").items() if name in saved}
         if is_sharded(member.param) and any(
@@ -122,12 +125,21 @@ class Layout:
                 f"the checkpoint's state of {name} is whole, but the parameter is sharded: load it with "
                 "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
             )
-        checks.check_tensors(saved, expected, {"momentum", "squares"}, name)
+        checks.check_tensors(saved, expected, {"momentum", "squares", "gram_part"}, name)
         if member.group["preconditioned"] and not self.compressor.joint:
             view = shards.view(saved, member.param, self.maker(member))
             self.window.check(view, local(member.param).shape, name)
         elif "indices" in saved:
             self.window.check(saved, joint_shape(trained), "all parameters")
+
+    def _keeps_part(self, member: Member) -> bool:
+        """Whether a parameter keeps its part of the Gram matrix: if it is large, alone in its vector, and whole."""
+        part = self.preconditioner.uses_gram and self.scope == "model" and not self.compressor.joint
+        return part and not is_sharded(member.param) and step_size.knows_length(member.param.shape)
+
+    def _gram(self, device: torch.device | str) -> torch.Tensor:
+        home = "meta" if device == "meta" else "cpu"
+        return torch.zeros(self.num_grads, self.num_grads, dtype=torch.float64, device=home)
 
     def _site(self, shape: torch.Size, device: torch.device | str, position: int) -> State:
         """Error and window, and what the compressor and the preconditioner keep."""
@@ -163,4 +175,4 @@ def copied(name: str, value: Any, param: torch.Tensor) -> Any:
     """
     if not isinstance(value, torch.Tensor):
         return value
-    return value.detach().to("cpu" if name in ("gram", "squares", "step") else param.device, copy=True)
+    return value.detach().to("cpu" if name in ("gram", "gram_part", "squares", "step") else param.device, copy=True)

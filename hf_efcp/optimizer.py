@@ -28,18 +28,27 @@ FORMAT = 2  # of the state; a checkpoint says which it has
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
+class Pushed(NamedTuple):
+    """The new row: the `sites` that have a gradient, its column of the Gram matrix, and `|row|^2` of each site."""
+
+    sites: list[Site]
+    column: torch.Tensor
+    rows: dict[int, float]
+
+
 class Planned(NamedTuple):
     """The update of the parameters that share a preconditioner.
 
-    `sites` have a gradient; `length` is that of the whole update, 0 where nothing bounds it; `squares` are `|row|^2` of
-    sites, by the position of their first member, where they are known.
+    `sites` have a gradient; `length` is that of the whole update, 0 where nothing bounds it; `rows` and `updates` are
+    `|row|^2` and `|u|^2` of sites, by the position of their first member, where they are known.
     """
 
     sites: list[Site]
     moment: Moment
     plan: Any
     length: float
-    squares: dict[int, float]
+    rows: dict[int, float]
+    updates: dict[int, float]
 
 
 class EFCP(torch.optim.Optimizer):
@@ -148,7 +157,7 @@ class EFCP(torch.optim.Optimizer):
         self._compressor = compressor
         self._window = compressor.window(num_grads)
         self._errors = error_store(error_dtype)
-        self._layout = Layout(compressor, self._window, self._errors, preconditioner, num_grads)
+        self._layout = Layout(compressor, self._window, self._errors, preconditioner, num_grads, scope)
         self._precondition_gradient = precondition == "gradient"
         self._schedules = dict(schedules or {})
         self._skip_nonfinite = nonfinite == "skip"
@@ -461,43 +470,60 @@ class EFCP(torch.optim.Optimizer):
         processes: torch.distributed.ProcessGroup | None,
     ) -> Planned:
         """Push a row, and plan the update of what has a gradient."""
-        keeper, capacity = self._keeper(unit), self._structure["num_grads"]
+        keeper, capacity, device = self._keeper(unit), self._structure["num_grads"], unit[0].param.device
         steps = keeper["pushed"] + 1
         moment = Moment((steps - 1) % capacity, min(steps, capacity), capacity, steps)
-        present = []
+        pushed = self._push_unit(unit, moment, preconditioner, kernels)
+        gram = None
+        if preconditioner.uses_gram:
+            _put_column(keeper["gram"], shards.all_reduce(pushed.column, processes, device), moment.newest)
+            gram = keeper["gram"][: moment.rows, : moment.rows]
+        keeper["pushed"] = steps
+        outside: dict[int, torch.Tensor] = {}
+        products = torch.zeros(moment.rows + 1, dtype=torch.float64, device="cpu")
+        if self._precondition_gradient and gram is not None:
+            outside = {site.members[0].position: self._products(site, moment, kernels) for site in pushed.sites}
+            products = shards.all_reduce(sum(outside.values(), products), processes, device)
+            plan = preconditioner.plan_outside(gram, products[:-1], moment)
+        else:
+            plan = preconditioner.plan(gram, moment)
+        length = 0.0 if gram is None else plan.length(gram, products[:-1], float(products[-1]))
+        updates: dict[int, float] = {}
+        for site in [] if self._joint or processes is not None else pushed.sites:
+            position = site.members[0].position
+            own = site.state.get("gram_part" if self._structure["scope"] == "model" else "gram")
+            if own is not None and step_size.knows_length(site.shape):
+                known = plan.square(own[: moment.rows, : moment.rows], outside.get(position))
+                if known is not None:
+                    updates[position] = known
+        return Planned(pushed.sites, moment, plan, length, pushed.rows, updates)
+
+    def _push_unit(
+        self, unit: list[Member], moment: Moment, preconditioner: Preconditioner, kernels: Kernels
+    ) -> Pushed:
+        """Push a row: of each parameter its part, of zeros where there is no gradient."""
+        pushed = Pushed([], torch.zeros(moment.rows, dtype=torch.float64, device="cpu"), {})
         for site in self._sites(unit):
+            part = torch.zeros_like(pushed.column)
             if all(member.param.grad is None for member in site.members):
                 self._window.clear(site.state, site.shape, moment.newest)
             else:
+                pushed.sites.append(site)
                 self._push(site, moment, kernels)
                 preconditioner.observe(moment, self._window, site.state, site.shape, kernels)
-                present.append(site)
-        gram = None
-        squares: dict[int, float] = {}
-        if preconditioner.uses_gram:
-            column = torch.zeros(moment.rows, dtype=torch.float64, device="cpu")
-            for site in present:
-                part = self._window.dots(site.state, site.shape, moment.newest, moment.rows, kernels)
-                column += part
-                squares[site.members[0].position] = float(part[moment.newest])
-            column = shards.all_reduce(column, processes, unit[0].param.device)
-            keeper["gram"][moment.newest, : moment.rows] = column
-            keeper["gram"][: moment.rows, moment.newest] = column
-            gram = keeper["gram"][: moment.rows, : moment.rows]
-        keeper["pushed"] = steps
-        if self._precondition_gradient and gram is not None:
-            products = torch.zeros(moment.rows + 1, dtype=torch.float64, device="cpu")  # G x, and behind it |x|^2
-            for site in present:
-                x = gradient_of(site)
-                products[:-1] += self._window.project(site.state, site.shape, x, moment.rows, kernels)
-                products[-1] += float(torch.linalg.vector_norm(x, dtype=widest(x.device))) ** 2
-            products = shards.all_reduce(products, processes, unit[0].param.device)
-            plan = preconditioner.plan_outside(gram, products[:-1], moment)
-        else:
-            products = torch.zeros(moment.rows + 1, dtype=torch.float64, device="cpu")
-            plan = preconditioner.plan(gram, moment)
-        length = 0.0 if gram is None else plan.length(gram, products[:-1], float(products[-1]))
-        return Planned(present, moment, plan, length, squares)
+                if preconditioner.uses_gram:
+                    part = self._window.dots(site.state, site.shape, moment.newest, moment.rows, kernels)
+                    pushed.rows[site.members[0].position] = float(part[moment.newest])
+            pushed.column.add_(part)
+            if "gram_part" in site.state:
+                _put_column(site.state["gram_part"], part, moment.newest)
+        return pushed
+
+    def _products(self, site: Site, moment: Moment, kernels: Kernels) -> torch.Tensor:
+        """`G x` for the gradient, and behind it `|x|^2`: `(rows + 1,)`."""
+        x = gradient_of(site)
+        square = torch.linalg.vector_norm(x, dtype=widest(x.device)).to("cpu", torch.float64).square()
+        return torch.cat([self._window.project(site.state, site.shape, x, moment.rows, kernels), square[None]])
 
     def _check_length(self, planned: Planned) -> None:
         """Refuse an update that may not fit the parameters: without dampening it is as long as a row is short."""
@@ -532,8 +558,10 @@ class EFCP(torch.optim.Optimizer):
             base = gradient_of(site) if self._precondition_gradient else None
             updates = partial(preconditioner.updates, plan, self._window, site.state, site.shape, kernels, base)
             squares = self._squares(site, planned, preconditioner, kernels)
+            known = planned.updates.get(site.members[0].position)
             for member, part in split_updates(site, updates):
-                update = self._sized(member, part, unit, squares.get(member.position), kernels, processes)
+                x = squares.get(member.position)
+                update = self._sized(member, part, unit, x, known, kernels, processes)
                 apply_updates(member, self.state[member.param] if self._joint else site.state, update, kernels)
 
     def _squares(
@@ -545,8 +573,8 @@ class EFCP(torch.optim.Optimizer):
             return {}
         state, shape, moment, position = site.state, site.shape, planned.moment, site.members[0].position
         weights = preconditioner.momentum(moment)
-        if weights is None and position in planned.squares and not self._joint:
-            return {position: planned.squares[position]}
+        if weights is None and position in planned.rows and not self._joint:
+            return {position: planned.rows[position]}
         if weights is None:
             weights = torch.zeros(moment.rows, dtype=torch.float64, device="cpu")
             weights[moment.newest] = 1.0
@@ -565,15 +593,36 @@ class EFCP(torch.optim.Optimizer):
         updates: Updates,
         unit: float,
         x: float | None,
+        known: float | None,
         kernels: Kernels,
         processes: torch.distributed.ProcessGroup | None,
     ) -> Sized:
-        """An update, given as a multiple of `unit`, at its length; `x` is `|x|^2` unless `x` is the gradient."""
+        """An update, given as a multiple of `unit`, at its length.
+
+        Args:
+            member: The parameter.
+            updates: The update.
+            unit: Its unit.
+            x: `|x|^2`, unless `x` is the gradient.
+            known: `|u|^2`, where the Gram matrix tells it.
+            kernels: The backend.
+            processes: Over which the parameter is sharded.
+
+        Returns:
+            The update and the factors of its rows.
+        """
         group, param, theta = member.group, member.param, local(member.param)
         if group["update_scale"] == "none":
             return step_size.unsized(updates(0), theta.shape, theta.device, unit)
-        update = step_size.measure(updates, theta.shape, theta.device, kernels)
         gradient = step_size.squared(gradient_of(Site({}, theta.shape, [member])), kernels)
+        if known is not None:
+            rms = step_size.wanted(
+                self.state[param]["squares"], gradient, gradient if x is None else x, group["update_rms"]
+            )
+            return step_size.in_one_pass(
+                updates, theta.shape, theta.device, kernels, rms=rms, square=known / (unit * unit)
+            )
+        update = step_size.measure(updates, theta.shape, theta.device, kernels)
         lengths = [update.square, gradient, gradient if x is None else x]
         sums = torch.tensor(lengths, dtype=torch.float64, device="cpu")
         square, gradient, length = shards.all_reduce(sums, processes, param.device).tolist()
@@ -600,6 +649,12 @@ class EFCP(torch.optim.Optimizer):
             for span, kept in withheld:
                 error[span] = kept
             self._errors.save(state, error, slab, moment.steps, site.members[0].position, kernels)
+
+
+def _put_column(gram: torch.Tensor, column: torch.Tensor, newest: int) -> None:
+    """Write the products of the newest row into a Gram matrix."""
+    gram[newest, : len(column)] = column
+    gram[: len(column), newest] = column
 
 
 def _plain(settings: Mapping[str, Any]) -> Group:

@@ -20,6 +20,8 @@ from .windows import Slab, State, Window
 
 # Eigenvalues below this fraction of the largest are rounding of zero: the combination of a null vector is zero.
 _NULL = 1e-12
+# A square below this fraction of what it would be without cancellation may be off by a millionth.
+_CANCELLED = 1e-8
 
 
 @dataclass(frozen=True)
@@ -70,10 +72,28 @@ class Combination:
         Returns:
             The length; infinite where it is beyond float64.
         """
+        length = math.sqrt(max(self._square(gram, products, square), 0.0))
+        return length if math.isfinite(length) else math.inf
+
+    def square(self, gram: torch.Tensor, outside: torch.Tensor | None = None) -> float | None:
+        """`|u|^2`, or None where the rows cancel and rounding may be more than a millionth of it.
+
+        Args:
+            gram: As in `length`.
+            outside: `G x`, and behind it `|x|^2`, where there is an `x`: `(rows + 1,)`.
+
+        Returns:
+            The square.
+        """
+        products = torch.zeros(len(gram) + 1, dtype=torch.float64, device="cpu") if outside is None else outside
+        exact = self._square(gram, products[:-1], float(products[-1]))
+        lengths = float(self.coefficients.abs() @ gram.diagonal().sqrt() + abs(self.scale) * products[-1].sqrt())
+        return exact if math.isfinite(exact) and exact >= _CANCELLED * lengths * lengths else None
+
+    def _square(self, gram: torch.Tensor, products: torch.Tensor, square: float) -> float:
         with one_thread():
             inner = float(self.coefficients @ (gram @ self.coefficients + 2.0 * self.scale * products))
-        length = math.sqrt(max(inner + self.scale * self.scale * square, 0.0))
-        return length if math.isfinite(length) else math.inf
+        return inner + self.scale * self.scale * square
 
 
 class Preconditioner(Protocol):

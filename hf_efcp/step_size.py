@@ -30,7 +30,7 @@ not kept:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from typing import NamedTuple
@@ -47,7 +47,7 @@ DECAY = 0.999  # of the second moment, as AdamW's beta2
 LONGEST = 1.0 / math.sqrt(1.0 - DECAY)  # that |x| / sqrt(v) may be: what |g| / sqrt(v) can
 LONGEST_ROW = 3.0  # root mean square of a row of a matrix, over that of the matrix
 
-_HELD = 4 << 20  # entries of an update that are kept while it is measured; what is beyond is computed again
+_HELD = 4 << 20  # entries of an update that are kept while it is measured
 _NOTHING = 1e-30  # length of a part of an update that is about 1 long
 
 
@@ -86,7 +86,10 @@ def wanted(squares: torch.Tensor, gradient: float, preconditioned: float, rms: f
 
 
 class Sized(NamedTuple):
-    """An update, slab by slab, and what its rows, of so many `columns`, are multiplied by: `(rows,)`, float32."""
+    """An update, slab by slab, and what its rows, of so many `columns`, are multiplied by: `(rows,)`, float32.
+
+    The factors of a slab are there when the slab is.
+    """
 
     slabs: Iterable[Slab]
     columns: int
@@ -141,11 +144,7 @@ class Measured:
         Returns:
             The update and its factors.
         """
-        # A tensor with so small a part in the update of the model would be made of what rounding left.
-        factor = rms * math.sqrt(numel) / max(math.sqrt(square), _NOTHING) if square else 0.0
-        longest = LONGEST_ROW * rms if self.matrix else math.inf
-        limits = longest * math.sqrt(self.columns) / self.rows.sqrt()  # infinite for rows of zeros
-        factors = limits.nan_to_num_(nan=0.0).clamp_(max=factor).to(torch.float32)
+        factors = _factors(self.rows, self.columns, rms if self.matrix else math.inf, _factor(rms, square, numel))
         return Sized(self.slabs, self.columns, factors)
 
 
@@ -175,6 +174,64 @@ def measure(updates: Updates, shape: torch.Size, device: torch.device, kernels: 
     return Measured(rows, columns, len(shape) > 1, chain(held, updates(rest) if rest < end else ()))
 
 
+def in_one_pass(
+    updates: Updates, shape: torch.Size, device: torch.device, kernels: Kernels, *, rms: float, square: float
+) -> Sized:
+    """As `measure` and `sized` together, for an update whose length is known before it is computed.
+
+    Args:
+        updates: Computes it; called once.
+        shape: Shape of the parameter, which is whole.
+        device: Where it is.
+        kernels: The backend.
+        rms: The root mean square of the parameter's update, if no row is too long.
+        square: `|u|^2`.
+
+    Returns:
+        The update and its factors.
+    """
+    columns, factor = _columns(shape), _factor(rms, square, shape.numel())
+    factors = torch.full((_rows(shape),), factor, dtype=torch.float32, device=device)
+    if len(shape) < 2:
+        return Sized(updates(0), columns, factors)
+    rows = torch.zeros(_rows(shape), dtype=widest(device), device=device)
+
+    def slabs() -> Iterator[Slab]:
+        waiting: list[Slab] = []  # of a row whose end is in a later slab
+        known = 0
+        for span, update in updates(0):
+            kernels.row_squares(update, span.start, columns, rows)
+            whole = span.stop // columns
+            factors[known:whole] = _factors(rows[known:whole], columns, rms, factor)
+            known = whole
+            parts, waiting = [*waiting, (span, update)], []
+            del update  # before the next one is made
+            while parts:
+                place, part = parts.pop(0)
+                end = max(place.start, min(whole * columns, place.stop))
+                if end < place.stop:
+                    waiting.append((slice(end, place.stop), part[end - place.start :].clone()))
+                if end > place.start:
+                    yield slice(place.start, end), part[: end - place.start]
+                del part
+
+    return Sized(slabs(), columns, factors)
+
+
+def knows_length(shape: torch.Size) -> bool:
+    """Whether a parameter is so large that its part of the Gram matrix is kept, which tells `|u|` beforehand.
+
+    The update of a smaller one is kept while it is measured; that of a larger one would be computed twice.
+
+    Args:
+        shape: Its shape.
+
+    Returns:
+        Whether it is.
+    """
+    return shape.numel() > _HELD and (len(shape) < 2 or _columns(shape) <= _HELD)
+
+
 def squared(vector: torch.Tensor, kernels: Kernels) -> float:
     """The sum of squares.
 
@@ -189,6 +246,18 @@ def squared(vector: torch.Tensor, kernels: Kernels) -> float:
     if vector.numel():
         kernels.row_squares(vector.view(-1), 0, _columns(vector.shape), rows)
     return float(rows.sum())
+
+
+def _factor(rms: float, square: float, numel: int) -> float:
+    """What makes an update of `|u|^2 = square` one of that root mean square."""
+    # A tensor with so small a part in the update of the model would be made of what rounding left.
+    return rms * math.sqrt(numel) / max(math.sqrt(square), _NOTHING) if square else 0.0
+
+
+def _factors(rows: torch.Tensor, columns: int, rms: float, factor: float) -> torch.Tensor:
+    """The factors of rows, float32: `factor`, but no row has more than `LONGEST_ROW` times `rms` with it."""
+    limits = LONGEST_ROW * rms * math.sqrt(columns) / rows.sqrt()  # infinite for rows of zeros
+    return limits.nan_to_num_(nan=0.0).clamp_(max=factor).to(torch.float32)
 
 
 def _rows(shape: torch.Size) -> int:

@@ -18,9 +18,11 @@ from hf_efcp import (
     SparseAdaGrad,
     SparseGGT,
     SparseMFAC,
+    estimate_memory,
     step_size,
 )
 from hf_efcp.kernels import cpu, reference
+from hf_efcp.preconditioners import Combination
 
 BACKENDS = ["reference", "numba"]
 EVERY = [SparseMFAC, DenseMFAC, LowRankMFAC, SparseGGT, MicroAdam, SparseAdaGrad]
@@ -77,6 +79,138 @@ def test_relative_dampening_of_a_dense_gradient_equals_brute_force():
     error, moved = compare(optimizer, naive, problem, params)
     assert moved > 0.05
     assert error < 1e-4
+
+
+@pytest.fixture
+def large(monkeypatch):
+    """Every parameter counts as too large to keep its update."""
+    monkeypatch.setattr(step_size, "_HELD", 0)
+    monkeypatch.setattr(step_size, "knows_length", lambda shape: True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.5, "weight_decay": 0.1}], ids=["plain", "momentum"])
+@pytest.mark.usefixtures("large")
+def test_lengths_from_the_gram_matrix_of_a_large_parameter_equal_brute_force(backend, options):
+    problem = Regression(seed=50, width=15)
+    settings = dict(lr=0.05, num_grads=7, density=0.2, block_size=16, value_dtype=torch.bfloat16, **options)
+    for cls, naive_cls, own in (
+        (SparseMFAC, NaiveMFAC, dict(damp=1e-2)),
+        (SparseMFAC, NaiveMFAC, dict(relative_damp=0.1)),
+        (SparseGGT, NaiveGGT, dict(relative_eps=0.1, beta1=0.5, beta2=0.9)),
+    ):
+        params = problem.parameters()
+        optimizer = cls(params, update_rms=0.7, backend=backend, **settings, **own)
+        error, moved = compare(optimizer, naive_cls(problem.start, rms=0.7, **settings, **own), problem, params)
+        assert moved > 0.05
+        assert error < 1e-4
+        gram = sum(optimizer.state[param]["gram_part"] for param in params)
+        torch.testing.assert_close(gram, optimizer.state[params[0]]["gram"], rtol=1e-12, atol=1e-15)
+        assert optimizer.memory()["gram"] == (len(params) + 1) * 8 * 7**2
+
+
+@pytest.mark.usefixtures("large")
+def test_a_dense_gradient_has_its_length_from_the_gram_matrix_too():
+    problem = Regression(seed=52, width=15)
+    settings = dict(lr=0.05, num_grads=7, density=0.3, block_size=16, relative_damp=1.0)
+    params = problem.parameters()
+    optimizer = SparseMFAC(params, precondition="gradient", **settings)
+    naive = NaiveMFAC(problem.start, rms=1.0, dense_gradient=True, value_dtype=torch.bfloat16, **settings)
+    error, moved = compare(optimizer, naive, problem, params)
+    assert moved > 0.05
+    assert error < 1e-4
+
+
+def trajectory(problem, steps=12, **options):
+    params = problem.parameters()
+    optimizer = SparseMFAC(params, lr=0.05, num_grads=5, density=0.3, **options)
+    for step in range(steps):
+        set_gradients(params, problem.gradients(problem.start, step % 3))  # rows that nearly repeat
+        optimizer.step()
+    return params, optimizer
+
+
+@pytest.mark.parametrize("relative_damp", [0.1, 1e-3, 1e-13])
+def test_lengths_that_cancel_are_measured(relative_damp, monkeypatch):
+    """With hardly any dampening `c^T K c` is made of rounding; the update has its length all the same."""
+    problem = Regression(seed=58, width=20)
+    asked = []
+    square = Combination.square
+    monkeypatch.setattr(Combination, "square", lambda *given: asked.append(square(*given)) or asked[-1])
+    ends = [trajectory(problem, relative_damp=relative_damp)[0]]
+    assert not asked
+    monkeypatch.setattr(step_size, "knows_length", lambda shape: True)
+    ends.append(trajectory(problem, relative_damp=relative_damp)[0])
+    error, moved = distance(*ends, problem.start)
+    assert moved > 0.1
+    assert error < 1e-4
+    assert len(asked) == 12 * len(ends[0])
+    if relative_damp == 0.1:
+        assert None not in asked
+
+
+def test_a_square_that_rounding_has_spoilt_is_none():
+    gram = torch.ones(2, 2, dtype=torch.float64)
+    for coefficients, expected in (((3.0, -1.0), 4.0), ((1e5, 1.0 - 1e5), None), ((0.0, 0.0), 0.0), ((1e200, 0), None)):
+        combination = Combination(torch.tensor(coefficients, dtype=torch.float64))
+        assert combination.square(gram) == expected
+    outside = torch.tensor([2.0, 2.0, 9.0], dtype=torch.float64)
+    assert Combination(torch.tensor([1.0, 0.0], dtype=torch.float64), 0.5).square(gram, outside) == 1 + 2 + 0.25 * 9
+
+
+def test_a_gram_matrix_for_each_layer_is_the_part(monkeypatch):
+    problem = Regression(seed=60, width=20)
+    ends = []
+    for _ in range(2):
+        params = problem.parameters()
+        optimizer = LowRankGGT(params, lr=0.05, num_grads=5, scope="layer")
+        for step in range(8):
+            set_gradients(params, problem.gradients(problem.start, step))
+            optimizer.step()
+        assert optimizer.memory()["gram"] == len(params) * 8 * 5**2
+        ends.append(params)
+        monkeypatch.setattr(step_size, "knows_length", lambda shape: True)
+        monkeypatch.setattr(step_size, "measure", None)  # not called
+    error, moved = distance(*ends, problem.start)
+    assert moved > 0.1
+    assert error < 1e-5
+
+
+@pytest.mark.usefixtures("large")
+def test_a_checkpoint_without_parts_of_the_gram_matrix_goes_on():
+    """Lengths are measured then, for the parts of rows that were pushed before are not known."""
+    problem = Regression(seed=59, width=20)
+    params, optimizer = trajectory(problem)
+    saved = optimizer.state_dict()
+    ends = []
+    for keep in (True, False):
+        copies = [torch.nn.Parameter(param.detach().clone()) for param in params]
+        resumed = SparseMFAC(copies, lr=0.05, num_grads=5, density=0.3)
+        state = {k: {n: v for n, v in s.items() if keep or n != "gram_part"} for k, s in saved["state"].items()}
+        resumed.load_state_dict({**saved, "state": state})
+        for step in range(4):
+            set_gradients(copies, problem.gradients(problem.start, step))
+            resumed.step()
+        assert all(("gram_part" in resumed.state[copy]) == keep for copy in copies)
+        ends.append(copies)
+    error, moved = distance(*ends, params)
+    assert moved > 0.05
+    assert error < 1e-4
+
+
+def test_only_large_parameters_that_are_whole_keep_their_part_of_the_gram_matrix():
+    class Large(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding = torch.nn.Parameter(torch.empty(11_000, 384, device="meta"))
+            self.other = torch.nn.Parameter(torch.empty(10_000, 384, device="meta"))
+
+    one = 8 * 16**2
+    for options, expected in (({}, 2 * one), ({"update_scale": "none"}, one), ({"selection": "global"}, one)):
+        assert estimate_memory(Large(), SparseMFAC, num_grads=16, **options)["gram"] == expected
+    assert estimate_memory(Large(), MicroAdam, num_grads=16)["gram"] == 0
+    assert not step_size.knows_length(torch.Size([2, step_size._HELD + 1]))  # its rows are long
+    assert step_size.knows_length(torch.Size([step_size._HELD + 1]))
 
 
 @pytest.mark.parametrize("cls", EVERY)
@@ -275,35 +409,57 @@ SLAB, HELD = 1 << 20, step_size._HELD
 SHAPES = [(1,), (SLAB + 3,), (7, 5), (1, 9), (300, 7000), (HELD // 384 + 2731, 384), (2, HELD), (HELD + 5, 1)]
 
 
-@pytest.mark.parametrize("kernels", [reference, cpu], ids=BACKENDS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_an_update_is_measured_row_by_row_and_given_out_whole(shape, kernels):
-    """Whatever rows slabs begin and end in; beyond what is held, the update is computed again, from there on."""
+def long_last_row(shape):
+    """An update whose last row is too long, what computes it slab by slab, and where that was asked to start."""
     values, starts = torch.randn(shape, generator=torch.Generator().manual_seed(0)), []
-    values[-1] *= 100.0  # too long
-    flat_values = values.view(-1)
+    values[-1] *= 100.0
 
     def updates(start):
         starts.append(start)
         for first in range(start, values.numel(), SLAB):
             span = slice(first, min(first + SLAB, values.numel()))
-            yield span, flat_values[span].clone()
+            yield span, values.view(-1)[span].clone()
 
-    update = step_size.measure(updates, values.shape, values.device, kernels)
-    rows = values.view(shape[0], -1) if len(shape) > 1 else values.view(1, -1)
-    square = values.double().square().sum().item()
-    assert update.square == pytest.approx(square, rel=1e-12)
-    torch.testing.assert_close(update.rows, rows.double().square().sum(dim=1), rtol=1e-12, atol=0)
-    theta, sized = torch.ones_like(flat_values), update.sized(0.5, square, values.numel())
-    whole = torch.full_like(flat_values, torch.nan)
+    return values, updates, starts
+
+
+def check_given_out(sized, values, square, kernels):
+    """Every entry once, times 0.5 over the root mean square, but rows no longer than three times that."""
+    theta = torch.ones(values.numel())
+    whole = torch.full((values.numel(),), torch.nan)
     for span, slab in sized.slabs:
         kernels.apply(theta[span], slab, span.start, sized.columns, sized.factors, lr=1.0, keep=0.0)
+        assert whole[span].isnan().all()
         whole[span] = -theta[span]
+    rows = values.view(len(values), -1) if values.ndim > 1 else values.view(1, -1)
     expected = rows * 0.5 * (values.numel() / square) ** 0.5
     lengths = expected.square().mean(dim=1, keepdim=True).sqrt()
     expected = expected * (1.5 / lengths).clamp(max=1.0)
     torch.testing.assert_close(whole.view(rows.shape), expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("kernels", [reference, cpu], ids=BACKENDS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_an_update_is_measured_row_by_row_and_given_out_whole(shape, kernels):
+    """Whatever rows slabs begin and end in; beyond what is held, the update is computed again, from there on."""
+    values, updates, starts = long_last_row(shape)
+    update = step_size.measure(updates, values.shape, values.device, kernels)
+    square = values.double().square().sum().item()
+    rows = values.view(shape[0], -1) if len(shape) > 1 else values.view(1, -1)
+    assert update.square == pytest.approx(square, rel=1e-12)
+    torch.testing.assert_close(update.rows, rows.double().square().sum(dim=1), rtol=1e-12, atol=0)
+    check_given_out(update.sized(0.5, square, values.numel()), values, square, kernels)
     assert starts == ([0] if values.numel() <= HELD else [0, HELD])
+
+
+@pytest.mark.parametrize("kernels", [reference, cpu], ids=BACKENDS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_an_update_of_known_length_is_computed_once(shape, kernels):
+    values, updates, starts = long_last_row(shape)
+    square = values.double().square().sum().item()
+    sized = step_size.in_one_pass(updates, values.shape, values.device, kernels, rms=0.5, square=square)
+    check_given_out(sized, values, square, kernels)
+    assert starts == [0]
 
 
 @pytest.mark.parametrize("kernels", [reference, cpu], ids=BACKENDS)

@@ -294,7 +294,7 @@ def _candidates(keys, threshold, found):
     first = _ZERO
     length = np.uint64(keys.shape[0])
     while first + _COMPARED <= length:
-        mask = _at_least(keys, first, threshold)
+        mask: Any = _at_least(keys, first, threshold)
         while mask:
             found[count] = first + _lowest(mask)
             count += 1
@@ -312,7 +312,7 @@ def _candidates(keys, threshold, found):
 def _select(gradient, error, keys, found, lower, index):
     """Accumulate a block, and write the ascending indices of its largest entries. Their number is that of `index`.
 
-    The first 15 bits of a magnitude settle most; the other 16 are looked at where those are equal to the last ones kept.
+    The first 15 bits of a magnitude settle most; the other 16 count where those are equal to the last one kept.
     """
     kept = index.shape[0]
     for i in range(gradient.shape[0]):
@@ -421,7 +421,7 @@ def _add_products_of_long_rows(index, value, kept, dense, weights, rows, partial
     row = _ZERO
     while row < rows:
         j = row * kept
-        total = _product_of_groups(index, value, j, groups, dense)
+        total: Any = _product_of_groups(index, value, j, groups, dense)
         stop = j + kept
         j += groups * _WIDTH
         while j < stop:
