@@ -19,7 +19,7 @@ from .kernels import Kernels, check_name, choose, widest
 from .layout import Layout
 from .preconditioners import Moment, Preconditioner
 from .shards import is_sharded, local
-from .sites import Group, Member, Site, apply_updates, gradient_of, joint_shape, spans, split_updates
+from .sites import Group, Member, Site, apply_updates, dense, gradient_of, joint_shape, spans, split_updates
 from .step_size import Sized, Updates
 from .threads import one_thread
 from .windows import Slab
@@ -328,12 +328,15 @@ class EFCP(torch.optim.Optimizer):
                     "the other kind of state: set it before the first step"
                 )
         processes = shards.check([member.param for member in active], self._joint)
-        if self._refuses_nonfinite(active, processes, device):
+        kernels = choose(self._backend, device)
+        squares = {
+            m.position: step_size.squared(dense(m.param.grad), kernels) for m in active if m.param.grad is not None
+        }
+        if self._refuses_nonfinite(active, squares, processes, device):
             return False
         tuned = {name: shared[name] for name in self._tunable} | self._scheduled()
         preconditioner = replace(self._preconditioner, **tuned)
         self._check_joint(active)
-        kernels = choose(self._backend, device)
 
         for group in self.param_groups:
             group.update(tuned)
@@ -342,7 +345,7 @@ class EFCP(torch.optim.Optimizer):
         for planned in plans:
             self._check_length(planned)
         for planned in plans:
-            self._move(planned, preconditioner, kernels, processes)
+            self._move(planned, squares, preconditioner, kernels, processes)
         return True
 
     def _step_excluded(self) -> None:
@@ -450,10 +453,18 @@ class EFCP(torch.optim.Optimizer):
         return [Site(state, local(m.param).shape, [m]) for m, state in views]
 
     def _refuses_nonfinite(
-        self, active: list[Member], processes: torch.distributed.ProcessGroup | None, device: torch.device
+        self,
+        active: list[Member],
+        squares: dict[int, float],
+        processes: torch.distributed.ProcessGroup | None,
+        device: torch.device,
     ) -> bool:
-        """Whether the step is to be skipped, on all ranks if on one."""
-        bad = [member.param for member in active if not checks.is_finite(member.param.grad)]
+        """Whether the step is to be skipped, on all ranks if on one; `squares` are `|g|^2`, by position."""
+        bad = [
+            member.param
+            for member in active
+            if member.param.grad is not None and not checks.is_finite(member.param.grad, squares[member.position])
+        ]
         count = float(shards.all_reduce(torch.tensor([len(bad)], dtype=torch.float64, device="cpu"), processes, device))
         if count and not self._skip_nonfinite:
             raise ValueError(checks.nonfinite_message(bad, self._name))
@@ -543,11 +554,12 @@ class EFCP(torch.optim.Optimizer):
     def _move(
         self,
         planned: Planned,
+        gradients: dict[int, float],
         preconditioner: Preconditioner,
         kernels: Kernels,
         processes: torch.distributed.ProcessGroup | None,
     ) -> None:
-        """Move the parameters that share a plan."""
+        """Move the parameters that share a plan; `gradients` are `|g|^2`, by position."""
         unit, plan = 1.0, planned.plan
         members = [member for site in planned.sites for member in site.members]
         if planned.length and any(member.group["update_scale"] == "tensor" for member in members):
@@ -560,8 +572,11 @@ class EFCP(torch.optim.Optimizer):
             squares = self._squares(site, planned, preconditioner, kernels)
             known = planned.updates.get(site.members[0].position)
             for member, part in split_updates(site, updates):
-                x = squares.get(member.position)
-                update = self._sized(member, part, unit, x, known, kernels, processes)
+                gradient = gradients[member.position]
+                if member.group["weight_decay"] and not member.group["decoupled_weight_decay"]:
+                    gradient = step_size.squared(gradient_of(Site({}, local(member.param).shape, [member])), kernels)
+                x = squares.get(member.position, gradient)
+                update = self._sized(member, part, unit, gradient, x, known, kernels, processes)
                 apply_updates(member, self.state[member.param] if self._joint else site.state, update, kernels)
 
     def _squares(
@@ -592,7 +607,8 @@ class EFCP(torch.optim.Optimizer):
         member: Member,
         updates: Updates,
         unit: float,
-        x: float | None,
+        gradient: float,
+        x: float,
         known: float | None,
         kernels: Kernels,
         processes: torch.distributed.ProcessGroup | None,
@@ -603,7 +619,8 @@ class EFCP(torch.optim.Optimizer):
             member: The parameter.
             updates: The update.
             unit: Its unit.
-            x: `|x|^2`, unless `x` is the gradient.
+            gradient: `|g|^2`.
+            x: `|x|^2` of what is preconditioned.
             known: `|u|^2`, where the Gram matrix tells it.
             kernels: The backend.
             processes: Over which the parameter is sharded.
@@ -614,19 +631,16 @@ class EFCP(torch.optim.Optimizer):
         group, param, theta = member.group, member.param, local(member.param)
         if group["update_scale"] == "none":
             return step_size.unsized(updates(0), theta.shape, theta.device, unit)
-        gradient = step_size.squared(gradient_of(Site({}, theta.shape, [member])), kernels)
         if known is not None:
-            rms = step_size.wanted(
-                self.state[param]["squares"], gradient, gradient if x is None else x, group["update_rms"]
-            )
-            return step_size.in_one_pass(
-                updates, theta.shape, theta.device, kernels, rms=rms, square=known / (unit * unit)
-            )
+            rms = step_size.wanted(self.state[param]["squares"], gradient, x, group["update_rms"])
+            square = known / (unit * unit)
+            return step_size.in_one_pass(updates, theta.shape, theta.device, kernels, rms=rms, square=square)
         update = step_size.measure(updates, theta.shape, theta.device, kernels)
-        lengths = [update.square, gradient, gradient if x is None else x]
-        sums = torch.tensor(lengths, dtype=torch.float64, device="cpu")
-        square, gradient, length = shards.all_reduce(sums, processes, param.device).tolist()
-        rms = step_size.wanted(self.state[param]["squares"], gradient, length, group["update_rms"])
+        square = update.square
+        if processes is not None:
+            sums = torch.tensor([square, gradient, x], dtype=torch.float64, device="cpu")
+            square, gradient, x = shards.all_reduce(sums, processes, param.device).tolist()
+        rms = step_size.wanted(self.state[param]["squares"], gradient, x, group["update_rms"])
         return update.sized(rms, square, param.numel())
 
     def _push(self, site: Site, moment: Moment, kernels: Kernels) -> None:

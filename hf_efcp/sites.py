@@ -43,6 +43,11 @@ def spans(site: Site) -> Iterator[tuple[Member, slice]]:
         start += member.param.numel()
 
 
+def dense(gradient: torch.Tensor) -> torch.Tensor:
+    """This process's part of a gradient, in float32 and contiguous."""
+    return local(gradient).to(torch.float32).contiguous()
+
+
 def gradient_of(site: Site) -> torch.Tensor:
     """The gradient in float32, contiguous, with L2 regularisation where it is not decoupled; zero without one."""
     parts = []
@@ -51,7 +56,7 @@ def gradient_of(site: Site) -> torch.Tensor:
         if param.grad is None:
             parts.append(torch.zeros(theta.shape, dtype=torch.float32, device=theta.device))
             continue
-        gradient = local(param.grad).to(torch.float32).contiguous()
+        gradient = dense(param.grad)
         if group["weight_decay"] and not group["decoupled_weight_decay"]:
             gradient = gradient.add(theta.to(torch.float32), alpha=group["weight_decay"]).contiguous()
         parts.append(gradient)

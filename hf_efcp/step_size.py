@@ -77,9 +77,10 @@ def wanted(squares: torch.Tensor, gradient: float, preconditioned: float, rms: f
     Returns:
         The root mean square; 0 for a vector of zeros, or before the first gradient that is not zero.
     """
-    if gradient:
-        squares.mul_(DECAY).add_(torch.tensor([gradient, 1.0], dtype=torch.float64, device="cpu"), alpha=1.0 - DECAY)
     total, weights = squares.tolist()
+    if gradient:
+        total, weights = DECAY * total + (1.0 - DECAY) * gradient, DECAY * weights + (1.0 - DECAY)
+        squares.copy_(torch.tensor([total, weights], dtype=torch.float64, device="cpu"))
     if not total:
         return 0.0
     return rms * min(math.sqrt(preconditioned * weights / total), LONGEST)
@@ -256,6 +257,8 @@ def _factor(rms: float, square: float, numel: int) -> float:
 
 def _factors(rows: torch.Tensor, columns: int, rms: float, factor: float) -> torch.Tensor:
     """The factors of rows, float32: `factor`, but no row has more than `LONGEST_ROW` times `rms` with it."""
+    if math.isinf(rms):
+        return torch.full(rows.shape, factor, dtype=torch.float32, device=rows.device)
     limits = LONGEST_ROW * rms * math.sqrt(columns) / rows.sqrt()  # infinite for rows of zeros
     return limits.nan_to_num_(nan=0.0).clamp_(max=factor).to(torch.float32)
 

@@ -830,7 +830,7 @@ def _array(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
 
 def _flat_rows(indices: torch.Tensor, values: torch.Tensor) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """Indices and values of each block as one run of all rows."""
-    return _array(indices.flatten(1)), _array(values.flatten(1))
+    return _array(indices).reshape(len(indices), -1), _array(values).reshape(len(values), -1)
 
 
 def _step(length: int) -> int:

@@ -28,6 +28,9 @@ def run(work: Callable[[int, int, int], None], blocks: int, step: int) -> None:
         step: Blocks of a range.
     """
     ranges = -(-blocks // step)
+    if ranges == 1:
+        work(0, 0, blocks)
+        return
     counter = itertools.count()
 
     def drain() -> None:
