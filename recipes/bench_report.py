@@ -141,7 +141,10 @@ class Report:
             *self._steps(),
             *(f"\n{label}: left out, {reason}" for label, reason in self.left_out.items()),
             *self._extrapolations(),
-            *self._unwarmed(),
+            "",
+            "Bytes per parameter:",
+            "",
+            *self._memory(),
         ]
         if self.training:
             batch, length = self.training_batch
@@ -180,12 +183,13 @@ class Report:
             if result.extrapolated_from
         ]
 
-    def _unwarmed(self) -> list[str]:
-        return [
-            f"\n{result.label}: {len(result.repeats)} timed, none to warm up"
+    def _memory(self) -> list[str]:
+        parts = ("indices", "values", "error", "momentum", "gram", "total")
+        rows = [
+            (result.label, *(f"{result.memory[part] / self.parameters:.2f}" for part in parts))
             for result in self.results
-            if result.optimizer == "published"
         ]
+        return table(("optimizer", "indices", "values", "error", "moments", "Gram matrix", "all"), rows)
 
     def _training(self) -> list[str]:
         reference = self.training.get(ADAMW)

@@ -50,14 +50,19 @@ class Sweep:
         return max(0.0, float(a))
 
     def ratios(self) -> list[float | None]:
-        """By how much `growing`, above its offset, grows at each doubling; None where it is not above."""
+        """By how much `growing`, above its offset, grows at each doubling.
+
+        Returns:
+            The ratios; None where less than half of the offset is above it, so that noise would be divided by noise.
+        """
         above = [seconds - self.offset for seconds in self.growing]
-        return [b / a if a > 0.0 else None for a, b in pairwise(above)]
+        return [b / a if a > 0.5 * self.offset else None for a, b in pairwise(above)]
 
     @property
     def linear(self) -> bool:
-        """Whether every doubling doubles the time above the fixed part, within 15 %."""
-        return all(ratio is not None and 1.7 <= ratio <= 2.3 for ratio in self.ratios())
+        """Whether every doubling that has a ratio doubles the time above the fixed part, within 15 %."""
+        ratios = [ratio for ratio in self.ratios() if ratio is not None]
+        return bool(ratios) and all(1.7 <= ratio <= 2.3 for ratio in ratios)
 
     def markdown(self) -> list[str]:
         """The sweep as a table."""
@@ -69,7 +74,10 @@ class Sweep:
             cells = [f"{parts[part]:.4f}" for part in (*PARTS, "rest")]
             rows.append((f"{size:g}", f"{seconds:.4f}", *cells, "-" if ratio is None else f"{ratio:.2f}"))
         verdict = "reached" if self.linear else "MISSED"
-        note = f"{self.fixed}; the fixed part is {self.offset:.4f} s; every doubling within 15 % of 2x: {verdict}."
+        note = (
+            f"{self.fixed}; the fixed part is {self.offset:.4f} s; every doubling within 15 % of 2x, where the rest is "
+            f"more than half of it: {verdict}."
+        )
         return [note, "", *table((*heading, "growth above the fixed part"), rows), ""]
 
 
