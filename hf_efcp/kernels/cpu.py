@@ -32,6 +32,7 @@ _LARGEST = np.float32(torch.finfo(torch.bfloat16).max)  # see reference.py
 _SMALLEST = np.float32(torch.finfo(torch.float32).tiny)
 _FIRST, _SECOND = (np.uint32(multiplier) for multiplier in MULTIPLIERS)
 _RANGE = 1 << 16  # entries of the dense vector in one task; partial sums are kept per task
+_LIGHT = 1 << 18  # the same for what takes so little time that waking a thread would take longer
 # Sums may be reordered, but NaN and infinity keep their meaning.
 _FASTMATH = {"reassoc", "contract"}
 _ZERO, _ONE, _TWO, _THREE, _FOUR = (np.uint64(number) for number in range(5))
@@ -783,7 +784,7 @@ def row_squares(flat: torch.Tensor, start: int, columns: int, out: torch.Tensor)
     """See `reference.row_squares`; a row is one thread's, so that its bits depend on nothing else."""
     x, total = _array(flat), _array(out)
     rows = _rows(len(x), start, columns)
-    pool.run(lambda _, begin, end: _row_squares(x, start, columns, begin, end, total), rows, _step(columns))
+    pool.run(lambda _, begin, end: _row_squares(x, start, columns, begin, end, total), rows, max(1, _LIGHT // columns))
 
 
 def apply(
@@ -802,7 +803,7 @@ def apply(
     x, u, factor = _array(theta), _array(update), _array(factors)
     v = np.empty(0, np.float32) if velocity is None else _array(velocity)
     numbers = np.float32(momentum), np.float32(keep), np.float32(lr)
-    pool.run(lambda _, begin, end: _apply(x, u, start, columns, factor, v, *numbers, begin, end), len(x), _RANGE)
+    pool.run(lambda _, begin, end: _apply(x, u, start, columns, factor, v, *numbers, begin, end), len(x), _LIGHT)
 
 
 def _rows(entries: int, start: int, columns: int) -> int:

@@ -9,14 +9,19 @@ from __future__ import annotations
 
 import itertools
 import os
+import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
 
 import torch
 
 from ..threads import available
 
-_executor: ThreadPoolExecutor | None = None
+# What to do, and where to say that it is done, or what went wrong.
+_Job = tuple[Callable[[], None], "SimpleQueue[BaseException | None]"]
+
+_jobs: SimpleQueue[_Job] = SimpleQueue()
+_helpers = 0  # threads that take jobs; not an executor of the standard library, which takes twice as long to start one
 
 
 def run(work: Callable[[int, int, int], None], blocks: int, step: int) -> None:
@@ -38,12 +43,15 @@ def run(work: Callable[[int, int, int], None], blocks: int, step: int) -> None:
             work(index, index * step, min((index + 1) * step, blocks))
 
     helpers = min(available(), ranges) - 1
-    futures = [_pool().submit(drain) for _ in range(helpers)]
+    _start(helpers)
+    done: SimpleQueue[BaseException | None] = SimpleQueue()
+    for _ in range(helpers):
+        _jobs.put((drain, done))
     try:
         drain()
     finally:
         # Also when our own range failed: nobody may write into a tensor after the caller has gone on.
-        errors = [future.exception() for future in futures]
+        errors = [done.get() for _ in range(helpers)]
     for error in errors:
         if error is not None:
             raise error
@@ -78,17 +86,30 @@ def run_torch(work: Callable[[int, int, int], None], blocks: int, step: int, dev
         torch.set_num_threads(threads)
 
 
-def _pool() -> ThreadPoolExecutor:
-    global _executor
-    if _executor is None:
-        _executor = ThreadPoolExecutor(max_workers=os.cpu_count() or 1, thread_name_prefix="hf_efcp")
-    return _executor
+def _start(helpers: int) -> None:
+    """Have at least so many threads that take jobs."""
+    global _helpers
+    while _helpers < helpers:
+        threading.Thread(target=_help, args=(_jobs,), name=f"hf_efcp {_helpers}", daemon=True).start()
+        _helpers += 1
+
+
+def _help(jobs: SimpleQueue[_Job]) -> None:
+    while True:
+        drain, done = jobs.get()
+        try:
+            drain()
+        except BaseException as error:
+            done.put(error)
+        else:
+            done.put(None)
+        del drain, done  # and what they hold, while the next job is waited for
 
 
 def _forget() -> None:
     """A forked child has none of the threads: it starts its own when it needs them."""
-    global _executor
-    _executor = None
+    global _jobs, _helpers
+    _jobs, _helpers = SimpleQueue(), 0
 
 
 if hasattr(os, "register_at_fork"):  # absent on Windows, which does not fork
