@@ -116,7 +116,7 @@ def measure(optimizer: EFCP, before: Snapshot) -> dict[str, float]:
     if _pushed(optimizer) > before.pushed:
         values |= _compare(before.params)
     if units := _units(optimizer):
-        if not optimizer._compressor.lossless:
+        if not optimizer._layout.compressor.lossless:
             error = _error_square(optimizer, units)
             values |= {"error_norm": math.sqrt(error), "error_share": _share(error, _row_square(optimizer, units))}
         if optimizer._preconditioner.uses_gram:
@@ -257,7 +257,7 @@ def _written(optimizer: EFCP, unit: list[Member]) -> torch.Tensor:
 
 def _error_square(optimizer: EFCP, units: list[list[Member]]) -> float:
     """`|e|^2`."""
-    if optimizer._compressor.lossless:
+    if optimizer._layout.compressor.lossless:
         return 0.0
     square = 0.0
     for unit in units:
@@ -266,7 +266,7 @@ def _error_square(optimizer: EFCP, units: list[list[Member]]) -> float:
         for site in optimizer._sites(unit):
             for start in range(0, site.shape.numel(), _SLAB):
                 slab = slice(start, min(start + _SLAB, site.shape.numel()))
-                error = optimizer._errors.load(site.state, slab, kernels)
+                error = optimizer._layout.errors.load(site.state, slab, kernels)
                 square += float(torch.linalg.vector_norm(error, dtype=widest(device))) ** 2
     return square
 
@@ -282,7 +282,7 @@ def _row_square(optimizer: EFCP, units: list[list[Member]]) -> float:
             continue
         kernels = choose(optimizer._backend, unit[0].param.device)
         for site in optimizer._sites(unit):
-            square += float(optimizer._window.dots(site.state, site.shape, newest, rows, kernels)[newest])
+            square += float(optimizer._layout.window.dots(site.state, site.shape, newest, rows, kernels)[newest])
     return square
 
 

@@ -154,10 +154,8 @@ class EFCP(torch.optim.Optimizer):
             raise ValueError(f'precondition="gradient" needs a full matrix; {type(preconditioner).__name__} has none')
         check_name(backend)
         self._preconditioner = preconditioner
-        self._compressor = compressor
-        self._window = compressor.window(num_grads)
-        self._errors = error_store(error_dtype)
-        self._layout = Layout(compressor, self._window, self._errors, preconditioner, num_grads, scope)
+        window, errors = compressor.window(num_grads), error_store(error_dtype)
+        self._layout = Layout(compressor, window, errors, preconditioner, num_grads, scope)
         self._precondition_gradient = precondition == "gradient"
         self._schedules = dict(schedules or {})
         self._skip_nonfinite = nonfinite == "skip"
@@ -374,7 +372,6 @@ class EFCP(torch.optim.Optimizer):
     def _resize(self, num_grads: int) -> None:
         """Set the capacity of the window, before anything is allocated."""
         self._layout = self._layout.resized(num_grads)
-        self._window = self._layout.window
         for settings in (self._structure, self.defaults, *self.param_groups):
             settings["num_grads"] = num_grads
 
@@ -433,7 +430,7 @@ class EFCP(torch.optim.Optimizer):
 
     @property
     def _joint(self) -> bool:
-        return self._compressor.joint
+        return self._layout.compressor.joint
 
     def _check_joint(self, active: list[Member]) -> None:
         """One long vector cannot grow."""
@@ -517,13 +514,13 @@ class EFCP(torch.optim.Optimizer):
         for site in self._sites(unit):
             part = torch.zeros_like(pushed.column)
             if all(member.param.grad is None for member in site.members):
-                self._window.clear(site.state, site.shape, moment.newest)
+                self._layout.window.clear(site.state, site.shape, moment.newest)
             else:
                 pushed.sites.append(site)
                 self._push(site, moment, kernels)
-                preconditioner.observe(moment, self._window, site.state, site.shape, kernels)
+                preconditioner.observe(moment, self._layout.window, site.state, site.shape, kernels)
                 if preconditioner.uses_gram:
-                    part = self._window.dots(site.state, site.shape, moment.newest, moment.rows, kernels)
+                    part = self._layout.window.dots(site.state, site.shape, moment.newest, moment.rows, kernels)
                     pushed.rows[site.members[0].position] = float(part[moment.newest])
             pushed.column.add_(part)
             if "gram_part" in site.state:
@@ -534,7 +531,7 @@ class EFCP(torch.optim.Optimizer):
         """`G x` for the gradient, and behind it `|x|^2`: `(rows + 1,)`."""
         x = gradient_of(site)
         square = torch.linalg.vector_norm(x, dtype=widest(x.device)).to("cpu", torch.float64).square()
-        return torch.cat([self._window.project(site.state, site.shape, x, moment.rows, kernels), square[None]])
+        return torch.cat([self._layout.window.project(site.state, site.shape, x, moment.rows, kernels), square[None]])
 
     def _check_length(self, planned: Planned) -> None:
         """Refuse an update that may not fit the parameters: without dampening it is as long as a row is short."""
@@ -568,7 +565,7 @@ class EFCP(torch.optim.Optimizer):
             plan = plan.times(1.0 / unit)
         for site in planned.sites:
             base = gradient_of(site) if self._precondition_gradient else None
-            updates = partial(preconditioner.updates, plan, self._window, site.state, site.shape, kernels, base)
+            updates = partial(preconditioner.updates, plan, self._layout.window, site.state, site.shape, kernels, base)
             squares = self._squares(site, planned, preconditioner, kernels)
             known = planned.updates.get(site.members[0].position)
             for member, part in split_updates(site, updates):
@@ -595,7 +592,7 @@ class EFCP(torch.optim.Optimizer):
             weights[moment.newest] = 1.0
 
         def parts(start: int) -> Iterable[Slab]:
-            return self._window.combine(state, shape, weights, kernels, start=start)
+            return self._layout.window.combine(state, shape, weights, kernels, start=start)
 
         return {
             member.position: sum(step_size.squared(slab, kernels) for _, slab in part(0))
@@ -646,23 +643,23 @@ class EFCP(torch.optim.Optimizer):
     def _push(self, site: Site, moment: Moment, kernels: Kernels) -> None:
         """Compress a gradient into the window."""
         state, shape = site.state, site.shape
-        row = self._window.row(state, shape, moment.newest)
-        if self._compressor.lossless:
-            self._compressor.compress(gradient_of(site), None, row, state, kernels)
+        row = self._layout.window.row(state, shape, moment.newest)
+        if self._layout.compressor.lossless:
+            self._layout.compressor.compress(gradient_of(site), None, row, state, kernels)
             return
         gradient = gradient_of(site)
         # In a joint vector, which is one slab, parameters without a gradient keep their error and push nothing.
         absent = [span for member, span in spans(site) if member.param.grad is None]
-        for slab, part in self._window.slabs(row, shape):
-            error = self._errors.load(state, slab, kernels)
+        for slab, part in self._layout.window.slabs(row, shape):
+            error = self._layout.errors.load(state, slab, kernels)
             withheld = [(span, error[span].clone()) for span in absent]
             for span, _ in withheld:
                 error[span] = 0.0
             size = shape if error.numel() == shape.numel() else error.shape
-            self._compressor.compress(gradient.view(-1)[slab].view(size), error.view(size), part, state, kernels)
+            self._layout.compressor.compress(gradient.view(-1)[slab].view(size), error.view(size), part, state, kernels)
             for span, kept in withheld:
                 error[span] = kept
-            self._errors.save(state, error, slab, moment.steps, site.members[0].position, kernels)
+            self._layout.errors.save(state, error, slab, moment.steps, site.members[0].position, kernels)
 
 
 def _put_column(gram: torch.Tensor, column: torch.Tensor, newest: int) -> None:

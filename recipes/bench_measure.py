@@ -87,11 +87,11 @@ def _places(optimizer: torch.optim.Optimizer) -> dict[str, tuple[Any, str]]:
     if isinstance(optimizer, EFCP):
         places: dict[str, tuple[Any, str]] = {
             "accumulate_topk": (optimizer, "_push"),
-            "dots": (type(optimizer._window), "dots"),
+            "dots": (type(optimizer._layout.window), "dots"),
             "solve": (type(optimizer._preconditioner), "plan"),
             "apply": (optimizer, "_move"),  # lengths too, and all but sparse windows combine in here
         }
-        if isinstance(optimizer._window, SparseWindow):
+        if isinstance(optimizer._layout.window, SparseWindow):
             places["combine"] = (choose(optimizer.backend, torch.device("cpu")), "combine")
         return places
     return {}

@@ -129,7 +129,7 @@ def test_a_parameter_without_a_gradient_keeps_value_and_error(name):
     problem, params, optimizer = trained(name, weight_decay=0.1)
     set_gradients(params, [None, *problem.gradients(params, 9)[1:]])
     value, state = params[0].detach().clone(), optimizer.state[params[0]]
-    size = params[0].numel() if optimizer._compressor.joint else None  # the first of one long vector
+    size = params[0].numel() if optimizer._layout.compressor.joint else None  # the first of one long vector
     errors = {key: tensor[:size].clone() for key, tensor in state.items() if key.startswith("error")}
     other = params[1].detach().clone()
     optimizer.step()
@@ -141,7 +141,7 @@ def test_a_parameter_without_a_gradient_keeps_value_and_error(name):
 def test_frozen_parameters_cost_nothing_and_may_thaw(name):
     """Thawed later, or added later, is as if the parameter had been there without a gradient."""
     problem = Regression(seed=12)
-    if build(name, problem.parameters())._compressor.joint:
+    if build(name, problem.parameters())._layout.compressor.joint:
         pytest.skip("global Top-k fixes its parameters at the first step: see test_family.py")
 
     def run(late, **changes):

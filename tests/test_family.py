@@ -190,7 +190,7 @@ def test_scope_layer_is_one_optimizer_for_each_parameter(name):
 
     def make(params):
         return EFCP(
-            params, settings["lr"], compressor=template._compressor, preconditioner=template._preconditioner,
+            params, settings["lr"], compressor=template._layout.compressor, preconditioner=template._preconditioner,
             num_grads=settings["num_grads"], scope="layer",
         )  # fmt: skip
 

@@ -199,7 +199,7 @@ def rows_of(optimizer, param):
 
     rows = torch.zeros(len(coefficients), numel, dtype=torch.float64)
     for row, unit in zip(rows, coefficients, strict=True):
-        for span, slab in optimizer._window.combine(state, param.shape, unit, reference):
+        for span, slab in optimizer._layout.window.combine(state, param.shape, unit, reference):
             row[span] = slab
     return rows
 
@@ -226,7 +226,7 @@ def test_memory_is_what_was_announced(name):
         tensors = [v for s in optimizer.state_dict()["state"].values() for v in s.values() if torch.is_tensor(v)]
         assert memory["total"] == sum(t.numel() * t.element_size() for t in tensors)
         entries = 90 * 5 + 3 * 90 + 1
-        if optimizer._compressor.lossless:
+        if optimizer._layout.compressor.lossless:
             assert memory["error"] == 0
         elif optimizer._structure["error_dtype"] == "float32":
             assert memory["error"] == 4 * entries

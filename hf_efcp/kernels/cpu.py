@@ -3,11 +3,9 @@
 One block of the dense vector stays in the first-level cache while all rows of the window stream past it. Everything
 that is compiled is in this file, because numba's cache on disk notices changes of this file only.
 
-The loops over the entries of a window take eight entries of a row at a time: their values are loaded and widened as one
-vector, the entries of the dense block one by one, because an instruction that gathers takes longer than eight loads, on
-some machines several times. Rows too short for that are taken four at a time, each with a sum of its own, and nothing
-there may be reordered, or the compiler would gather. Indices are uint64: signed ones would be compared with zero at
-every entry.
+The loops over the entries of a window take eight of them at a time: their values are loaded and widened as one vector,
+the entries of the dense block one by one, because an instruction that gathers takes longer than eight loads, on some
+machines several times. Eight entries of one row where rows are long, and where they are short, of however many rows.
 """
 
 from __future__ import annotations
@@ -35,10 +33,10 @@ _RANGE = 1 << 16  # entries of the dense vector in one task; partial sums are ke
 _LIGHT = 1 << 18  # the same for what takes so little time that waking a thread would take longer
 # Sums may be reordered, but NaN and infinity keep their meaning.
 _FASTMATH = {"reassoc", "contract"}
-_ZERO, _ONE, _TWO, _THREE, _FOUR = (np.uint64(number) for number in range(5))
+_ZERO, _ONE = np.uint64(0), np.uint64(1)  # of indices: signed ones would be compared with zero at every entry
 _COUNTED = 1 << 14  # keys that are counted in 16 bits
 _LANES = 8  # entries of a vector
-_LONG = 24  # entries of a row from which its products are summed as vectors
+_LONG = 24  # entries of a row that is long
 _AHEAD = 512  # entries, of the window, that are asked for before they are added
 _WIDTH = np.uint64(_LANES)
 _COMPARED = np.uint64(32)  # keys that are compared at once
@@ -108,18 +106,6 @@ def _encode_overload(value, like):
     return lambda value, like: value
 
 
-def _times(value, entry):
-    """A stored value times an entry of a dense block: float64, or int64 for levels of both."""
-    raise NotImplementedError("compiled code only")
-
-
-@overload(_times)
-def _times_overload(value, entry):
-    if isinstance(entry, types.Integer):
-        return lambda value, entry: np.int64(value) * np.int64(entry)
-    return lambda value, entry: np.float64(_decode(value)) * np.float64(entry)
-
-
 def _vector(element, lanes=_LANES):
     return ir.VectorType(element, lanes)
 
@@ -151,17 +137,31 @@ def _widened(builder, stored, pointer):
     return builder.fpext(loaded, _vector(ir.DoubleType()))
 
 
-def _eight_at_a_time(builder, start, groups):
+def _eights(builder, start, groups):
     """A loop over groups of eight entries; yields the first of each."""
     with cgutils.for_range(builder, groups) as loop:
         yield builder.add(start, builder.mul(loop.index, loop.index.type(_LANES)))
 
 
 def _indices(builder, pointer, first):
-    """Pointers' offsets of eight entries, as integers of 64 bits."""
+    """Eight indices, as integers of 64 bits."""
     for lane in range(_LANES):
         at = builder.gep(pointer, [builder.add(first, first.type(lane))])
         yield builder.zext(builder.load(at), first.type)
+
+
+def _doubles(builder, pointer, first):
+    """Pointer to eight float64."""
+    return builder.bitcast(builder.gep(pointer, [first]), _vector(ir.DoubleType()).as_pointer())
+
+
+def _products(builder, stored, first, index, value, dense):
+    """Eight values times the entries of a dense block at their indices, as a vector of float64."""
+    entries = ir.Constant(_vector(ir.FloatType()), ir.Undefined)
+    for lane, offset in enumerate(_indices(builder, index, first)):
+        entries = builder.insert_element(entries, builder.load(builder.gep(dense, [offset])), _lane(lane))
+    values = _widened(builder, stored, builder.gep(value, [first]))
+    return builder.fmul(values, builder.fpext(entries, values.type), flags=["contract"])
 
 
 def _ask_for(builder, pointer, at):
@@ -178,26 +178,21 @@ def _contiguous(*arrays):
 
 
 @intrinsic
-def _product_of_groups(typing_context, index, value, start, groups, dense):
-    """The inner product of a dense block with `groups` times eight entries of a row from `start` on: float64."""
+def _product_of_eights(typing_context, index, value, start, groups, dense):
+    """The inner product of a dense block with `groups` times eight entries from `start` on: float64."""
     if not _contiguous(index, value, dense):
         return None
 
     def codegen(context, builder, signature, arguments):
-        at, stored, block = (
-            _data(context, builder, array, arguments[place]) for array, place in ((index, 0), (value, 1), (dense, 4))
-        )
+        index_of, value_of, start, groups, dense_of = arguments
+        at = _data(context, builder, index, index_of)
+        values, block = _data(context, builder, value, value_of), _data(context, builder, dense, dense_of)
         wide = _vector(ir.DoubleType())
         total = cgutils.alloca_once(builder, wide)
         builder.store(_constant(wide, 0.0), total)
-        for first in _eight_at_a_time(builder, arguments[2], arguments[3]):
-            entries = ir.Constant(_vector(block.type.pointee), ir.Undefined)
-            for lane, offset in enumerate(_indices(builder, at, first)):
-                entries = builder.insert_element(entries, builder.load(builder.gep(block, [offset])), _lane(lane))
-            widen = builder.fpext if dense.dtype == types.float32 else builder.sitofp
-            values = _widened(builder, value.dtype, builder.gep(stored, [first]))
-            product = builder.fmul(values, widen(entries, wide), flags=["contract"])
-            builder.store(builder.fadd(builder.load(total), product, flags=["contract"]), total)
+        for first in _eights(builder, start, groups):
+            products = _products(builder, value.dtype, first, at, values, block)
+            builder.store(builder.fadd(builder.load(total), products, flags=["contract"]), total)
         halves = builder.load(total)
         while (lanes := halves.type.count // 2) > 0:
             lower, upper = (
@@ -211,30 +206,55 @@ def _product_of_groups(typing_context, index, value, start, groups, dense):
 
 
 @intrinsic
-def _add_groups(typing_context, index, value, start, groups, weight, dense):
-    """Add `groups` times eight entries of a row from `start` on, times the row's weight, to a dense block."""
-    if not _contiguous(index, value, dense):
+def _multiply_eights(typing_context, index, value, groups, dense, sums):
+    """Add the products of a dense block with `groups` times eight entries, one by one, to `sums`."""
+    if not _contiguous(index, value, dense, sums):
         return None
 
     def codegen(context, builder, signature, arguments):
-        at, stored, block = (
-            _data(context, builder, array, arguments[place]) for array, place in ((index, 0), (value, 1), (dense, 5))
-        )
-        wide = _vector(ir.DoubleType())
-        weights = builder.insert_element(ir.Constant(wide, ir.Undefined), arguments[4], _lane(0))
-        weights = builder.shuffle_vector(weights, weights, _constant(_vector(ir.IntType(32)), 0))
-        for first in _eight_at_a_time(builder, arguments[2], arguments[3]):
-            later = builder.add(first, first.type(_AHEAD))
-            _ask_for(builder, at, later)
-            _ask_for(builder, stored, later)
-            terms = builder.fmul(_widened(builder, value.dtype, builder.gep(stored, [first])), weights)
-            for lane, offset in enumerate(_indices(builder, at, first)):
-                entry = builder.gep(block, [offset])
-                term = builder.extract_element(terms, _lane(lane))
-                builder.store(builder.fadd(builder.load(entry), term), entry)
+        index_of, value_of, groups, dense_of, sums_of = arguments
+        at, values = _data(context, builder, index, index_of), _data(context, builder, value, value_of)
+        block, totals = _data(context, builder, dense, dense_of), _data(context, builder, sums, sums_of)
+        for first in _eights(builder, groups.type(0), groups):
+            products = _products(builder, value.dtype, first, at, values, block)
+            place = _doubles(builder, totals, first)
+            before = builder.load(place)
+            before.align = 8
+            builder.store(builder.fadd(before, products, flags=["contract"]), place).align = 8
         return context.get_dummy_value()
 
-    return types.void(index, value, types.uint64, types.uint64, types.float64, dense), codegen
+    return types.void(index, value, types.uint64, dense, sums), codegen
+
+
+@intrinsic
+def _add_eights(typing_context, index, value, start, groups, weight, dense):
+    """Add `groups` times eight entries from `start` on, times a weight, or a weight for each, to a dense block."""
+    each = isinstance(weight, types.Array)
+    if not _contiguous(index, value, dense, *([weight] if each else [])):
+        return None
+
+    def codegen(context, builder, signature, arguments):
+        index_of, value_of, start, groups, weight_of, dense_of = arguments
+        at = _data(context, builder, index, index_of)
+        values, block = _data(context, builder, value, value_of), _data(context, builder, dense, dense_of)
+        wide = _vector(ir.DoubleType())
+        if not each:
+            one = builder.insert_element(ir.Constant(wide, ir.Undefined), weight_of, _lane(0))
+            weights = builder.shuffle_vector(one, one, _constant(_vector(ir.IntType(32)), 0))
+        for first in _eights(builder, start, groups):
+            later = builder.add(first, first.type(_AHEAD))
+            _ask_for(builder, at, later)
+            _ask_for(builder, values, later)
+            if each:
+                weights = builder.load(_doubles(builder, _data(context, builder, weight, weight_of), first))
+                weights.align = 8
+            terms = builder.fmul(_widened(builder, value.dtype, builder.gep(values, [first])), weights)
+            for lane, offset in enumerate(_indices(builder, at, first)):
+                entry = builder.gep(block, [offset])
+                builder.store(builder.fadd(builder.load(entry), builder.extract_element(terms, _lane(lane))), entry)
+        return context.get_dummy_value()
+
+    return types.void(index, value, types.uint64, types.uint64, weight, dense), codegen
 
 
 @intrinsic
@@ -385,140 +405,103 @@ def _accumulate_topk_levels(gradient, error, indices, values, scales, share, beg
 
 
 @_jit_in_order
-def _add_products_of_short_rows(index, value, kept, dense, weights, rows, partial):
-    """See `_add_products`: four rows at a time."""
-    zero = _times(value[_ZERO], dense[_ZERO]) * 0
-    row = _ZERO
-    while row + _FOUR <= rows:
-        j = row * kept
-        stop = j + kept
-        a, b, c, d = zero, zero, zero, zero
-        while j < stop:
-            a += _times(value[j], dense[index[j]])
-            b += _times(value[j + kept], dense[index[j + kept]])
-            c += _times(value[j + _TWO * kept], dense[index[j + _TWO * kept]])
-            d += _times(value[j + _THREE * kept], dense[index[j + _THREE * kept]])
-            j += _ONE
-        partial[row] += weights[row] * a
-        partial[row + _ONE] += weights[row + _ONE] * b
-        partial[row + _TWO] += weights[row + _TWO] * c
-        partial[row + _THREE] += weights[row + _THREE] * d
-        row += _FOUR
-    while row < rows:
-        j = row * kept
-        stop = j + kept
-        a = zero
-        while j < stop:
-            a += _times(value[j], dense[index[j]])
-            j += _ONE
-        partial[row] += weights[row] * a
-        row += _ONE
-
-
-@_jit_in_order
-def _add_products_of_long_rows(index, value, kept, dense, weights, rows, partial):
-    """See `_add_products`: eight entries at a time."""
+def _add_products(index, value, kept, dense, weights, rows, partial):
+    """Add the inner products of one dense block with its long rows, times the rows' weights, to `partial`."""
     groups = kept // _WIDTH
     row = _ZERO
     while row < rows:
         j = row * kept
-        total: Any = _product_of_groups(index, value, j, groups, dense)
+        total: Any = _product_of_eights(index, value, j, groups, dense)
         stop = j + kept
         j += groups * _WIDTH
         while j < stop:
-            total += np.float64(_times(value[j], dense[index[j]]))
+            total += np.float64(_decode(value[j])) * np.float64(dense[index[j]])
             j += _ONE
         partial[row] += weights[row] * total
         row += _ONE
 
 
-@_jit
-def _add_products(index, value, kept, dense, weights, rows, partial):
-    """Add the inner products of one dense block with its rows, times the rows' weights, to `partial`."""
-    if kept < _LONG:
-        _add_products_of_short_rows(index, value, kept, dense, weights, rows, partial)
-    else:
-        _add_products_of_long_rows(index, value, kept, dense, weights, rows, partial)
+@_jit_in_order
+def _multiply(index, value, dense, sums):
+    """Add the products of one dense block with the entries of its short rows, one by one, to `sums`."""
+    count = np.uint64(sums.shape[0])
+    groups = count // _WIDTH
+    _multiply_eights(index, value, groups, dense, sums)
+    j = groups * _WIDTH
+    while j < count:
+        sums[j] += np.float64(_decode(value[j])) * np.float64(dense[index[j]])
+        j += _ONE
 
 
 @_jit
-def _dots(indices, values, kept, newest, rows, length, begin, end, partial):
+def _collect(sums, kept, weights, rows, partial):
+    """Add what `_multiply` has summed, row by row and times the rows' weights, to `partial`, and forget it."""
+    for row in range(rows):
+        total = 0.0
+        for j in range(row * kept, (row + 1) * kept):
+            total += sums[j]
+        partial[row] += weights[row] * total
+    sums[:] = 0.0
+
+
+@_jit
+def _sums(kept, rows):
+    """For the products of short rows; empty for long ones."""
+    return np.zeros(rows * kept if kept < _LONG else 0)
+
+
+@_jit
+def _dots(indices, values, scales, share, kept, newest, rows, length, begin, end, partial):
     dense = np.zeros(length, np.float32)  # half as much of the first-level cache as float64, and as exact
-    weights = np.ones(rows)
+    weights, sums = np.ones(rows), _sums(kept, rows)
     own = range(newest * kept, (newest + 1) * kept)
     for block in range(begin, end):
+        if scales is not None and block % share == 0:
+            if len(sums):
+                _collect(sums, kept, weights, rows, partial)
+            scale = scales[block // share]
+            for row in range(rows):
+                weights[row] = np.float64(_decode(scale[row])) * np.float64(_decode(scale[newest]))
         index, value = indices[block], values[block]
         for j in own:
-            dense[index[j]] = _decode(value[j])
-        _add_products(index, value, np.uint64(kept), dense, weights, np.uint64(rows), partial)
+            dense[index[j]] = np.float32(_decode(value[j]))
+        if len(sums):
+            _multiply(index, value, dense, sums)
+        else:
+            _add_products(index, value, np.uint64(kept), dense, weights, np.uint64(rows), partial)
         for j in own:
             dense[index[j]] = np.float32(0.0)
-
-
-@_jit
-def _dots_levels(indices, values, scales, share, kept, newest, rows, length, begin, end, partial):
-    # Levels times levels are whole numbers, and their sums below 2^31: exact, and twice as fast as in float64.
-    dense = np.zeros(length, np.int8)
-    weights = np.empty(rows)
-    own = range(newest * kept, (newest + 1) * kept)
-    for first in range(begin, end, share):
-        scale = scales[first // share]
-        for row in range(rows):
-            weights[row] = np.float64(_decode(scale[row])) * np.float64(_decode(scale[newest]))
-        for block in range(first, min(first + share, end)):
-            index, value = indices[block], values[block]
-            for j in own:
-                dense[index[j]] = value[j]
-            _add_products(index, value, np.uint64(kept), dense, weights, np.uint64(rows), partial)
-            for j in own:
-                dense[index[j]] = 0
+    if len(sums):
+        _collect(sums, kept, weights, rows, partial)
 
 
 @_jit
 def _project(indices, values, scales, share, kept, x, rows, begin, end, partial):
-    weights = np.ones(rows)
+    weights, sums = np.ones(rows), _sums(kept, rows)
     for block in range(begin, end):
         if scales is not None and block % share == 0:
+            if len(sums):
+                _collect(sums, kept, weights, rows, partial)
             scale = scales[block // share]
             for row in range(rows):
                 weights[row] = np.float64(_decode(scale[row]))
-        _add_products(indices[block], values[block], np.uint64(kept), x[block], weights, np.uint64(rows), partial)
+        if len(sums):
+            _multiply(indices[block], values[block], x[block], sums)
+        else:
+            _add_products(indices[block], values[block], np.uint64(kept), x[block], weights, np.uint64(rows), partial)
+    if len(sums):
+        _collect(sums, kept, weights, rows, partial)
 
 
 @_jit_in_order
-def _add_short_rows(index, value, kept, weights, rows, dense):
-    """See `_add_rows`: four rows at a time."""
-    row = _ZERO
-    while row + _FOUR <= rows:
-        j = row * kept
-        stop = j + kept
-        a, b, c, d = weights[row], weights[row + _ONE], weights[row + _TWO], weights[row + _THREE]
-        while j < stop:
-            dense[index[j]] += a * np.float64(_decode(value[j]))
-            dense[index[j + kept]] += b * np.float64(_decode(value[j + kept]))
-            dense[index[j + _TWO * kept]] += c * np.float64(_decode(value[j + _TWO * kept]))
-            dense[index[j + _THREE * kept]] += d * np.float64(_decode(value[j + _THREE * kept]))
-            j += _ONE
-        row += _FOUR
-    while row < rows:
-        j = row * kept
-        stop = j + kept
-        a = weights[row]
-        while j < stop:
-            dense[index[j]] += a * np.float64(_decode(value[j]))
-            j += _ONE
-        row += _ONE
-
-
-@_jit_in_order
-def _add_long_rows(index, value, kept, weights, rows, dense):
-    """See `_add_rows`: eight entries at a time."""
+def _add_rows(index, value, kept, weights, rows, dense):
+    """Add the long rows of one block, times their weights, to a dense block."""
     groups = kept // _WIDTH
     row = _ZERO
     while row < rows:
         j = row * kept
         weight = weights[row]
-        _add_groups(index, value, j, groups, weight, dense)
+        _add_eights(index, value, j, groups, weight, dense)
         stop = j + kept
         j += groups * _WIDTH
         while j < stop:
@@ -527,13 +510,16 @@ def _add_long_rows(index, value, kept, weights, rows, dense):
         row += _ONE
 
 
-@_jit
-def _add_rows(index, value, kept, weights, rows, dense):
-    """Add the rows of one block, times their weights, to a dense block."""
-    if kept < _WIDTH:
-        _add_short_rows(index, value, kept, weights, rows, dense)
-    else:
-        _add_long_rows(index, value, kept, weights, rows, dense)
+@_jit_in_order
+def _add_entries(index, value, weights, dense):
+    """Add the entries of short rows, times a weight for each, to a dense block."""
+    count = np.uint64(weights.shape[0])
+    groups = count // _WIDTH
+    _add_eights(index, value, _ZERO, groups, weights, dense)
+    j = groups * _WIDTH
+    while j < count:
+        dense[index[j]] += weights[j] * np.float64(_decode(value[j]))
+        j += _ONE
 
 
 @_jit_in_order
@@ -556,12 +542,15 @@ def _combine(indices, values, scales, share, kept, coefficients, base, scale, sq
     rows = coefficients.shape[0]
     length = out.shape[1]
     dense = np.empty(length, np.float64)
-    weights = coefficients.copy()
+    weights, each = coefficients.copy(), _sums(kept, rows)
     for block in range(begin, end):
         if scales is not None and block % share == 0:
             for row in range(rows):
                 unit = np.float64(_decode(scales[block // share, row]))
                 weights[row] = coefficients[row] * (unit * unit if squared else unit)
+        if len(each) and (block == begin or (scales is not None and block % share == 0)):
+            for j in range(len(each)):
+                each[j] = weights[j // kept]
         if base.shape[0]:
             for i in range(length):
                 dense[i] = scale * np.float64(base[block, i])
@@ -569,6 +558,8 @@ def _combine(indices, values, scales, share, kept, coefficients, base, scale, sq
             dense[:] = 0.0
         if squared:
             _add_squares(indices[block], values[block], np.uint64(kept), weights, np.uint64(rows), dense)
+        elif len(each):
+            _add_entries(indices[block], values[block], each, dense)
         else:
             _add_rows(indices[block], values[block], np.uint64(kept), weights, np.uint64(rows), dense)
         for i in range(length):
@@ -702,18 +693,9 @@ def dots(
 ) -> torch.Tensor:
     """See `reference.dots`; partial sums per range of blocks, added in the order of the ranges."""
     index, value, kept = *_flat_rows(indices, values), indices.shape[2]
-    if scales is None:
-        return _summed(
-            lambda begin, end, partial: _dots(index, value, kept, newest, rows, length, begin, end, partial),
-            len(index),
-            length,
-            rows,
-        )
-    scale, share = _array(scales), sharing(length)
+    scale, share = None if scales is None else _array(scales), sharing(length)
     return _summed(
-        lambda begin, end, partial: _dots_levels(
-            index, value, scale, share, kept, newest, rows, length, begin, end, partial
-        ),
+        lambda begin, end, partial: _dots(index, value, scale, share, kept, newest, rows, length, begin, end, partial),
         len(index),
         length,
         rows,
