@@ -57,8 +57,7 @@ def cut_windows(
 
     def encode(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         texts = [question.strip() for question in batch["question"]]
-        lengths = [len(tokens) for tokens in tokenizer(texts, add_special_tokens=False)["input_ids"]]
-        _check_room(batch["id"], lengths, max_length - special, stride)
+        _check_room(tokenizer, batch["id"], texts, batch["context"], max_length - special, stride)
         encoding = tokenizer(
             texts,
             batch["context"],
@@ -92,14 +91,19 @@ def cut_windows(
     )
 
 
-def _check_room(ids: Sequence[str], lengths: Sequence[int], room: int, stride: int) -> None:
-    longest = int(np.argmax(lengths))
-    if room - lengths[longest] <= stride:
-        raise ValueError(
-            f"question {ids[longest]!r} has {lengths[longest]} tokens, which leaves {room - lengths[longest]} of a "
-            f"window for the context, not more than the {stride} that windows share: raise --max_seq_length, "
-            "lower --doc_stride, or shorten the question"
-        )
+def _check_room(
+    tokenizer: Any, ids: Sequence[str], texts: Sequence[str], contexts: Sequence[str], room: int, stride: int
+) -> None:
+    lengths = [len(tokens) for tokens in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+    for question, length, context in zip(ids, lengths, contexts, strict=True):
+        if room - length > stride:
+            continue
+        if length + len(tokenizer(context, add_special_tokens=False)["input_ids"]) > room:
+            raise ValueError(
+                f"question {question!r} has {length} tokens, which leaves {room - length} of a window for the context, "
+                f"not more than the {stride} that windows share: raise --max_seq_length, lower --doc_stride, or "
+                "shorten the question"
+            )
 
 
 def _locate(places: NDArray[np.int64], answers: dict[str, list[Any]]) -> tuple[int, int] | None:

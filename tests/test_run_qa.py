@@ -445,12 +445,14 @@ def test_training_windows_hold_only_what_the_model_takes(recipe, tokenizer):
 
 
 def test_a_question_that_leaves_no_room_is_named(recipe, tokenizer):
-    rows = [row(), row(id="long", question="jar " * 50)]
+    rows = [row(), row(id="long", question="jar " * 50, context="jar " * 12)]
     with pytest.raises(
         ValueError, match=r"question 'long' has 50 tokens, which leaves 11 of a window .* not more than the 11 .*raise"
     ):
         cut(recipe, tokenizer, rows, 64, 11)
-    assert len(cut(recipe, tokenizer, rows, 64, 10)[1]) == 2
+    assert len(cut(recipe, tokenizer, rows, 64, 10)[1]) == 3
+    rows[1]["context"] = "jar " * 11  # no second window is needed
+    assert len(cut(recipe, tokenizer, rows, 64, 11)[1]) == 2
 
 
 def test_what_the_tokenizer_cannot_do_is_refused(recipe, tokenizer):
