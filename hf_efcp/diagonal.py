@@ -35,6 +35,10 @@ class DiagonalPreconditioner:
         """None: the newest row is preconditioned."""
         return None
 
+    def square(self, plan: Any, gram: torch.Tensor, outside: torch.Tensor | None) -> float | None:
+        """None: no Gram matrix tells it."""
+        return None
+
     def plan_outside(self, gram: torch.Tensor, products: torch.Tensor, moment: Moment) -> Any:
         """Refuse: the rule is made of the window's rows, entry by entry.
 

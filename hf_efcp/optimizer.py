@@ -500,8 +500,9 @@ class EFCP(torch.optim.Optimizer):
         for site in [] if self._joint or processes is not None else pushed.sites:
             position = site.members[0].position
             own = site.state.get("gram_part" if self._structure["scope"] == "model" else "gram")
-            if own is not None and step_size.knows_length(site.shape):
-                known = plan.square(own[: moment.rows, : moment.rows], outside.get(position))
+            scaled = site.members[0].group["update_scale"] == "tensor"
+            if own is not None and scaled and step_size.knows_length(site.shape):
+                known = preconditioner.square(plan, own[: moment.rows, : moment.rows], outside.get(position))
                 if known is not None:
                     updates[position] = known
         return Planned(pushed.sites, moment, plan, length, pushed.rows, updates)

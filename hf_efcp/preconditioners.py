@@ -99,6 +99,8 @@ class Combination:
 class Preconditioner(Protocol):
     """What `EFCP` needs of a preconditioner: a frozen dataclass whose fields are its hyperparameters.
 
+    With `uses_gram` its plans are `Combination`s, or have what those have.
+
     The fields are written into the parameter groups, where a user or a scheduler may change them between steps.
     `GramPreconditioner` is the base to take for a function of the Gram matrix.
     """
@@ -120,6 +122,12 @@ class Preconditioner(Protocol):
 
     def plan_outside(self, gram: torch.Tensor, products: torch.Tensor, moment: Moment) -> Any:
         """The same for a dense vector `x`, from the products `G x`."""
+
+    def square(self, plan: Any, gram: torch.Tensor, outside: torch.Tensor | None) -> float | None:
+        """`|u|^2` of a parameter, from its part of the Gram matrix; None where that does not tell it.
+
+        `outside` is the parameter's part of `G x`, and behind it `|x|^2`. Asked of large parameters, if `uses_gram`.
+        """
 
     def updates(
         self,
@@ -194,6 +202,10 @@ class GramPreconditioner:
         """The combination for a dense vector."""
         with one_thread():
             return self.outside(gram, products, moment)
+
+    def square(self, plan: Combination, gram: torch.Tensor, outside: torch.Tensor | None) -> float | None:
+        """That of the combination, unless a subclass makes something else of it."""
+        return plan.square(gram, outside) if type(self).updates is GramPreconditioner.updates else None
 
     def updates(
         self,

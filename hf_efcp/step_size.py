@@ -48,6 +48,7 @@ LONGEST = 1.0 / math.sqrt(1.0 - DECAY)  # that |x| / sqrt(v) may be: what |g| / 
 LONGEST_ROW = 3.0  # root mean square of a row of a matrix, over that of the matrix
 
 _HELD = 4 << 20  # entries of an update that are kept while it is measured
+_PART, _ROW = 1 << 20, 1 << 12  # entries of a vector, and of a row of them, that are squared at a time
 _NOTHING = 1e-30  # length of a part of an update that is about 1 long
 
 
@@ -198,23 +199,21 @@ def in_one_pass(
     rows = torch.zeros(_rows(shape), dtype=widest(device), device=device)
 
     def slabs() -> Iterator[Slab]:
-        waiting: list[Slab] = []  # of a row whose end is in a later slab
+        waiting: list[Slab] = []  # parts of a row whose end is in a later slab
         known = 0
         for span, update in updates(0):
             kernels.row_squares(update, span.start, columns, rows)
             whole = span.stop // columns
             factors[known:whole] = _factors(rows[known:whole], columns, rms, factor)
             known = whole
-            parts, waiting = [*waiting, (span, update)], []
+            end = max(span.start, min(whole * columns, span.stop))
+            if end > span.start:
+                yield from waiting
+                yield slice(span.start, end), update[: end - span.start]
+                waiting.clear()
+            if end < span.stop:
+                waiting.append((slice(end, span.stop), update[end - span.start :].clone()))
             del update  # before the next one is made
-            while parts:
-                place, part = parts.pop(0)
-                end = max(place.start, min(whole * columns, place.stop))
-                if end < place.stop:
-                    waiting.append((slice(end, place.stop), part[end - place.start :].clone()))
-                if end > place.start:
-                    yield slice(place.start, end), part[: end - place.start]
-                del part
 
     return Sized(slabs(), columns, factors)
 
@@ -243,10 +242,15 @@ def squared(vector: torch.Tensor, kernels: Kernels) -> float:
     Returns:
         The sum, in float64.
     """
-    rows = torch.zeros(_rows(vector.shape), dtype=widest(vector.device), device=vector.device)
-    if vector.numel():
-        kernels.row_squares(vector.view(-1), 0, _columns(vector.shape), rows)
-    return float(rows.sum())
+    total = 0.0
+    flat = vector.view(-1)
+    for start in range(0, flat.numel(), _PART):
+        part = flat[start : start + _PART]
+        # In rows, each of which is one thread's, whatever the shape.
+        sums = torch.zeros(-(-part.numel() // _ROW), dtype=widest(vector.device), device=vector.device)
+        kernels.row_squares(part, 0, _ROW, sums)
+        total += float(sums.sum())
+    return total
 
 
 def _factor(rms: float, square: float, numel: int) -> float:

@@ -143,7 +143,7 @@ def fill_window(optimizer: EFCP, seed: int) -> None:
     The rows are about as long as the one that the step has pushed, and nearly orthogonal. The Gram matrix is a random
     symmetric positive definite one of that size, not that of the rows: computing it would take as many steps as there
     are rows. It stays positive definite while its columns are replaced by true ones, one a step, unless there are fewer
-    parameters than rows, which then cannot be orthogonal.
+    parameters than rows, which then cannot be orthogonal. So are the parts of it that large parameters keep.
 
     Args:
         optimizer: Updated.
@@ -167,7 +167,10 @@ def fill_window(optimizer: EFCP, seed: int) -> None:
         if "gram" in state:
             noise = torch.randn(capacity, capacity, dtype=torch.float64, generator=generator)
             spread = torch.eye(capacity, dtype=torch.float64).mul_(0.9).addmm_(noise, noise.T, alpha=0.1 / capacity)
-            state["gram"].copy_(state["gram"][0, 0] * spread)
+    for state in optimizer.state.values():
+        for name in ("gram", "gram_part"):
+            if name in state:
+                state[name].copy_(state[name][0, 0] * spread)
 
 
 def _fill_values(tensor: torch.Tensor, capacity: int, generator: torch.Generator, *, positive: bool) -> None:

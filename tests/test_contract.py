@@ -8,6 +8,9 @@ import torch
 from problems import Regression, flat, set_gradients
 from variants import build, exact, names, papers_names, taken
 
+from hf_efcp import step_size
+from hf_efcp.kernels import cpu
+
 pytestmark = pytest.mark.parametrize("name", names())
 
 
@@ -224,7 +227,11 @@ def test_odd_shapes_and_strides(name):
     assert [(new != old).any().item() for new, old in zip(odd, before, strict=True)] == [True, True, True, False, True]
 
 
-def test_bits_do_not_depend_on_the_number_of_threads(name):
+@pytest.mark.parametrize("large", [False, True], ids=["measured", "known"])
+def test_bits_do_not_depend_on_the_number_of_threads(name, large, monkeypatch):
+    """Also where the Gram matrix tells the length of an update."""
+    monkeypatch.setattr(step_size, "knows_length", lambda shape: large)
+    monkeypatch.setattr(cpu, "_LIGHT", 1 << 15)  # several ranges of what is light, too
     generator = torch.Generator().manual_seed(1)
     start = torch.randn(700, 300, generator=generator)
     gradients = [torch.randn(700, 300, generator=generator) for _ in range(7)]

@@ -98,6 +98,20 @@ def test_compression_keeps_the_largest_and_feeds_back_the_rest(dtype, case):
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("length", [16383, 16384, 16385, 40000, 65536])
+@pytest.mark.parametrize("few", [3, 100000])
+def test_top_k_of_long_blocks_with_ties(length, few):
+    """More keys than are counted at a time; with few distinct magnitudes the lowest indices are kept."""
+    generator = torch.Generator().manual_seed(length)
+    gradient = torch.randint(-few, few + 1, (2, length), generator=generator).float()
+    kept = length // 90
+    results = [compress(backend, gradient, torch.zeros(2, length), kept, torch.float32) for backend in BACKENDS]
+    for rest, indices, values, _ in results:
+        for block in range(2):
+            assert indices[block].tolist() == largest(gradient[block], kept)
+        assert torch.equal(rest.scatter(1, indices, values), gradient)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_what_rounding_takes_stays_in_the_error(backend):
     gradient = torch.full((1, 4), 1 + 2**-9)

@@ -259,7 +259,7 @@ def _add_eights(typing_context, index, value, start, groups, weight, dense):
 
 @intrinsic
 def _at_least(typing_context, keys, first, threshold):
-    """Which of 32 keys from `first` on are not below a threshold, a bit for each."""
+    """Which of 32 keys from `first` on are not below a threshold, a bit for each, the lowest first (little-endian)."""
     if not _contiguous(keys):
         return None
 
@@ -436,10 +436,12 @@ def _multiply(index, value, dense, sums):
 @_jit
 def _collect(sums, kept, weights, rows, partial):
     """Add what `_multiply` has summed, row by row and times the rows' weights, to `partial`, and forget it."""
+    j = _ZERO
     for row in range(rows):
         total = 0.0
-        for j in range(row * kept, (row + 1) * kept):
+        for _ in range(kept):
             total += sums[j]
+            j += _ONE
         partial[row] += weights[row] * total
     sums[:] = 0.0
 
@@ -549,8 +551,11 @@ def _combine(indices, values, scales, share, kept, coefficients, base, scale, sq
                 unit = np.float64(_decode(scales[block // share, row]))
                 weights[row] = coefficients[row] * (unit * unit if squared else unit)
         if len(each) and (block == begin or (scales is not None and block % share == 0)):
-            for j in range(len(each)):
-                each[j] = weights[j // kept]
+            j = _ZERO
+            for row in range(rows):
+                for _ in range(kept):
+                    each[j] = weights[row]
+                    j += _ONE
         if base.shape[0]:
             for i in range(length):
                 dense[i] = scale * np.float64(base[block, i])
