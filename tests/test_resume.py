@@ -18,7 +18,7 @@ from torch import nn
 from transformers import TrainerCallback
 from variants import build, names
 
-from hf_efcp import OPTIMIZERS, EFCPTrainer
+from hf_efcp import OPTIMIZERS, EFCPTrainer, step_size
 
 ARGUMENTS = {
     "sparse_mfac": "num_grads=3,density=0.1,block_size=1024,momentum=0.5,exclude=word_embeddings",
@@ -308,9 +308,12 @@ def test_accelerators_save_state_and_load_state_are_exact(tmp_path, name):
     assert_same(fresh.optimizer.state_dict()["state"], optimizer.optimizer.state_dict()["state"])
 
 
+@pytest.mark.parametrize("large", [False, True], ids=["measured", "known"])
 @pytest.mark.parametrize("through", ["memory", "file", "dcp"])
 @pytest.mark.parametrize("name", names())
-def test_distributed_checkpoints_of_one_process_are_exact(tmp_path, name, through):
+def test_distributed_checkpoints_of_one_process_are_exact(tmp_path, name, through, large, monkeypatch):
+    """Also if every parameter has its part of the Gram matrix in its state."""
+    monkeypatch.setattr(step_size, "knows_length", lambda shape: large)
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
