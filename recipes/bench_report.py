@@ -81,6 +81,7 @@ class Report:
         accumulator_seconds: Reading and writing a float32 vector of that size once, the median.
         peak_method: How resident memory was measured.
         results: Of the contenders.
+        in_cache: Seconds of "dots" and "combine" if memory cost nothing, by label.
         training: Of training steps, by label.
         training_batch: Sequences and tokens of a batch.
         left_out: Contenders that could not be built, with the reason.
@@ -92,6 +93,7 @@ class Report:
     accumulator_seconds: float
     peak_method: str
     results: list[Result]
+    in_cache: dict[str, dict[str, float]] = field(default_factory=dict)
     training: dict[str, dict[str, Any]] = field(default_factory=dict)
     training_batch: tuple[int, int] = (0, 0)
     left_out: dict[str, str] = field(default_factory=dict)
@@ -145,6 +147,7 @@ class Report:
             "Bytes per parameter:",
             "",
             *self._memory(),
+            *self._floor(),
         ]
         if self.training:
             batch, length = self.training_batch
@@ -190,6 +193,24 @@ class Report:
             for result in self.results
         ]
         return table(("optimizer", "indices", "values", "error", "moments", "Gram matrix", "all"), rows)
+
+    def _floor(self) -> list[str]:
+        if not self.in_cache:
+            return []
+        rows = []
+        for result in self.results:
+            if cached := self.in_cache.get(result.label):
+                work = (result.parts[part] for part in ("dots", "combine"))
+                alone = (cached["dots"], cached["combine"], result.stream_seconds)
+                rows.append((result.label, *map(_seconds, (*work, *alone))))
+        heading = ("optimizer", "dots", "combine", "dots, in the cache", "combine, in the cache", "window read twice")
+        return [
+            "",
+            "Where dots and combine spend their time: as in a step; on a window that stays in the cache, multiplied up "
+            "to as many entries; and reading alone:",
+            "",
+            *table(heading, rows),
+        ]
 
     def _training(self) -> list[str]:
         reference = self.training.get(ADAMW)

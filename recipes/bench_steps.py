@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +14,12 @@ from bench_cases import Contender, available_memory, build, state_memory, window
 from bench_measure import peak_memory, read_and_write, stream, timed_step
 from bench_report import Report, Result
 
+from hf_efcp import EFCP
+from hf_efcp.kernels import choose
+from hf_efcp.threads import one_thread
+
 Step = tuple[float, dict[str, float]]
+_IN_CACHE = 1 << 18  # entries of a parameter whose window stays in the cache: 10 MB at m = 1024 and 1 %
 
 
 def build_all(
@@ -99,6 +106,56 @@ def measure_steps(
     return Report(here, numel, statistics.median(accumulator_seconds), method, results)
 
 
+def measure_in_cache(
+    contenders: list[Contender], built: dict[str, torch.optim.Optimizer], *, repeats: int, seed: int
+) -> dict[str, dict[str, float]]:
+    """Time dots and combine on a window that stays in the cache: what they would take if memory cost nothing.
+
+    Args:
+        contenders: Of sparse windows.
+        built: Their optimizers by label; those without one are left out.
+        repeats: Calls of each.
+        seed: Seed of the window.
+
+    Returns:
+        By label, the seconds of "dots" and "combine", medians, multiplied up to as many entries as the window has.
+    """
+    found = {}
+    for contender in contenders:
+        if contender.label in built:
+            small, seconds = _dots_and_combine(contender, repeats, seed)
+            entries = [
+                sum(tensor.nbytes for tensor in window_tensors(some)) for some in (built[contender.label], small)
+            ]
+            found[contender.label] = {name: entries[0] / entries[1] * taken for name, taken in seconds.items()}
+    return found
+
+
+def _dots_and_combine(contender: Contender, repeats: int, seed: int) -> tuple[EFCP, dict[str, float]]:
+    """An optimizer over one small parameter, and the seconds of both."""
+    param = torch.nn.Parameter(torch.zeros(_IN_CACHE))
+    param.grad = torch.randn(_IN_CACHE, generator=torch.Generator().manual_seed(seed))
+    optimizer = build(contender, torch.nn.ParameterList([param]), seed, available_memory)
+    assert isinstance(optimizer, EFCP)
+    window, state, shape = optimizer._layout.window, optimizer.state[param], param.shape
+    kernels, rows = choose("auto", param.device), optimizer.param_groups[0]["num_grads"]
+    weights = torch.linspace(-1.0, 1.0, rows, dtype=torch.float64)
+    with one_thread():
+        return optimizer, {
+            "dots": _median_seconds(lambda: window.dots(state, shape, 0, rows, kernels), repeats),
+            "combine": _median_seconds(lambda: list(window.combine(state, shape, weights, kernels)), repeats),
+        }
+
+
+def _median_seconds(work: Callable[[], Any], repeats: int) -> float:
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])  # the first warms up
+
+
 def _result(
     contender: Contender,
     optimizer: torch.optim.Optimizer,
@@ -126,7 +183,7 @@ def _result(
         seconds=seconds,
         parts=parts,
         repeats=[whole for whole, _ in steps],
-        stream_seconds=statistics.median(time for time, _ in streams) if streams[0][1] else 0.0,
+        stream_seconds=statistics.median(seconds for seconds, _ in streams) if streams[0][1] else 0.0,
         stream_bytes=streams[0][1],
         memory=memory,
         bytes_per_parameter=memory["total"] / numel,

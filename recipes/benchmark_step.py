@@ -28,7 +28,7 @@ from bench_cases import ADAMW, DEFAULTS, SPARSE_256, SPARSE_1024, Contender, ava
 from bench_figures import plot_report, plot_sweeps
 from bench_measure import cold_first_step, machine
 from bench_report import describe
-from bench_steps import build_all, measure_steps
+from bench_steps import build_all, measure_in_cache, measure_steps
 from bench_sweep import run_sweeps
 from bench_training import measure_training
 from cli import require
@@ -130,6 +130,8 @@ def _benchmark(arguments: argparse.Namespace) -> None:
     report = measure_steps(
         contenders, built, model, here, repeats=arguments.repeats, published_repeats=arguments.published_repeats
     )
+    sparse = [contender for contender in contenders if contender.label in (SPARSE_256, SPARSE_1024)]
+    in_cache = measure_in_cache(sparse, built, repeats=10 * arguments.repeats, seed=arguments.seed)
     trained = {label: optimizer for label, optimizer in built.items() if arguments.train.fullmatch(label)}
     training: dict[str, Any] = {}
     if trained and arguments.train_repeats:
@@ -143,7 +145,7 @@ def _benchmark(arguments: argparse.Namespace) -> None:
         )
     batch = (arguments.batch, arguments.length)
     cold = cold_first_step() if arguments.cold else ()
-    report = replace(report, training=training, training_batch=batch, left_out=left_out, cold=cold)
+    report = replace(report, in_cache=in_cache, training=training, training_batch=batch, left_out=left_out, cold=cold)
     _write(arguments.output_dir, "results", report.to_dict(), report.markdown())
     plot_report(arguments.output_dir / "results.png", report)
 

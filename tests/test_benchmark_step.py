@@ -338,6 +338,8 @@ def test_the_benchmark_from_end_to_end(recipe, tiny_model, tmp_path, capsys):
     assert saved["peak_method"] in ("VmHWM", "sampled")
     assert {"cpu", "threads", "torch", "numba", "seed"} <= saved["machine"].keys()
 
+    assert list(saved["in_cache"]) == [cases.SPARSE_256, cases.SPARSE_1024]
+    assert all(0.0 < seconds < 1.0 for cached in saved["in_cache"].values() for seconds in cached.values())
     assert list(saved["training"]) == [cases.ADAMW, cases.SPARSE_256, cases.SPARSE_1024]
     runs = saved["training"].values()
     assert all(len(run["repeats"]) == 2 and run["whole"] > run["optimizer"] > 0.0 for run in runs)
@@ -356,6 +358,8 @@ def test_the_benchmark_from_end_to_end(recipe, tiny_model, tmp_path, capsys):
     assert targets[f"{cases.SMALLEST}: state without K, bytes per parameter"]["reached"] is None
 
     text = (tmp_path / "out" / "results.md").read_text()
+    cached = saved["in_cache"][cases.SPARSE_1024]
+    assert f"| {cached['dots']:.3f} | {cached['combine']:.3f} | {large['stream_seconds']:.3f} |" in text
     for label in labels:
         assert text.count(f"\n| {label} | ") >= 2
     entries = (large["memory"][part] / saved["parameters"] for part in ("indices", "values", "error"))
