@@ -130,7 +130,7 @@ def test_every_comparison_binds_and_states_what_matters(recipe, path):
     assert plan.comparison.search_seed in plan.comparison.seeds
     assert len(plan.contenders) + len(plan.skipped) == len(written["optimizers"])
     # As many learning rates for each; the step size's comparison has windows beside that, at one of them.
-    assert len({len(contender.learning_rates) for contender in plan.contenders} - {1}) == 1
+    assert len({len(contender.learning_rates) for contender in plan.contenders} - {1}) <= 1
     for contender in plan.contenders:
         assert contender.args.max_grad_norm == float(written["max_grad_norm"])
         assert contender.args.logging_nan_inf_filter is False
