@@ -21,7 +21,7 @@ from ..threads import available
 _Job = tuple[Callable[[], None], "SimpleQueue[BaseException | None]"]
 
 _jobs: SimpleQueue[_Job] = SimpleQueue()
-_helpers = 0  # threads that take jobs; not an executor of the standard library, which takes twice as long to start one
+_helpers = 0  # threads that take jobs; an executor of the standard library makes a future with locks for each job
 
 
 def run(work: Callable[[int, int, int], None], blocks: int, step: int) -> None:
