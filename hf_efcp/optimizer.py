@@ -495,7 +495,7 @@ class EFCP(torch.optim.Optimizer):
             plan = preconditioner.plan_outside(gram, products[:-1], moment)
         else:
             plan = preconditioner.plan(gram, moment)
-        length = 0.0 if gram is None else plan.length(gram, products[:-1], float(products[-1]))
+        length = 0.0 if gram is None else plan.length(gram, products)
         updates: dict[int, float] = {}
         for site in [] if self._joint or processes is not None else pushed.sites:
             position = site.members[0].position

@@ -61,18 +61,17 @@ class Combination:
         """The update, multiplied."""
         return Combination(factor * self.coefficients, factor * self.scale)
 
-    def length(self, gram: torch.Tensor, products: torch.Tensor, square: float) -> float:
+    def length(self, gram: torch.Tensor, outside: torch.Tensor) -> float:
         """`|u|`, from `|u|^2 = c^T K c + 2 scale c^T G x + scale^2 |x|^2`.
 
         Args:
             gram: `K`, `(rows, rows)`, float64, CPU.
-            products: `G x`, `(rows,)`, float64.
-            square: `|x|^2`.
+            outside: `G x`, and behind it `|x|^2`; zeros where there is no `x`: `(rows + 1,)`, float64.
 
         Returns:
             The length; infinite where it is beyond float64.
         """
-        length = math.sqrt(max(self._square(gram, products, square), 0.0))
+        length = math.sqrt(max(self._square(gram, outside), 0.0))
         return length if math.isfinite(length) else math.inf
 
     def square(self, gram: torch.Tensor, outside: torch.Tensor | None = None) -> float | None:
@@ -80,20 +79,20 @@ class Combination:
 
         Args:
             gram: As in `length`.
-            outside: `G x`, and behind it `|x|^2`, where there is an `x`: `(rows + 1,)`.
+            outside: As in `length`, or None where there is no `x`.
 
         Returns:
             The square.
         """
         products = torch.zeros(len(gram) + 1, dtype=torch.float64, device="cpu") if outside is None else outside
-        exact = self._square(gram, products[:-1], float(products[-1]))
+        exact = self._square(gram, products)
         lengths = float(self.coefficients.abs() @ gram.diagonal().sqrt() + abs(self.scale) * products[-1].sqrt())
         return exact if math.isfinite(exact) and exact >= _CANCELLED * lengths * lengths else None
 
-    def _square(self, gram: torch.Tensor, products: torch.Tensor, square: float) -> float:
+    def _square(self, gram: torch.Tensor, outside: torch.Tensor) -> float:
         with one_thread():
-            inner = float(self.coefficients @ (gram @ self.coefficients + 2.0 * self.scale * products))
-        return inner + self.scale * self.scale * square
+            inner = float(self.coefficients @ (gram @ self.coefficients + 2.0 * self.scale * outside[:-1]))
+        return inner + self.scale * self.scale * float(outside[-1])
 
 
 class Preconditioner(Protocol):

@@ -74,7 +74,18 @@ def test_ggt_and_global_top_k_equal_brute_force(backend, damping):
     assert error < 1e-4
 
 
-def test_relative_dampening_of_a_dense_gradient_equals_brute_force():
+@pytest.fixture
+def large(monkeypatch):
+    """Every parameter counts as too large to keep its update."""
+    monkeypatch.setattr(step_size, "_HELD", 0)
+    monkeypatch.setattr(step_size, "knows_length", lambda shape: True)
+
+
+@pytest.mark.parametrize("lengths", ["measured", "known"])
+def test_relative_dampening_of_a_dense_gradient_equals_brute_force(lengths, request):
+    """Also where the length comes from the Gram matrix."""
+    if lengths == "known":
+        request.getfixturevalue("large")
     problem = Regression(seed=52, width=15)
     settings = dict(lr=0.05, num_grads=7, density=0.3, block_size=16, relative_damp=1.0)
     params = problem.parameters()
@@ -83,13 +94,6 @@ def test_relative_dampening_of_a_dense_gradient_equals_brute_force():
     error, moved = compare(optimizer, naive, problem, params)
     assert moved > 0.05
     assert error < 1e-4
-
-
-@pytest.fixture
-def large(monkeypatch):
-    """Every parameter counts as too large to keep its update."""
-    monkeypatch.setattr(step_size, "_HELD", 0)
-    monkeypatch.setattr(step_size, "knows_length", lambda shape: True)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -111,18 +115,6 @@ def test_lengths_from_the_gram_matrix_of_a_large_parameter_equal_brute_force(bac
         gram = sum(optimizer.state[param]["gram_part"] for param in params)
         torch.testing.assert_close(gram, optimizer.state[params[0]]["gram"], rtol=1e-12, atol=1e-15)
         assert optimizer.memory()["gram"] == (len(params) + 1) * 8 * 7**2
-
-
-@pytest.mark.usefixtures("large")
-def test_a_dense_gradient_has_its_length_from_the_gram_matrix_too():
-    problem = Regression(seed=52, width=15)
-    settings = dict(lr=0.05, num_grads=7, density=0.3, block_size=16, relative_damp=1.0)
-    params = problem.parameters()
-    optimizer = SparseMFAC(params, precondition="gradient", **settings)
-    naive = NaiveMFAC(problem.start, rms=1.0, dense_gradient=True, value_dtype=torch.bfloat16, **settings)
-    error, moved = compare(optimizer, naive, problem, params)
-    assert moved > 0.05
-    assert error < 1e-4
 
 
 def trajectory(problem, steps=12, **options):

@@ -436,6 +436,8 @@ def _multiply(index, value, dense, sums):
 @_jit
 def _collect(sums, kept, weights, rows, partial):
     """Add what `_multiply` has summed, row by row and times the rows' weights, to `partial`, and forget it."""
+    if not len(sums):  # long rows
+        return
     j = _ZERO
     for row in range(rows):
         total = 0.0
@@ -447,8 +449,15 @@ def _collect(sums, kept, weights, rows, partial):
 
 
 @_jit
+def _weigh(scale, factor, weights):
+    """The weights of rows from here on: their scales, times a factor."""
+    for row in range(weights.shape[0]):
+        weights[row] = np.float64(_decode(scale[row])) * factor
+
+
+@_jit
 def _sums(kept, rows):
-    """For the products of short rows; empty for long ones."""
+    """A number for each entry of short rows; none for long ones."""
     return np.zeros(rows * kept if kept < _LONG else 0)
 
 
@@ -459,11 +468,9 @@ def _dots(indices, values, scales, share, kept, newest, rows, length, begin, end
     own = range(newest * kept, (newest + 1) * kept)
     for block in range(begin, end):
         if scales is not None and block % share == 0:
-            if len(sums):
-                _collect(sums, kept, weights, rows, partial)
+            _collect(sums, kept, weights, rows, partial)
             scale = scales[block // share]
-            for row in range(rows):
-                weights[row] = np.float64(_decode(scale[row])) * np.float64(_decode(scale[newest]))
+            _weigh(scale, np.float64(_decode(scale[newest])), weights)
         index, value = indices[block], values[block]
         for j in own:
             dense[index[j]] = np.float32(_decode(value[j]))
@@ -473,8 +480,7 @@ def _dots(indices, values, scales, share, kept, newest, rows, length, begin, end
             _add_products(index, value, np.uint64(kept), dense, weights, np.uint64(rows), partial)
         for j in own:
             dense[index[j]] = np.float32(0.0)
-    if len(sums):
-        _collect(sums, kept, weights, rows, partial)
+    _collect(sums, kept, weights, rows, partial)
 
 
 @_jit
@@ -482,17 +488,13 @@ def _project(indices, values, scales, share, kept, x, rows, begin, end, partial)
     weights, sums = np.ones(rows), _sums(kept, rows)
     for block in range(begin, end):
         if scales is not None and block % share == 0:
-            if len(sums):
-                _collect(sums, kept, weights, rows, partial)
-            scale = scales[block // share]
-            for row in range(rows):
-                weights[row] = np.float64(_decode(scale[row]))
+            _collect(sums, kept, weights, rows, partial)
+            _weigh(scales[block // share], 1.0, weights)
         if len(sums):
             _multiply(indices[block], values[block], x[block], sums)
         else:
             _add_products(indices[block], values[block], np.uint64(kept), x[block], weights, np.uint64(rows), partial)
-    if len(sums):
-        _collect(sums, kept, weights, rows, partial)
+    _collect(sums, kept, weights, rows, partial)
 
 
 @_jit_in_order
