@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
@@ -56,6 +57,31 @@ class Piece:
 def sharing(length: int) -> int:
     """Consecutive blocks of a length whose int8 values share a scale: those that fit 4,096 entries, at least one."""
     return max(1, SHARED // length)
+
+
+class Part(NamedTuple):
+    """A piece of a parameter and what a sparse window stores for it.
+
+    Of the whole window: `indices` and `values` `(blocks, m, kept)`, `scales` `(groups, m)`; of one row:
+    `(blocks, kept)` and `(groups,)`. Scales come with int8 values only. The last dimension of indices and values is
+    contiguous.
+    """
+
+    piece: Piece
+    indices: torch.Tensor
+    values: torch.Tensor
+    scales: torch.Tensor | None
+
+    def blocks(self, begin: int, end: int, start: int = 0) -> Part:
+        """Some blocks of the part. The first is the first that shares its scale, and `start` is where they begin."""
+        piece = self.piece
+        share = sharing(piece.length)
+        return Part(
+            Piece(start, end - begin, piece.length, piece.kept, piece.offset),
+            self.indices[begin:end],
+            self.values[begin:end],
+            None if self.scales is None else self.scales[begin // share : -(-end // share)],
+        )
 
 
 @lru_cache(maxsize=4096)

@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import Field, dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 
 from .blocks import MAX_BLOCK_SIZE, WHOLE
 from .kernels import Kernels
-from .windows import DenseWindow, Row, SparseWindow, State, Window
+from .windows import DenseWindow, SparseWindow, State, Window
+
+
+class Job(NamedTuple):
+    """A gradient to compress.
+
+    Args:
+        gradient: A parameter's or a slab of it, float32, contiguous, finite.
+        error: `e`, in the same shape, float32, contiguous; updated. None if nothing is dropped.
+        row: Where the row goes: views into the window.
+        state: The parameter's tensors.
+    """
+
+    gradient: torch.Tensor
+    error: torch.Tensor | None
+    row: Any
+    state: State
 
 
 class Compressor(Protocol):
@@ -28,9 +45,7 @@ class Compressor(Protocol):
     def allocate(self, shape: torch.Size, device: torch.device | str, position: int) -> State:
         """Tensors of its own that it keeps for the parameter at a position, by their names in the state."""
 
-    def compress(
-        self, gradient: torch.Tensor, error: torch.Tensor | None, row: Any, state: State, kernels: Kernels
-    ) -> None:
+    def compress(self, jobs: Sequence[Job], kernels: Kernels) -> None:
         """`a = error + gradient; row = C(a); error = a - row`, in place."""
 
 
@@ -80,20 +95,14 @@ class TopK:
         """Nothing: Top-k has no memory beside the error."""
         return {}
 
-    def compress(
-        self, gradient: torch.Tensor, error: torch.Tensor | None, row: Row, state: State, kernels: Kernels
-    ) -> None:
-        """`a = error + gradient; row = TopK(a); error = a - row`, in place and in one pass.
+    def compress(self, jobs: Sequence[Job], kernels: Kernels) -> None:
+        """`a = error + gradient; row = TopK(a); error = a - row`, in place and in one pass over all of them.
 
         Args:
-            gradient: In the parameter's shape, float32, contiguous, finite.
-            error: In the parameter's shape, float32, contiguous; updated.
-            row: Where the row goes: views into the window.
-            state: Not used.
+            jobs: Of parameters, or of slabs of them.
             kernels: The backend.
         """
-        assert error is not None  # Top-k is not lossless
-        _compress(gradient.view(-1), error.view(-1), row, kernels)
+        _compress(jobs, kernels)
 
 
 @dataclass(frozen=True)
@@ -139,20 +148,14 @@ class GlobalTopK:
         """Nothing: Top-k has no memory beside the error."""
         return {}
 
-    def compress(
-        self, gradient: torch.Tensor, error: torch.Tensor | None, row: Row, state: State, kernels: Kernels
-    ) -> None:
+    def compress(self, jobs: Sequence[Job], kernels: Kernels) -> None:
         """`a = error + gradient; row = TopK(a); error = a - row`, in place.
 
         Args:
-            gradient: All parameters as one vector, float32, contiguous, finite.
-            error: All parameters as one vector, float32, contiguous; updated.
-            row: Where the row goes: views into the window.
-            state: Not used.
+            jobs: One, of all parameters as one vector.
             kernels: The backend.
         """
-        assert error is not None  # Top-k is not lossless
-        _compress(gradient.view(-1), error.view(-1), row, kernels)
+        _compress(jobs, kernels)
 
 
 @dataclass(frozen=True)
@@ -177,25 +180,27 @@ class Identity:
         """Nothing."""
         return {}
 
-    def compress(
-        self, gradient: torch.Tensor, error: torch.Tensor | None, row: torch.Tensor, state: State, kernels: Kernels
-    ) -> None:
+    def compress(self, jobs: Sequence[Job], kernels: Kernels) -> None:
         """`row = gradient`.
 
         Args:
-            gradient: In the parameter's shape, float32, contiguous.
-            error: Not used.
-            row: `(numel,)`, float32; written.
-            state: Not used.
+            jobs: Of whole parameters.
             kernels: Not used.
         """
-        row.copy_(gradient.view(-1))
+        for gradient, _, row, _ in jobs:
+            row.copy_(gradient.view(-1))
 
 
-def _compress(gradient: torch.Tensor, error: torch.Tensor, row: Row, kernels: Kernels) -> None:
-    """Top-k of every block of a flat accumulator."""
-    for piece, indices, values, scales in row:
-        kernels.accumulate_topk(piece.of(gradient), piece.of(error), indices, values, scales)
+def _compress(jobs: Sequence[Job], kernels: Kernels) -> None:
+    """Top-k of every block of flat accumulators."""
+    gradients, errors, rows = [], [], []
+    for gradient, error, row, _ in jobs:
+        assert error is not None  # Top-k is not lossless
+        for part in row:
+            gradients.append(part.piece.of(gradient.view(-1)))
+            errors.append(part.piece.of(error.view(-1)))
+            rows.append(part)
+    kernels.accumulate_topk(gradients, errors, rows)
 
 
 def _check_top_k(density: float, value_dtype: torch.dtype, dtypes: tuple[torch.dtype, ...]) -> None:

@@ -281,8 +281,8 @@ def _row_square(optimizer: EFCP, units: list[list[Member]]) -> float:
             square += float(keeper["gram"][newest, newest])
             continue
         kernels = choose(optimizer._backend, unit[0].param.device)
-        for site in optimizer._sites(unit):
-            square += float(optimizer._layout.window.dots(site.state, site.shape, newest, rows, kernels)[newest])
+        held = [(site.state, site.shape) for site in optimizer._sites(unit)]
+        square += float(optimizer._layout.window.dots(held, newest, rows, kernels)[:, newest].sum())
     return square
 
 

@@ -35,6 +35,9 @@ class DiagonalPreconditioner:
         """None: the newest row is preconditioned."""
         return None
 
+    def combination(self, plan: Any) -> None:
+        """None: entries are divided by what is another number for each."""
+
     def square(self, plan: Any, gram: torch.Tensor, outside: torch.Tensor | None) -> float | None:
         """None: no Gram matrix tells it."""
         return None

@@ -8,7 +8,7 @@ or adds is not fed back itself; its expectation is zero, and sums over steps arr
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 
@@ -21,6 +21,8 @@ UINT4: torch.dtype = torch.uint4  # type: ignore[attr-defined]  # torch has it, 
 
 class ErrorStore(Protocol):
     """What `EFCP` needs of a way to keep errors."""
+
+    in_place: ClassVar[bool]  # `load` gives out what is stored, and no copy
 
     def allocate(self, shape: torch.Size, device: torch.device | str) -> State:
         """Tensors for an error of zeros; their names start with "error"."""
@@ -38,6 +40,8 @@ class ErrorStore(Protocol):
 @dataclass(frozen=True)
 class Float32Errors:
     """Errors as they are: 4 bytes per parameter."""
+
+    in_place: ClassVar[bool] = True
 
     def allocate(self, shape: torch.Size, device: torch.device | str) -> State:
         """A tensor of zeros.
@@ -80,6 +84,8 @@ class Float32Errors:
 @dataclass(frozen=True)
 class BFloat16Errors:
     """Errors rounded stochastically to bfloat16: 2 bytes per parameter."""
+
+    in_place: ClassVar[bool] = False
 
     def allocate(self, shape: torch.Size, device: torch.device | str) -> State:
         """A tensor of zeros.
@@ -132,6 +138,7 @@ class BucketErrors:
         dtype: `torch.uint4` or `torch.int8`.
     """
 
+    in_place: ClassVar[bool] = False
     dtype: torch.dtype
 
     def allocate(self, shape: torch.Size, device: torch.device | str) -> State:

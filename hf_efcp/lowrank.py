@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 import torch
 
+from .compressors import Job
 from .kernels import Kernels, pool, widest
 from .threads import one_thread
-from .windows import DenseWindow, Slab, State
+from .windows import DenseWindow, Held, Slab, State, stacked
 
 # A row of a window: views of `P^T` and `Q^T`, or of the flat row of a parameter that is kept whole.
 Row = tuple[torch.Tensor, torch.Tensor] | torch.Tensor
@@ -101,18 +102,17 @@ class LowRank:
         start = np.random.default_rng((self.seed, position)).standard_normal((self.rank, size[1]), dtype=np.float32)
         return {"start": torch.from_numpy(start).to(device)}
 
-    def compress(
-        self, gradient: torch.Tensor, error: torch.Tensor | None, row: Row, state: State, kernels: Kernels
-    ) -> None:
+    def compress(self, jobs: Sequence[Job], kernels: Kernels) -> None:
         """`a = error + gradient; row = P Q^T; error = a - row`, in place; see the class for P and Q.
 
         Args:
-            gradient: In the parameter's shape, float32, contiguous, finite.
-            error: In the parameter's shape, float32, contiguous; updated.
-            row: Where the row goes: views into the window.
-            state: The parameter's tensors; "start" is updated.
+            jobs: Whole parameters; "start" of their states is updated.
             kernels: Not used.
         """
+        for gradient, error, row, state in jobs:
+            self._compress(gradient, error, row, state)
+
+    def _compress(self, gradient: torch.Tensor, error: torch.Tensor | None, row: Row, state: State) -> None:
         assert error is not None  # low rank is not lossless
         with one_thread():
             error.add_(gradient).clamp_(-_LARGEST, _LARGEST)
@@ -222,21 +222,26 @@ class LowRankWindow:
             name: What to call the parameter.
         """
 
-    def dots(self, state: State, shape: torch.Size, newest: int, rows: int, kernels: Kernels) -> torch.Tensor:
-        """This parameter's part of the new Gram column, `<row_newest, row_i>` for `i < rows`.
+    def parts(self, state: State, shape: torch.Size) -> None:
+        """None: rows are products of matrices, or whole."""
+
+    def dots(self, held: Sequence[Held], newest: int, rows: int, kernels: Kernels) -> torch.Tensor:
+        """Each parameter's part of the new Gram column, `<row_newest, row_i>` for `i < rows`.
 
         Args:
-            state: The parameter's tensors.
-            shape: Shape of the parameter.
+            held: Tensors and shape of each parameter.
             newest: Position of the newest row.
             rows: Number of rows that were ever written.
             kernels: Not used.
 
         Returns:
-            `(rows,)`, float64, on the CPU.
+            `(parameters, rows)`, float64, on the CPU.
         """
+        return stacked((self._dots(*one, newest, rows, kernels) for one in held), rows)
+
+    def _dots(self, state: State, shape: torch.Size, newest: int, rows: int, kernels: Kernels) -> torch.Tensor:
         if "values" in state:
-            return self._whole.dots(state, shape, newest, rows, kernels)
+            return self._whole.dots([(state, shape)], newest, rows, kernels)[0]
         rank, _, wide = _layout(state)
         sides = state["left"], state["right"]
         total = torch.empty(rows, dtype=wide, device=sides[0].device)

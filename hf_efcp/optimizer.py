@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
-from functools import partial
 from typing import Any, NamedTuple, overload
 
 import torch
@@ -17,15 +16,16 @@ from .compressors import Compressor
 from .errors import error_store
 from .kernels import Kernels, check_name, choose, widest
 from .layout import Layout
+from .moving import Mover, Planned
 from .preconditioners import Moment, Preconditioner
+from .pushing import push
 from .shards import is_sharded, local
-from .sites import Group, Member, Site, apply_updates, dense, gradient_of, joint_shape, spans, split_updates
-from .step_size import Sized, Updates
+from .sites import Group, Member, Site, dense, gradient_of, joint_shape
 from .threads import one_thread
-from .windows import Slab
 
 FORMAT = 2  # of the state; a checkpoint says which it has
 _FLOAT32_MAX = torch.finfo(torch.float32).max
+_SQUARED = 4 << 20  # entries of gradients that are converted to float32 at a time
 
 
 class Pushed(NamedTuple):
@@ -34,21 +34,6 @@ class Pushed(NamedTuple):
     sites: list[Site]
     column: torch.Tensor
     rows: dict[int, float]
-
-
-class Planned(NamedTuple):
-    """The update of the parameters that share a preconditioner.
-
-    `sites` have a gradient; `length` is that of the whole update, 0 where nothing bounds it; `rows` and `updates` are
-    `|row|^2` and `|u|^2` of sites, by the position of their first member, where they are known.
-    """
-
-    sites: list[Site]
-    moment: Moment
-    plan: Any
-    length: float
-    rows: dict[int, float]
-    updates: dict[int, float]
 
 
 class EFCP(torch.optim.Optimizer):
@@ -327,9 +312,7 @@ class EFCP(torch.optim.Optimizer):
                 )
         processes = shards.check([member.param for member in active], self._joint)
         kernels = choose(self._backend, device)
-        squares = {
-            m.position: step_size.squared(dense(m.param.grad), kernels) for m in active if m.param.grad is not None
-        }
+        squares = _squares(active, kernels)
         if self._refuses_nonfinite(active, squares, processes, device):
             return False
         tuned = {name: shared[name] for name in self._tunable} | self._scheduled()
@@ -342,8 +325,9 @@ class EFCP(torch.optim.Optimizer):
         plans = [self._plan_unit(unit, preconditioner, kernels, processes) for unit in self._units()]
         for planned in plans:
             self._check_length(planned)
+        mover = Mover(self._layout, preconditioner, self._precondition_gradient, self.state, kernels, processes)
         for planned in plans:
-            self._move(planned, squares, preconditioner, kernels, processes)
+            mover.move(planned, squares)
         return True
 
     def _step_excluded(self) -> None:
@@ -511,22 +495,27 @@ class EFCP(torch.optim.Optimizer):
         self, unit: list[Member], moment: Moment, preconditioner: Preconditioner, kernels: Kernels
     ) -> Pushed:
         """Push a row: of each parameter its part, of zeros where there is no gradient."""
-        pushed = Pushed([], torch.zeros(moment.rows, dtype=torch.float64, device="cpu"), {})
+        window = self._layout.window
+        present, column, rows = [], torch.zeros(moment.rows, dtype=torch.float64, device="cpu"), {}
         for site in self._sites(unit):
-            part = torch.zeros_like(pushed.column)
-            if all(member.param.grad is None for member in site.members):
-                self._layout.window.clear(site.state, site.shape, moment.newest)
-            else:
-                pushed.sites.append(site)
-                self._push(site, moment, kernels)
-                preconditioner.observe(moment, self._layout.window, site.state, site.shape, kernels)
-                if preconditioner.uses_gram:
-                    part = self._layout.window.dots(site.state, site.shape, moment.newest, moment.rows, kernels)
-                    pushed.rows[site.members[0].position] = float(part[moment.newest])
-            pushed.column.add_(part)
+            if any(member.param.grad is not None for member in site.members):
+                present.append(site)
+                continue
+            window.clear(site.state, site.shape, moment.newest)
             if "gram_part" in site.state:
-                _put_column(site.state["gram_part"], part, moment.newest)
-        return pushed
+                _put_column(site.state["gram_part"], column, moment.newest)
+        push(present, moment, self._layout, kernels)
+        for site in present:
+            preconditioner.observe(moment, window, site.state, site.shape, kernels)
+        if preconditioner.uses_gram:
+            held = [(site.state, site.shape) for site in present]
+            parts = window.dots(held, moment.newest, moment.rows, kernels)
+            column = parts.sum(dim=0)
+            for site, part in zip(present, parts, strict=True):
+                rows[site.members[0].position] = float(part[moment.newest])
+                if "gram_part" in site.state:
+                    _put_column(site.state["gram_part"], part, moment.newest)
+        return Pushed(present, column, rows)
 
     def _products(self, site: Site, moment: Moment, kernels: Kernels) -> torch.Tensor:
         """`G x` for the gradient, and behind it `|x|^2`: `(rows + 1,)`."""
@@ -549,118 +538,19 @@ class EFCP(torch.optim.Optimizer):
                     "is in the window. Use a lower learning rate or momentum, or a larger damp or eps"
                 )
 
-    def _move(
-        self,
-        planned: Planned,
-        gradients: dict[int, float],
-        preconditioner: Preconditioner,
-        kernels: Kernels,
-        processes: torch.distributed.ProcessGroup | None,
-    ) -> None:
-        """Move the parameters that share a plan; `gradients` are `|g|^2`, by position."""
-        unit, plan = 1.0, planned.plan
-        members = [member for site in planned.sites for member in site.members]
-        if planned.length and any(member.group["update_scale"] == "tensor" for member in members):
-            # What is measured and made longer or shorter has to fit float32 first. A power of two changes no bits.
-            unit = 2.0 ** math.floor(math.log2(planned.length))
-            plan = plan.times(1.0 / unit)
-        for site in planned.sites:
-            base = gradient_of(site) if self._precondition_gradient else None
-            updates = partial(preconditioner.updates, plan, self._layout.window, site.state, site.shape, kernels, base)
-            squares = self._squares(site, planned, preconditioner, kernels)
-            known = planned.updates.get(site.members[0].position)
-            for member, part in split_updates(site, updates):
-                gradient = gradients[member.position]
-                if member.group["weight_decay"] and not member.group["decoupled_weight_decay"]:
-                    gradient = step_size.squared(gradient_of(Site({}, local(member.param).shape, [member])), kernels)
-                x = squares.get(member.position, gradient)
-                update = self._sized(member, part, unit, gradient, x, known, kernels, processes)
-                apply_updates(member, self.state[member.param] if self._joint else site.state, update, kernels)
 
-    def _squares(
-        self, site: Site, planned: Planned, preconditioner: Preconditioner, kernels: Kernels
-    ) -> dict[int, float]:
-        """`|x|^2` of what has a length of its own, by position; nothing where the gradient is preconditioned."""
-        scaled = any(member.group["update_scale"] == "tensor" for member in site.members)
-        if not scaled or self._precondition_gradient:
-            return {}
-        state, shape, moment, position = site.state, site.shape, planned.moment, site.members[0].position
-        weights = preconditioner.momentum(moment)
-        if weights is None and position in planned.rows and not self._joint:
-            return {position: planned.rows[position]}
-        if weights is None:
-            weights = torch.zeros(moment.rows, dtype=torch.float64, device="cpu")
-            weights[moment.newest] = 1.0
-
-        def parts(start: int) -> Iterable[Slab]:
-            return self._layout.window.combine(state, shape, weights, kernels, start=start)
-
-        return {
-            member.position: sum(step_size.squared(slab, kernels) for _, slab in part(0))
-            for member, part in split_updates(site, parts)
-        }
-
-    def _sized(
-        self,
-        member: Member,
-        updates: Updates,
-        unit: float,
-        gradient: float,
-        x: float,
-        known: float | None,
-        kernels: Kernels,
-        processes: torch.distributed.ProcessGroup | None,
-    ) -> Sized:
-        """An update, given as a multiple of `unit`, at its length.
-
-        Args:
-            member: The parameter.
-            updates: The update.
-            unit: Its unit.
-            gradient: `|g|^2`.
-            x: `|x|^2` of what is preconditioned.
-            known: `|u|^2`, where the Gram matrix tells it.
-            kernels: The backend.
-            processes: Over which the parameter is sharded.
-
-        Returns:
-            The update and the factors of its rows.
-        """
-        group, param, theta = member.group, member.param, local(member.param)
-        if group["update_scale"] == "none":
-            return step_size.unsized(updates(0), theta.shape, theta.device, unit)
-        if known is not None:
-            rms = step_size.wanted(self.state[param]["squares"], gradient, x, group["update_rms"])
-            square = known / (unit * unit)
-            return step_size.in_one_pass(updates, theta.shape, theta.device, kernels, rms=rms, square=square)
-        update = step_size.measure(updates, theta.shape, theta.device, kernels)
-        square = update.square
-        if processes is not None:
-            sums = torch.tensor([square, gradient, x], dtype=torch.float64, device="cpu")
-            square, gradient, x = shards.all_reduce(sums, processes, param.device).tolist()
-        rms = step_size.wanted(self.state[param]["squares"], gradient, x, group["update_rms"])
-        return update.sized(rms, square, param.numel())
-
-    def _push(self, site: Site, moment: Moment, kernels: Kernels) -> None:
-        """Compress a gradient into the window."""
-        state, shape = site.state, site.shape
-        row = self._layout.window.row(state, shape, moment.newest)
-        if self._layout.compressor.lossless:
-            self._layout.compressor.compress(gradient_of(site), None, row, state, kernels)
-            return
-        gradient = gradient_of(site)
-        # In a joint vector, which is one slab, parameters without a gradient keep their error and push nothing.
-        absent = [span for member, span in spans(site) if member.param.grad is None]
-        for slab, part in self._layout.window.slabs(row, shape):
-            error = self._layout.errors.load(state, slab, kernels)
-            withheld = [(span, error[span].clone()) for span in absent]
-            for span, _ in withheld:
-                error[span] = 0.0
-            size = shape if error.numel() == shape.numel() else error.shape
-            self._layout.compressor.compress(gradient.view(-1)[slab].view(size), error.view(size), part, state, kernels)
-            for span, kept in withheld:
-                error[span] = kept
-            self._layout.errors.save(state, error, slab, moment.steps, site.members[0].position, kernels)
+def _squares(active: list[Member], kernels: Kernels) -> dict[int, float]:
+    """`|g|^2` by position."""
+    found: dict[int, float] = {}
+    some: dict[int, torch.Tensor] = {}
+    entries = 0
+    for position, gradient in ((m.position, m.param.grad) for m in active if m.param.grad is not None):
+        some[position] = dense(gradient).view(-1)
+        entries += len(some[position])
+        if entries > _SQUARED:
+            found |= zip(some, kernels.squares(list(some.values())), strict=True)
+            some, entries = {}, 0
+    return found | dict(zip(some, kernels.squares(list(some.values())), strict=True))
 
 
 def _put_column(gram: torch.Tensor, column: torch.Tensor, newest: int) -> None:

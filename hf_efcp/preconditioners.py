@@ -122,6 +122,9 @@ class Preconditioner(Protocol):
     def plan_outside(self, gram: torch.Tensor, products: torch.Tensor, moment: Moment) -> Any:
         """The same for a dense vector `x`, from the products `G x`."""
 
+    def combination(self, plan: Any) -> Combination | None:
+        """The plan, where the update of every parameter is this combination; None where it is something else."""
+
     def square(self, plan: Any, gram: torch.Tensor, outside: torch.Tensor | None) -> float | None:
         """`|u|^2` of a parameter, from its part of the Gram matrix; None where that does not tell it.
 
@@ -202,9 +205,13 @@ class GramPreconditioner:
         with one_thread():
             return self.outside(gram, products, moment)
 
+    def combination(self, plan: Combination) -> Combination | None:
+        """The plan, unless a subclass makes something else of it."""
+        return plan if type(self).updates is GramPreconditioner.updates else None
+
     def square(self, plan: Combination, gram: torch.Tensor, outside: torch.Tensor | None) -> float | None:
-        """That of the combination, unless a subclass makes something else of it."""
-        return plan.square(gram, outside) if type(self).updates is GramPreconditioner.updates else None
+        """That of the combination."""
+        return None if self.combination(plan) is None else plan.square(gram, outside)
 
     def updates(
         self,

@@ -75,28 +75,34 @@ def split_updates(site: Site, updates: Updates) -> Iterator[tuple[Member, Update
             yield member, lambda start, part=part: part  # type: ignore[misc]
 
 
+def flat(param: torch.Tensor) -> torch.Tensor:
+    """A parameter as one float32 vector: itself or, if it is stored otherwise, a copy."""
+    # A view of a non-contiguous parameter may be a copy, and low precision would round every slab twice.
+    return param.detach().to(torch.float32).contiguous().view(-1)
+
+
+def kept(group: Group) -> float:
+    """What decoupled weight decay leaves of a parameter in a step: `1 - lr weight_decay`."""
+    return 1.0 - float(group["lr"]) * group["weight_decay"] if group["decoupled_weight_decay"] else 1.0
+
+
 def apply_updates(member: Member, state: dict[str, Any], update: Sized, kernels: Kernels) -> None:
     """`v <- momentum v + u`, `theta <- (1 - lr weight_decay) theta - lr v`, slab by slab of the parameter."""
     group, param = member.group, local(member.param)
-    lr = float(group["lr"])
-    keep = 1.0 - lr * group["weight_decay"] if group["decoupled_weight_decay"] else 1.0
-    in_place = param.dtype == torch.float32 and param.is_contiguous()
-    # A view of a non-contiguous parameter may be a copy, and low precision would round every slab twice.
-    theta = param if in_place else param.to(torch.float32).contiguous()
-    flat = theta.detach().view(-1)
+    theta = flat(param)
     velocity = state["momentum"].view(-1) if group["momentum"] else None
     for span, slab in update.slabs:
         kernels.apply(
-            flat[span],
+            theta[span],
             slab,
             span.start,
             update.columns,
             update.factors,
-            lr=lr,
-            keep=keep,
+            lr=float(group["lr"]),
+            keep=kept(group),
             velocity=None if velocity is None else velocity[span],
             momentum=group["momentum"],
         )
         del slab  # before the next one is made
-    if not in_place:
-        param.copy_(theta)
+    if theta.data_ptr() != param.data_ptr():
+        param.copy_(theta.view(param.shape))

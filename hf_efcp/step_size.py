@@ -37,7 +37,7 @@ from typing import NamedTuple
 
 import torch
 
-from .kernels import Kernels, widest
+from .kernels import SHORTEST, Kernels, widest
 from .windows import Slab
 
 # Gives an update from some entry on, where an earlier slab ended.
@@ -48,8 +48,6 @@ LONGEST = 1.0 / math.sqrt(1.0 - DECAY)  # that |x| / sqrt(v) may be: what |g| / 
 LONGEST_ROW = 3.0  # root mean square of a row of a matrix, over that of the matrix
 
 _HELD = 4 << 20  # entries of an update that are kept while it is measured
-_PART, _ROW = 1 << 20, 1 << 12  # entries of a vector, and of a row of them, that are squared at a time
-_NOTHING = 1e-30  # length of a part of an update that is about 1 long
 
 
 def allocate(device: torch.device | str) -> torch.Tensor:
@@ -87,6 +85,39 @@ def wanted(squares: torch.Tensor, gradient: float, preconditioned: float, rms: f
     return rms * min(math.sqrt(preconditioned * weights / total), LONGEST)
 
 
+class Stretch(NamedTuple):
+    """How an update that is one whole gets its length, as `kernels.Move` takes it.
+
+    Args:
+        columns: Entries of a row that has a limit; of the whole where none has.
+        factor: What the update is multiplied by; None for what makes it `length` long.
+        length: Of the update.
+        limit: Longest that a row may be.
+    """
+
+    columns: int
+    factor: float | None
+    length: float
+    limit: float
+
+
+def stretch(shape: torch.Size, rms: float, square: float | None) -> Stretch:
+    """What `measure` and `sized` do together, for an update that need not be held to be measured.
+
+    Args:
+        shape: Shape of the parameter, which is whole.
+        rms: The root mean square of its update, if no row is too long.
+        square: `|u|^2` where it is known.
+
+    Returns:
+        The numbers.
+    """
+    columns, numel = row_length(shape), shape.numel()
+    factor = None if square is None else _factor(rms, square, numel)
+    limit = LONGEST_ROW * rms * math.sqrt(columns) if len(shape) > 1 else math.inf
+    return Stretch(columns, factor, rms * math.sqrt(numel), limit)
+
+
 class Sized(NamedTuple):
     """An update, slab by slab, and what its rows, of so many `columns`, are multiplied by: `(rows,)`, float32.
 
@@ -111,7 +142,7 @@ def unsized(slabs: Iterable[Slab], shape: torch.Size, device: torch.device, fact
         The update and its factors.
     """
     factors = torch.full((_rows(shape),), factor, dtype=torch.float32, device=device)
-    return Sized(slabs, _columns(shape), factors)
+    return Sized(slabs, row_length(shape), factors)
 
 
 @dataclass(frozen=True)
@@ -162,7 +193,7 @@ def measure(updates: Updates, shape: torch.Size, device: torch.device, kernels: 
     Returns:
         The update and the lengths of its rows.
     """
-    columns = _columns(shape)
+    columns = row_length(shape)
     rows = torch.zeros(_rows(shape), dtype=widest(device), device=device)
     held: list[Slab] = []
     end = 0
@@ -192,7 +223,7 @@ def in_one_pass(
     Returns:
         The update and its factors.
     """
-    columns, factor = _columns(shape), _factor(rms, square, shape.numel())
+    columns, factor = row_length(shape), _factor(rms, square, shape.numel())
     factors = torch.full((_rows(shape),), factor, dtype=torch.float32, device=device)
     if len(shape) < 2:
         return Sized(updates(0), columns, factors)
@@ -229,34 +260,13 @@ def knows_length(shape: torch.Size) -> bool:
     Returns:
         Whether it is.
     """
-    return shape.numel() > _HELD and (len(shape) < 2 or _columns(shape) <= _HELD)
-
-
-def squared(vector: torch.Tensor, kernels: Kernels) -> float:
-    """The sum of squares.
-
-    Args:
-        vector: Contiguous, float32.
-        kernels: The backend.
-
-    Returns:
-        The sum, in float64.
-    """
-    total = 0.0
-    flat = vector.view(-1)
-    for start in range(0, flat.numel(), _PART):
-        part = flat[start : start + _PART]
-        # In rows, each of which is one thread's, whatever the shape.
-        sums = torch.zeros(-(-part.numel() // _ROW), dtype=widest(vector.device), device=vector.device)
-        kernels.row_squares(part, 0, _ROW, sums)
-        total += float(sums.sum())
-    return total
+    return shape.numel() > _HELD and (len(shape) < 2 or row_length(shape) <= _HELD)
 
 
 def _factor(rms: float, square: float, numel: int) -> float:
     """What makes an update of `|u|^2 = square` one of that root mean square."""
     # A tensor with so small a part in the update of the model would be made of what rounding left.
-    return rms * math.sqrt(numel) / max(math.sqrt(square), _NOTHING) if square else 0.0
+    return rms * math.sqrt(numel) / max(math.sqrt(square), SHORTEST) if square else 0.0
 
 
 def _factors(rows: torch.Tensor, columns: int, rms: float, factor: float) -> torch.Tensor:
@@ -272,6 +282,13 @@ def _rows(shape: torch.Size) -> int:
     return shape[0] if len(shape) > 1 else 1
 
 
-def _columns(shape: torch.Size) -> int:
-    """Entries of a row."""
+def row_length(shape: torch.Size) -> int:
+    """Entries of a row of a matrix; a vector is one row.
+
+    Args:
+        shape: Of a parameter.
+
+    Returns:
+        Their number.
+    """
     return shape[1:].numel() if len(shape) > 1 else shape.numel()

@@ -5,14 +5,14 @@ A window object holds no data: it says how the plain tensors in `optimizer.state
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import gcd, lcm
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 
-from .blocks import Piece, cut, index_dtype, sharing
+from .blocks import Part, Piece, cut, index_dtype, sharing
 from .kernels import BUCKET, Kernels, pool, widest
 
 State = dict[str, torch.Tensor]
@@ -20,31 +20,8 @@ State = dict[str, torch.Tensor]
 Slab = tuple[slice, torch.Tensor]
 
 
-class Part(NamedTuple):
-    """A piece of a parameter and what a sparse window stores for it.
-
-    Of the whole window: `indices` and `values` `(blocks, m, kept)`, `scales` `(groups, m)`; of one row:
-    `(blocks, kept)` and `(groups,)`. Scales come with int8 values only.
-    """
-
-    piece: Piece
-    indices: torch.Tensor
-    values: torch.Tensor
-    scales: torch.Tensor | None
-
-    def blocks(self, begin: int, end: int, start: int = 0) -> Part:
-        """Some blocks of the part. The first is the first that shares its scale, and `start` is where they begin."""
-        piece = self.piece
-        share = sharing(piece.length)
-        return Part(
-            Piece(start, end - begin, piece.length, piece.kept, piece.offset),
-            self.indices[begin:end],
-            self.values[begin:end],
-            None if self.scales is None else self.scales[begin // share : -(-end // share)],
-        )
-
-
 Row = list[Part]  # of a sparse window
+Held = tuple[State, torch.Size]  # what a window holds for a parameter, and the parameter's shape
 
 _SLAB = 1 << 20  # entries of an update that exist at a time
 _TILE = 1 << 17  # entries of a dense window that exist in float64 at a time, on each thread
@@ -71,8 +48,11 @@ class Window(Protocol):
     def check(self, state: State, shape: torch.Size, name: str) -> None:
         """Refuse loaded tensors, of the right shapes, whose content cannot be a window."""
 
-    def dots(self, state: State, shape: torch.Size, newest: int, rows: int, kernels: Kernels) -> torch.Tensor:
-        """Inner products of row `newest` with the first `rows` rows: this parameter's part of a Gram column."""
+    def parts(self, state: State, shape: torch.Size) -> Row | None:
+        """What `kernels.move` takes; None where the window is none of its kind."""
+
+    def dots(self, held: Sequence[Held], newest: int, rows: int, kernels: Kernels) -> torch.Tensor:
+        """Inner products of row `newest` with the first `rows` rows: each parameter's part of a Gram column."""
 
     def project(
         self, state: State, shape: torch.Size, dense: torch.Tensor, rows: int, kernels: Kernels
@@ -155,8 +135,38 @@ class SparseWindow:
         """
         return [
             Part(piece, indices[:, position], values[:, position], None if scales is None else scales[:, position])
-            for piece, indices, values, scales in self._views(state, shape)
+            for piece, indices, values, scales in self.parts(state, shape)
         ]
+
+    def parts(self, state: State, shape: torch.Size) -> Row:
+        """The window piece by piece.
+
+        Args:
+            state: The parameter's tensors.
+            shape: Shape of the parameter.
+
+        Returns:
+            Views, `(blocks, m, kept)` each.
+        """
+        m, groups = self.num_grads, 0
+        indices, values, scales = state["indices"], state["values"], state.get("scales")
+        views = []
+        for piece in self._pieces(shape):
+            # One call where slicing and viewing are two: a model has a hundred tensors, and three such calls for each.
+            place = (piece.blocks, m, piece.kept), (m * piece.kept, piece.kept, 1), m * piece.offset
+            shared = None
+            if scales is not None:
+                shared = scales.as_strided((piece.groups, m), (m, 1), scales.storage_offset() + m * groups)
+            views.append(
+                Part(
+                    piece,
+                    indices.as_strided(*place[:2], indices.storage_offset() + place[2]),
+                    values.as_strided(*place[:2], values.storage_offset() + place[2]),
+                    shared,
+                )
+            )
+            groups += piece.groups
+        return views
 
     def slabs(self, row: Row, shape: torch.Size) -> Iterator[tuple[slice, Row]]:
         """Parts of a row, cut between groups of blocks and between buckets of a quantised error.
@@ -207,7 +217,7 @@ class SparseWindow:
         Raises:
             ValueError: An index is as large as its block, or a scale is negative or not finite.
         """
-        for piece, indices, _, scales in self._views(state, shape):
+        for piece, indices, _, scales in self.parts(state, shape):
             if scales is not None and not bool((torch.isfinite(scales) & (scales >= 0)).all()):
                 raise ValueError(
                     f"the window of {name} is damaged: it has scales that are negative, NaN or infinite. Load another "
@@ -222,23 +232,25 @@ class SparseWindow:
                         f"block of {piece.length} entries. Load another checkpoint"
                     )
 
-    def dots(self, state: State, shape: torch.Size, newest: int, rows: int, kernels: Kernels) -> torch.Tensor:
-        """This parameter's part of the new Gram column, `<row_newest, row_i>` for `i < rows`.
+    def dots(self, held: Sequence[Held], newest: int, rows: int, kernels: Kernels) -> torch.Tensor:
+        """Each parameter's part of the new Gram column, `<row_newest, row_i>` for `i < rows`.
 
         Args:
-            state: The parameter's tensors.
-            shape: Shape of the parameter.
+            held: Tensors and shape of each parameter.
             newest: Position of the newest row.
             rows: Number of rows that were ever written.
             kernels: The backend.
 
         Returns:
-            `(rows,)`, float64, on the CPU.
+            `(parameters, rows)`, float64, on the CPU.
         """
-        total = torch.zeros(rows, dtype=torch.float64, device="cpu")
-        for piece, indices, values, scales in self._views(state, shape):
-            total += kernels.dots(indices, values, newest, rows, piece.length, scales).to("cpu", torch.float64)
-        return total
+        parts = [self.parts(state, shape) for state, shape in held]
+        columns = kernels.dots([part for own in parts for part in own], newest, rows)
+        if all(len(own) == 1 for own in parts):
+            return columns
+        total = torch.zeros(len(held), rows, dtype=torch.float64, device="cpu")
+        owners = torch.tensor([number for number, own in enumerate(parts) for _ in own], device="cpu")
+        return total.index_add_(0, owners, columns)
 
     def project(
         self, state: State, shape: torch.Size, dense: torch.Tensor, rows: int, kernels: Kernels
@@ -256,7 +268,7 @@ class SparseWindow:
             `(rows,)`, float64, on the CPU.
         """
         total = torch.zeros(rows, dtype=torch.float64, device="cpu")
-        for piece, indices, values, scales in self._views(state, shape):
+        for piece, indices, values, scales in self.parts(state, shape):
             x = piece.of(dense.view(-1))
             total += kernels.project(indices, values, x, rows, scales).to("cpu", torch.float64)
         return total
@@ -288,7 +300,7 @@ class SparseWindow:
         Yields:
             Where the slab goes in the flattened parameter, and its entries in float32.
         """
-        for part in self._views(state, shape):
+        for part in self.parts(state, shape):
             piece, share = part.piece, sharing(part.piece.length)
             step = max(1, _SLAB // (share * piece.length)) * share
             x = None if base is None else piece.of(base.view(-1))
@@ -314,28 +326,6 @@ class SparseWindow:
 
     def _pieces(self, shape: torch.Size) -> tuple[Piece, ...]:
         return cut(shape.numel(), self.block_size, self.density)
-
-    def _views(self, state: State, shape: torch.Size) -> Row:
-        """The window piece by piece, `(blocks, m, kept)` each."""
-        m, groups = self.num_grads, 0
-        indices, values, scales = state["indices"], state["values"], state.get("scales")
-        views = []
-        for piece in self._pieces(shape):
-            # One call where slicing and viewing are two: a model has a hundred tensors, and three such calls for each.
-            place = (piece.blocks, m, piece.kept), (m * piece.kept, piece.kept, 1), m * piece.offset
-            shared = None
-            if scales is not None:
-                shared = scales.as_strided((piece.groups, m), (m, 1), scales.storage_offset() + m * groups)
-            views.append(
-                Part(
-                    piece,
-                    indices.as_strided(*place[:2], indices.storage_offset() + place[2]),
-                    values.as_strided(*place[:2], values.storage_offset() + place[2]),
-                    shared,
-                )
-            )
-            groups += piece.groups
-        return views
 
 
 @dataclass(frozen=True)
@@ -404,20 +394,22 @@ class DenseWindow:
             name: What to call the parameter.
         """
 
-    def dots(self, state: State, shape: torch.Size, newest: int, rows: int, kernels: Kernels) -> torch.Tensor:
-        """This parameter's part of the new Gram column, as in `SparseWindow.dots`.
+    def parts(self, state: State, shape: torch.Size) -> None:
+        """None: rows are whole."""
+
+    def dots(self, held: Sequence[Held], newest: int, rows: int, kernels: Kernels) -> torch.Tensor:
+        """Each parameter's part of the new Gram column, as in `SparseWindow.dots`.
 
         Args:
-            state: The parameter's tensors.
-            shape: Shape of the parameter.
+            held: Tensors and shape of each parameter.
             newest: Position of the newest row.
             rows: Number of rows that were ever written.
             kernels: Not used.
 
         Returns:
-            `(rows,)`, float64, on the CPU.
+            `(parameters, rows)`, float64, on the CPU.
         """
-        return self.project(state, shape, state["values"][newest], rows, kernels)
+        return stacked((self.project(*one, one[0]["values"][newest], rows, kernels) for one in held), rows)
 
     def project(
         self, state: State, shape: torch.Size, dense: torch.Tensor, rows: int, kernels: Kernels
@@ -488,3 +480,16 @@ class DenseWindow:
 
             pool.run_torch(work, out.numel(), step, values.device)
             yield span, out
+
+
+def stacked(columns: Iterable[torch.Tensor], rows: int) -> torch.Tensor:
+    """Columns of a Gram matrix, one for each parameter.
+
+    Args:
+        columns: `(rows,)` each; there may be none.
+        rows: Their length.
+
+    Returns:
+        `(parameters, rows)`.
+    """
+    return torch.stack([torch.zeros(rows, dtype=torch.float64, device="cpu"), *columns])[1:]

@@ -142,7 +142,7 @@ def _dots_and_combine(contender: Contender, repeats: int, seed: int) -> tuple[EF
     weights = torch.linspace(-1.0, 1.0, rows, dtype=torch.float64)
     with one_thread():
         return optimizer, {
-            "dots": _median_seconds(lambda: window.dots(state, shape, 0, rows, kernels), repeats),
+            "dots": _median_seconds(lambda: window.dots([(state, shape)], 0, rows, kernels), repeats),
             "combine": _median_seconds(lambda: list(window.combine(state, shape, weights, kernels)), repeats),
         }
 

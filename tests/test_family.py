@@ -229,9 +229,10 @@ def test_own_parts_take_a_few_lines():
     class Halves(Identity):
         lossless = False
 
-        def compress(self, gradient, error, row, state, kernels):
-            row.copy_((error + gradient).view(-1) / 2)
-            error.add_(gradient).div_(2)
+        def compress(self, jobs, kernels):
+            for gradient, error, row, _ in jobs:
+                row.copy_((error + gradient).view(-1) / 2)
+                error.add_(gradient).div_(2)
 
     param = torch.nn.Parameter(torch.zeros(10))
     optimizer = EFCP([param], 0.5, compressor=Halves(), preconditioner=Normalised(), num_grads=3)

@@ -1,9 +1,11 @@
 """Kernels: every backend against plain loops, and the backends against each other to the bit."""
 
 import math
+import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,8 +17,9 @@ from naive import largest
 from variants import build, sparse_names
 
 from hf_efcp import kernels
-from hf_efcp.blocks import cut, index_dtype, sharing
+from hf_efcp.blocks import Part, Piece, cut, index_dtype, sharing
 from hf_efcp.kernels import cpu, reference
+from hf_efcp.windows import SparseWindow
 
 BACKENDS = [reference, cpu]
 LARGEST = torch.finfo(torch.bfloat16).max
@@ -35,18 +38,28 @@ def blocks(draw):
     return torch.from_numpy(gradient), torch.from_numpy(error), kept
 
 
+def part(indices, values, scales, length):
+    """A part that begins where its parameter does."""
+    return Part(Piece(0, len(indices), length, indices.shape[-1], 0), indices, values, scales)
+
+
+def dots(backend, indices, values, scales, newest, rows, length):
+    """The products of one part."""
+    (column,) = backend.dots([part(indices, values, scales, length)], newest, rows)
+    return column
+
+
 def compress(backend, gradient, error, kept, dtype):
     """One row, written into the middle of a window of three."""
     count, length = gradient.shape
     error = error.clone()
     indices = torch.zeros(count, 3, kept, dtype=index_dtype(length))
     values = torch.zeros(count, 3, kept, dtype=dtype)
-    if dtype != torch.int8:
-        backend.accumulate_topk(gradient, error, indices[:, 1], values[:, 1])
-        scale = torch.ones(count, 1)
-    else:
-        scales = torch.zeros(-(-count // sharing(length)), 3, dtype=torch.bfloat16)
-        backend.accumulate_topk(gradient, error, indices[:, 1], values[:, 1], scales[:, 1])
+    scales = torch.zeros(-(-count // sharing(length)), 3, dtype=torch.bfloat16) if dtype == torch.int8 else None
+    row = part(indices[:, 1], values[:, 1], None if scales is None else scales[:, 1], length)
+    backend.accumulate_topk([gradient], [error], [row])
+    scale = torch.ones(count, 1)
+    if scales is not None:
         assert not scales[:, ::2].any()
         scale = per_block(scales, count, length)[:, 1:2]
     assert not values[:, ::2].any()
@@ -172,7 +185,7 @@ def test_dots_and_combine_equal_dense_products(backend, dtype, seed, count, capa
         assert column.dtype == torch.float64
         assert ((column - dense[:rows] @ x).abs() <= 1e-14 * lengths * x.norm()).all()
 
-    equal_products(backend.dots(indices, values, newest, rows, length, scales), dense[newest])
+    equal_products(dots(backend, indices, values, scales, newest, rows, length), dense[newest])
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(count, length, generator=generator)
     equal_products(backend.project(indices, values, x, rows, scales), x.view(-1).double())
@@ -185,18 +198,163 @@ def test_dots_and_combine_equal_dense_products(backend, dtype, seed, count, capa
         assert ((out.view(-1) - expected).abs() <= 6e-8 * expected.abs() + 1e-14 * terms).all()
 
 
+FEW = [(4096, 41, 100), (4096, 1, 1100), (4096, 256, 40), (4000, 250, 5), (256, 3, 300), (256, 16, 70), (100, 2, 17)]
+
+
+def check_dots_of_sparse_rows(backend, dtype, length, kept, capacity, count=3):
+    """Rows that meet by chance, rows that meet everywhere, rows of zeros, and a block in which the newest is zero."""
+    indices, values, scales, _ = random_window(7, count, capacity, length, kept, dtype)
+    newest = capacity // 14 * 7  # not a row of zeros
+    indices[:, ::5] = indices[:, newest, None].clone()
+    values[:, 1::7] = 0
+    values[0, newest, ::2] = 0
+    values[1, newest] = 0
+    scale = torch.ones(count, capacity) if scales is None else per_block(scales, count, length)
+    dense = torch.zeros(count, capacity, length, dtype=torch.float64)
+    dense.scatter_(2, indices.to(torch.int64), values.double() * scale.double()[:, :, None])
+    flat = dense.transpose(0, 1).reshape(capacity, -1)
+    for rows in sorted({capacity, newest + 1}):
+        column = dots(backend, indices, values, scales, newest, rows, length)
+        assert (
+            (column - flat[:rows] @ flat[newest]).abs() <= 1e-14 * flat[:rows].norm(dim=1) * flat[newest].norm()
+        ).all()
+    assert column.count_nonzero() > capacity // 8
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("length", "kept", "capacity"), FEW)
+def test_dots_of_sparse_rows(backend, dtype, length, kept, capacity):
+    check_dots_of_sparse_rows(backend, dtype, length, kept, capacity)
+
+
+def test_a_processor_without_vectors_of_512_bits_adds_every_product(tmp_path):
+    here = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": "", "NUMBA_CACHE_DIR": str(tmp_path)}
+    done = python(
+        f"""
+        import sys
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        from test_kernels import *
+        assert not cpu._WITH_BITS
+        for length, kept, capacity in FEW[::3]:
+            check_dots_of_sparse_rows(cpu, torch.bfloat16, length, kept, capacity)
+        print("equal")
+        """,
+        here,
+    )
+    assert done.stdout.split() == ["equal"], done.stderr
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
 @pytest.mark.parametrize(("count", "length", "kept"), [(40, 4096, 600), (450, 400, 60)])
 def test_many_blocks_are_cut_into_ranges(backend, dtype, count, length, kept):
     """More blocks than one task or one temporary holds."""
     indices, values, scales, dense = random_window(0, count, 7, length, kept, dtype)
-    column = backend.dots(indices, values, 3, 7, length, scales)
+    column = dots(backend, indices, values, scales, 3, 7, length)
     torch.testing.assert_close(column, dense @ dense[3], rtol=1e-12, atol=1e-14 * dense[3].norm().item() ** 2)
     coefficients = torch.linspace(-1, 2, 7, dtype=torch.float64)
     out = torch.empty(count, length)
     backend.combine(indices, values, coefficients, out, scales=scales)
     torch.testing.assert_close(out.view(-1), (coefficients @ dense).float(), rtol=1e-6, atol=1e-6)
+
+
+@st.composite
+def moved(draw):
+    """A parameter, its window, and how it is moved."""
+    shape = draw(st.sampled_from([(1,), (700,), (1, 1), (9, 70), (40, 33), (200, 3)]))
+    block_size, capacity = draw(st.sampled_from([16, 256, 500])), draw(st.integers(1, 6))
+    return dict(
+        shape=torch.Size(shape),
+        window=SparseWindow(
+            capacity, draw(st.sampled_from([0.05, 0.3, 1.0])), block_size, draw(st.sampled_from(DTYPES))
+        ),
+        rows=draw(st.integers(1, capacity)),
+        factor=draw(st.sampled_from([None, 0.0, 0.7])),
+        length=draw(st.sampled_from([0.0, 3.0])),
+        limit=draw(st.sampled_from([math.inf, 0.0, 0.4])),
+        keep=draw(st.sampled_from([1.0, 0.9])),
+        momentum=draw(st.sampled_from([None, 0.0, 0.9])),
+        zeros=draw(st.booleans()),
+        seed=draw(st.integers(0, 99)),
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@given(st.lists(moved(), min_size=1, max_size=4))
+@settings(deadline=None, max_examples=60)
+def test_parameters_move_at_once_as_by_hand(backend, cases):
+    """Of one dtype, as all tensors of an optimizer are; of any shapes, lengths and factors."""
+    moves, expected = [], []
+    window, rows = cases[0]["window"], cases[0]["rows"]
+    coefficients = torch.randn(rows, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for case in cases:
+        shape, generator = case["shape"], torch.Generator().manual_seed(case["seed"])
+        state, dense = window.allocate(shape, "cpu"), torch.zeros(rows, shape.numel(), dtype=torch.float64)
+        for part in window.parts(state, shape):
+            piece = part.piece
+            indices, values, scales, own = random_window(
+                case["seed"], piece.blocks, window.num_grads, piece.length, piece.kept, window.value_dtype
+            )
+            for target, source in zip(
+                part[1:], (indices, 0 * values if case["zeros"] else values, scales), strict=True
+            ):
+                if target is not None:
+                    target.copy_(source)
+            dense[:, piece.start : piece.start + piece.numel] = 0 if case["zeros"] else own[:rows]
+        columns = shape[-1] if len(shape) > 1 and math.isfinite(case["limit"]) else shape.numel()
+        update = (coefficients @ dense).view(-1, columns)
+        factor = case["factor"]
+        if factor is None:
+            factor = case["length"] / update.norm().item() if update.any() else 0.0
+        longest = torch.where(update.any(dim=1), case["limit"] / update.norm(dim=1), 0.0)
+        update = (update * longest.clamp(max=factor)[:, None]).view(-1)
+        theta, velocity = torch.randn(2, shape.numel(), generator=generator).unbind()
+        v = update if case["momentum"] is None else case["momentum"] * velocity.double() + update
+        expected.append((case["keep"] * theta.double() - 0.5 * v, v))
+        moves.append(
+            kernels.Move(
+                window.parts(state, shape),
+                theta.clone(),
+                None if case["momentum"] is None else velocity.clone(),
+                columns,
+                case["factor"],
+                case["length"],
+                case["limit"],
+                0.5,
+                case["keep"],
+                case["momentum"] or 0.0,
+            )
+        )
+    backend.move(moves, coefficients)
+    for move, (theta, v) in zip(moves, expected, strict=True):
+        torch.testing.assert_close(move.theta.double(), theta, rtol=1e-5, atol=1e-5)
+        if move.velocity is not None:
+            torch.testing.assert_close(move.velocity.double(), v, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sums_of_squares_of_many_vectors(backend):
+    generator = torch.Generator().manual_seed(3)
+    vectors = [torch.randn(size, generator=generator) for size in (5, 0, 1, 700_001, 64)]
+    vectors[2].fill_(math.nan)
+    vectors.append(torch.tensor([1.0, -math.inf]))
+    before = [vector.clone() for vector in vectors]
+    found = backend.squares(vectors)
+    assert [isinstance(value, float) for value in found] == [True] * 6
+    expected = [vector.double().square().sum().item() for vector in vectors]
+    assert found == pytest.approx(expected, rel=1e-12, nan_ok=True)
+    assert all(torch.equal(one.nan_to_num(), other.nan_to_num()) for one, other in zip(vectors, before, strict=True))
+    assert backend.squares([]) == []
+
+
+def test_sums_on_a_device_without_float64_leave_what_is_summed(monkeypatch):
+    monkeypatch.setattr(reference, "widest", lambda device: torch.float32)
+    update, rows = torch.arange(6.0), torch.zeros(2)
+    assert reference.squares([update]) == [55.0]
+    reference.row_squares(update, 0, 3, rows)
+    assert rows.tolist() == [5.0, 50.0]
+    assert update.tolist() == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -246,10 +404,10 @@ def test_the_backend_can_be_asked_for(name):
         build(name, params, backend="cuda")
 
 
-def python(code):
+def python(code, environment=None):
     """Run code in a process of its own."""
-    command = [sys.executable, "-c", textwrap.dedent(code)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    command, environment = [sys.executable, "-c", textwrap.dedent(code)], {**os.environ, **(environment or {})}
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=environment)
 
 
 def test_missing_numba_falls_back_with_one_warning():

@@ -14,6 +14,7 @@ from test_state import refuse
 from variants import build
 
 from hf_efcp import estimate_memory, lowrank
+from hf_efcp.compressors import Job
 from hf_efcp.kernels import pool, reference
 from hf_efcp.lowrank import LowRank, LowRankWindow, matrix
 
@@ -49,7 +50,7 @@ class Compression:
 
     def push(self, gradient):
         row = self.window.row(self.state, self.shape, 0)
-        self.compressor.compress(gradient, self.error, row, self.state, reference)
+        self.compressor.compress([Job(gradient, self.error, row, self.state)], reference)
         return dense_rows(self.state)[0].view(self.shape)
 
     @property
@@ -227,7 +228,8 @@ def check_window(shape, capacity, rank, rows, value_dtype):
     generator = torch.Generator().manual_seed(9)
     x, c = torch.randn(shape, generator=generator), torch.randn(rows, dtype=torch.float64, generator=generator)
     tight = dict(rtol=1e-12, atol=1e-11 * max(1, shape.numel()))
-    torch.testing.assert_close(window.dots(state, shape, rows - 1, rows, reference), dense @ dense[-1], **tight)
+    (column,) = window.dots([(state, shape)], rows - 1, rows, reference)
+    torch.testing.assert_close(column, dense @ dense[-1], **tight)
     torch.testing.assert_close(window.project(state, shape, x, rows, reference), dense @ x.double().view(-1), **tight)
     for base, scale in ((None, 0.0), (x, -0.7)):
         expected = c @ dense + (0 if base is None else scale * base.double().view(-1))
@@ -289,7 +291,7 @@ def test_long_sums_have_the_same_bits_on_any_number_of_threads(shape):
             torch.set_num_threads(count)
             slabs = [slab for _, slab in window.combine(state, x.shape, c, reference)]
             dots, products = (
-                window.dots(state, x.shape, 2, 6, reference),
+                window.dots([(state, x.shape)], 2, 6, reference),
                 window.project(state, x.shape, x, 6, reference),
             )
             results.append([*slabs, dots, products])
@@ -490,7 +492,7 @@ def test_identical_rows_at_small_damping(value_dtype, wide, monkeypatch):
     shape, rows = torch.Size((30, 20)), dense_rows(state)
     if not wide:
         monkeypatch.setattr(lowrank, "widest", lambda device: torch.float32)
-    gram = torch.stack([window.dots(state, shape, i, 24, reference) for i in range(24)])
+    gram = torch.cat([window.dots([(state, shape)], i, 24, reference) for i in range(24)])
     damped = 24e-6 * torch.eye(24, dtype=torch.float64) + gram
     coefficients = 24 * torch.linalg.solve(damped, torch.eye(24, dtype=torch.float64)[7])
     (_, update), *rest = window.combine(state, shape, coefficients, reference)

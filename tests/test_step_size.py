@@ -21,6 +21,7 @@ from hf_efcp import (
     SparseGGT,
     SparseMFAC,
     estimate_memory,
+    moving,
     preconditioners,
     step_size,
 )
@@ -72,6 +73,77 @@ def test_ggt_and_global_top_k_equal_brute_force(backend, damping):
     error, moved = compare(optimizer, naive, problem, params)
     assert moved > 0.05
     assert error < 1e-4
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("scale", ["tensor", "none"])
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.5, "weight_decay": 0.1}, {"value_dtype": torch.int8}], ids=str)
+def test_whole_tensors_and_ranges_and_slabs_move_alike(options, scale, backend, monkeypatch):
+    """One kernel moves whole tensors, and ranges of large ones whose length is known; slabs take several."""
+    kernels = {"reference": reference, "numba": cpu}[backend]
+    counts, move = [], kernels.move
+    monkeypatch.setattr(kernels, "move", lambda moves, c: counts.append(len(moves)) or move(moves, c))
+    start = [torch.randn(shape, generator=torch.Generator().manual_seed(0)) for shape in ((301, 32), (9001,), (7, 3))]
+    ends = []
+    for whole, known, moves in ((1 << 20, False, 3), (5000, True, 3 + 3 + 1), (0, False, 0), (0, True, 0)):
+        with monkeypatch.context() as patch:
+            patch.setattr(moving, "_WHOLE", whole)
+            patch.setattr(moving, "_RANGE", 1)
+            patch.setattr(step_size, "knows_length", lambda shape, known=known: known)
+            params = [torch.nn.Parameter(one.clone()) for one in start]
+            optimizer = SparseMFAC(
+                params,
+                lr=0.05 if scale == "tensor" else 50.0,
+                update_scale=scale,
+                density=0.1,
+                block_size=100,
+                num_grads=4,
+                backend=backend,
+                **options,
+            )
+            for step in range(6):
+                generator = torch.Generator().manual_seed(step)
+                set_gradients(params, [torch.randn(one.shape, generator=generator) for one in start])
+                if step == 3:
+                    params[1].grad = None
+                optimizer.step()
+        absent = {3: 2, 7: 4, 0: 0}[moves]
+        assert counts == ([moves] * 3 + [absent] + [moves] * 2 if moves else [])
+        counts.clear()
+        ends.append(params)
+    for other in ends[1:]:
+        error, moved = distance(other, ends[0], start)
+        assert moved > 0.01
+        assert error < 1e-5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_copies_of_parameters_that_cannot_be_moved_in_place_are_few(dtype, backend, monkeypatch):
+    """bfloat16 parameters and transposed ones are moved as float32 copies, batch by batch."""
+    monkeypatch.setattr(moving, "_COPIED", 500)
+    kernels = {"reference": reference, "numba": cpu}[backend]
+    counts, move = [], kernels.move
+    monkeypatch.setattr(kernels, "move", lambda moves, c: counts.append(len(moves)) or move(moves, c))
+    start = [torch.randn(20, 30, generator=torch.Generator().manual_seed(seed)).to(dtype) for seed in range(5)]
+    ends = []
+    for strange in (True, False):
+        params = [
+            torch.nn.Parameter(one.t().contiguous().t() if strange else one.to(torch.float32, copy=True))
+            for one in start
+        ]
+        assert params[0].is_contiguous() != strange
+        optimizer = SparseMFAC(params, lr=0.1, density=0.2, num_grads=4, backend=backend)
+        for step in range(3):
+            generator = torch.Generator().manual_seed(step)
+            set_gradients(params, [torch.randn(one.shape, generator=generator).to(dtype) for one in start])
+            optimizer.step()
+        assert counts == [1] * 15 if strange else [5] * 3
+        counts.clear()
+        ends.append(params)
+    error, moved = distance(*ends, start)
+    assert moved > 0.1
+    assert error < (0.05 if dtype == torch.bfloat16 else 1e-6)
 
 
 @pytest.fixture
@@ -480,7 +552,7 @@ def test_an_update_of_known_length_is_computed_once(shape, kernels):
 @pytest.mark.parametrize("size", [1e-38, 1e-25, 1.0, 1e25])
 def test_sums_of_squares_neither_vanish_nor_overflow(size, kernels):
     vector = torch.full((1000,), size)
-    assert step_size.squared(vector, kernels) == pytest.approx(1000 * vector[0].double().item() ** 2, rel=1e-5)
+    assert kernels.squares([vector])[0] == pytest.approx(1000 * vector[0].double().item() ** 2, rel=1e-5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -1,24 +1,58 @@
 """The inner loops, twice: plain torch for any device, numba for the CPU. One table says which is used.
 
-Every backend is a module with the functions of `Kernels`, and the same bits in the window for the same input.
+Every backend is a module with the functions of `Kernels`, and the same bits in the window for the same input. What a
+step does to every tensor takes all tensors at once: most tensors of a model are so small that calling a kernel, and
+waking threads for it, would take longer than the work.
 """
 
 from __future__ import annotations
 
 import importlib
 import warnings
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Protocol, cast
+from typing import NamedTuple, Protocol, cast
 
 import torch
 
+from ..blocks import Part
+
 BACKENDS = ("auto", "reference", "numba")
 BUCKET = 64  # consecutive entries of a quantised error that share a scale
+SHORTEST = 1e-30  # length of an update that is divided by: below it is what rounding left
 _MODULES = {"reference": "reference", "numba": "cpu"}
 
 
+class Move(NamedTuple):
+    """A parameter, or a range of whole blocks and whole rows of one, and how its update reaches it.
+
+    Args:
+        parts: What the window stores for it.
+        theta: The parameter, `(n,)`, float32, contiguous; updated.
+        velocity: `v`, `(n,)`, float32, contiguous, updated; None for no momentum.
+        columns: Entries of a row; of a vector, or where rows have no limit, `n`.
+        factor: What the update is multiplied by; None for what makes it `length` long.
+        length: `|u|`, where there is no factor.
+        limit: Length that no row may exceed; infinite for none.
+        lr: Learning rate.
+        keep: What weight decay leaves of the parameter.
+        momentum: Heavy-ball factor.
+    """
+
+    parts: Sequence[Part]
+    theta: torch.Tensor
+    velocity: torch.Tensor | None
+    columns: int
+    factor: float | None
+    length: float
+    limit: float
+    lr: float
+    keep: float
+    momentum: float
+
+
 class Kernels(Protocol):
-    """What a backend provides. Tensors are pieces of one parameter: see `hf_efcp.blocks.Piece`.
+    """What a backend provides. Tensors are pieces of parameters: see `hf_efcp.blocks.Piece`.
 
     `scales` come with int8 values, and only with them. `start` is the position in the parameter of what is rounded, so
     that its noise does not depend on how the parameter is cut.
@@ -26,26 +60,16 @@ class Kernels(Protocol):
 
     NAME: str
 
-    def accumulate_topk(
-        self,
-        gradient: torch.Tensor,
-        error: torch.Tensor,
-        indices: torch.Tensor,
-        values: torch.Tensor,
-        scales: torch.Tensor | None = None,
-    ) -> None:
-        """`error += gradient`; move the largest entries of each block from `error` to `indices` and `values`."""
+    def squares(self, vectors: Sequence[torch.Tensor]) -> list[float]:
+        """The sum of squares of each vector."""
 
-    def dots(
-        self,
-        indices: torch.Tensor,
-        values: torch.Tensor,
-        newest: int,
-        rows: int,
-        length: int,
-        scales: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Inner products of row `newest` with the first `rows` rows."""
+    def accumulate_topk(
+        self, gradients: Sequence[torch.Tensor], errors: Sequence[torch.Tensor], rows: Sequence[Part]
+    ) -> None:
+        """`error += gradient`; move the largest entries of each block from `error` to the row."""
+
+    def dots(self, parts: Sequence[Part], newest: int, rows: int) -> torch.Tensor:
+        """Inner products of row `newest` with the first `rows` rows, part by part."""
 
     def project(
         self,
@@ -99,6 +123,9 @@ class Kernels(Protocol):
         momentum: float = 0.0,
     ) -> None:
         """`v <- momentum v + factors[r] u`, `theta <- keep theta - lr v` in such a slab; `update` is spoilt."""
+
+    def move(self, moves: Sequence[Move], coefficients: torch.Tensor) -> None:
+        """`combine`, `row_squares` and `apply` in one: `u = G^T c` at its length, applied."""
 
 
 def choose(backend: str, device: torch.device) -> Kernels:

@@ -10,7 +10,7 @@ machines several times. Eight entries of one row where rows are long, and where 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,11 +18,13 @@ import torch
 from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
+from numba.core.registry import cpu_target
 from numba.extending import intrinsic, overload
+from numba.np.numpy_support import carray
 
-from ..blocks import sharing
+from ..blocks import Part, sharing
 from ..noise import MULTIPLIERS
-from . import BUCKET, pool
+from . import BUCKET, SHORTEST, Move, pool, tables
 
 NAME = "numba"
 
@@ -39,7 +41,11 @@ _LANES = 8  # entries of a vector
 _LONG = 24  # entries of a row that is long
 _AHEAD = 512  # entries, of the window, that are asked for before they are added
 _WIDTH = np.uint64(_LANES)
-_COMPARED = np.uint64(32)  # keys that are compared at once
+_COMPARED = np.uint64(32)  # keys that are compared at once, and indices that are looked up
+_LOOKED_UP = 4096  # entries of a block, at most, whose bits fit the registers
+_SPARSE = 16  # entries of a block for each that is kept, at least, where looking up pays
+_CHUNKS = np.uint64(32)  # vectors of indices that are looked up before what was found is added
+_SHIFT, _SPAN = np.uint64(44), np.uint64(1 << 44)  # see `_add_found`
 
 
 def _compiled(function: Callable[..., Any], fastmath: set[str]) -> Callable[..., Any]:
@@ -75,6 +81,27 @@ def _bits_of_float(typing_context, value):
         return builder.bitcast(arguments[0], ir.IntType(32))
 
     return types.int32(types.float32), codegen
+
+
+@intrinsic
+def _pointer(typing_context, address):
+    """Memory at an address."""
+
+    def codegen(context, builder, signature, arguments):
+        return builder.inttoptr(arguments[0], cgutils.voidptr_t)
+
+    return types.voidptr(types.int64), codegen
+
+
+@intrinsic
+def _next(typing_context, counter):
+    """The number of the next task, which no other thread is given."""
+
+    def codegen(context, builder, signature, arguments):
+        one = ir.IntType(64)(1)
+        return builder.atomic_rmw("add", _data(context, builder, counter, arguments[0]), one, "monotonic")
+
+    return types.int64(counter), codegen
 
 
 def _decode(stored):
@@ -173,6 +200,12 @@ def _ask_for(builder, pointer, at):
     builder.call(function, [builder.bitcast(builder.gep(pointer, [at]), byte), read, keep, data])
 
 
+def _can_look_up():
+    """Whether numba compiles for a processor with what `_find` is made of."""
+    _, _, features = cpu_target.target_context.codegen().magic_tuple()
+    return {"+avx512bw", "+avx512vbmi2"} <= set(features.split(","))
+
+
 def _contiguous(*arrays):
     return all(array.layout == "C" for array in arrays)
 
@@ -255,6 +288,72 @@ def _add_eights(typing_context, index, value, start, groups, weight, dense):
         return context.get_dummy_value()
 
     return types.void(index, value, types.uint64, types.uint64, weight, dense), codegen
+
+
+@intrinsic
+def _find(typing_context, index, start, groups, bits, found):
+    """How many of `groups` times 32 indices from `start` on have their bit set; which, is written to `found`."""
+    if not _contiguous(index, bits, found):
+        return None
+
+    def codegen(context, builder, signature, arguments):
+        index_of, start, groups, bits_of, found_of = arguments
+        vector, truths = _vector(ir.IntType(16), 32), _vector(ir.IntType(1), 32)
+        permute, compress, count_of = (
+            cgutils.get_or_insert_function(builder.module, ir.FunctionType(result, given), name)
+            for name, result, given in (
+                ("llvm.x86.avx512.vpermi2var.hi.512", vector, [vector] * 3),
+                ("llvm.x86.avx512.mask.compress.v32i16", vector, [vector, vector, truths]),
+                ("llvm.ctpop.i32", ir.IntType(32), [ir.IntType(32)]),
+            )
+        )
+        # A vector of indices is looked up in registers: the words of all bits are in eight of them.
+        narrow = index.dtype == types.uint8  # blocks of 256: 16 words
+        indices = builder.gep(_data(context, builder, index, index_of), [start])
+        words, out = _data(context, builder, bits, bits_of), _data(context, builder, found, found_of)
+        tables = []
+        for first in range(0, 64 if narrow else 256, 32):
+            place = builder.bitcast(builder.gep(words, [start.type(first)]), vector.as_pointer())
+            tables.append(builder.load(place))
+            tables[-1].align = 2
+        zero = _constant(vector, 0)
+        count = cgutils.alloca_once_value(builder, start.type(0))
+        places = cgutils.alloca_once_value(builder, ir.Constant(vector, list(range(32))))
+        with cgutils.for_range(builder, groups) as loop:
+            at = builder.gep(indices, [builder.mul(loop.index, loop.index.type(32))])
+            x = builder.load(builder.bitcast(at, _vector(at.type.pointee, 32).as_pointer()))
+            x.align = 1
+            x = builder.zext(x, vector) if narrow else x
+            word = builder.lshr(x, _constant(vector, 4))
+            # Each takes one of 64 words by the lower bits of the word's number; the upper bits choose among them.
+            taken = [
+                builder.call(permute, [one, word, other]) for one, other in zip(tables[::2], tables[1::2], strict=True)
+            ]
+            for bit in () if narrow else (1 << 10, 1 << 11):
+                upper = builder.icmp_unsigned("!=", builder.and_(x, _constant(vector, bit)), zero)
+                taken = [builder.select(upper, high, low) for low, high in zip(taken[::2], taken[1::2], strict=True)]
+            bit = builder.shl(_constant(vector, 1), builder.and_(x, _constant(vector, 15)))
+            hits = builder.icmp_unsigned("!=", builder.and_(taken[0], bit), zero)
+            place, so_far = builder.load(places), builder.load(count)
+            hit = builder.call(compress, [place, zero, hits])
+            builder.store(hit, builder.bitcast(builder.gep(out, [so_far]), vector.as_pointer())).align = 2
+            number = builder.call(count_of, [builder.bitcast(hits, ir.IntType(32))])
+            builder.store(builder.add(so_far, builder.zext(number, so_far.type)), count)
+            builder.store(builder.add(place, _constant(vector, 32)), places)
+        return builder.load(count)
+
+    return types.uint64(index, types.uint64, types.uint64, bits, found), codegen
+
+
+@intrinsic
+def _ask(typing_context, array, at):
+    """Have an entry loaded that is needed soon."""
+
+    def codegen(context, builder, signature, arguments):
+        _ask_for(builder, _data(context, builder, array, arguments[0]), arguments[1])
+        return context.get_dummy_value()
+
+    return types.void(array, types.uint64), codegen
 
 
 @intrinsic
@@ -461,10 +560,76 @@ def _sums(kept, rows):
     return np.zeros(rows * kept if kept < _LONG else 0)
 
 
+@_jit_in_order
+def _add_hits(index, value, reciprocal, dense, found, start, count, weights, partial):
+    for hit in range(count):
+        j = start + np.uint64(found[hit])
+        row = (j * reciprocal) >> _SHIFT
+        partial[row] += weights[row] * (np.float64(_decode(value[j])) * np.float64(dense[index[j]]))
+
+
+@_jit_in_order
+def _add_found(index, value, kept, dense, bits, found, weights, rows, partial):
+    """As `_add_products`, for a dense block whose few entries have their bits set: most of a window meets none.
+
+    Half of the window is read, and values only where there is something to multiply: they come while the next indices
+    are looked up.
+    """
+    # The row of entry j is j // kept, and a product with this, shifted, is exact while j * kept is below 2^44.
+    reciprocal = _SPAN // kept + _ONE
+    j, last, total = _ZERO, _ZERO, rows * kept
+    waiting, side = _ZERO, 0
+    while j + _COMPARED <= total:
+        groups = min(_CHUNKS, (total - j) // _COMPARED)
+        count: Any = _find(index, j, groups, bits, found[side])
+        for hit in range(count):
+            _ask(value, j + np.uint64(found[side, hit]))
+        side = 1 - side
+        _add_hits(index, value, reciprocal, dense, found[side], last, waiting, weights, partial)
+        last, waiting = j, count
+        j += groups * _COMPARED
+    _add_hits(index, value, reciprocal, dense, found[1 - side], last, waiting, weights, partial)
+    while j < total:
+        row = (j * reciprocal) >> _SHIFT
+        partial[row] += weights[row] * (np.float64(_decode(value[j])) * np.float64(dense[index[j]]))
+        j += _ONE
+
+
+_WITH_BITS = (types.uint8, types.uint16) if _can_look_up() else ()  # indices that `_find` takes here
+
+
+def _looks_up(indices, length, kept):
+    """Whether the entries of a dense block are found by their bits."""
+    raise NotImplementedError("compiled code only")
+
+
+@overload(_looks_up)
+def _looks_up_overload(indices, length, kept):
+    if indices.dtype in _WITH_BITS:
+        return lambda indices, length, kept: length <= _LOOKED_UP and kept * _SPARSE <= length
+    return lambda indices, length, kept: False
+
+
+def _add_met(index, value, kept, dense, bits, found, weights, rows, partial):
+    """`_add_found`, where `_looks_up`."""
+    raise NotImplementedError("compiled code only")
+
+
+@overload(_add_met)
+def _add_met_overload(index, value, kept, dense, bits, found, weights, rows, partial):
+    if index.dtype in _WITH_BITS:
+        return lambda index, value, kept, dense, bits, found, weights, rows, partial: _add_found(
+            index, value, kept, dense, bits, found, weights, rows, partial
+        )
+    return lambda index, value, kept, dense, bits, found, weights, rows, partial: None
+
+
 @_jit
 def _dots(indices, values, scales, share, kept, newest, rows, length, begin, end, partial):
     dense = np.zeros(length, np.float32)  # half as much of the first-level cache as float64, and as exact
-    weights, sums = np.ones(rows), _sums(kept, rows)
+    looks_up = _looks_up(indices, length, kept)
+    bits, found = np.zeros(_LOOKED_UP // 16, np.uint16), np.empty((2, (_CHUNKS + _ONE) * _COMPARED), np.uint16)
+    weights, sums = np.ones(rows), _sums(_LONG if looks_up else kept, rows)
     own = range(newest * kept, (newest + 1) * kept)
     for block in range(begin, end):
         if scales is not None and block % share == 0:
@@ -472,14 +637,26 @@ def _dots(indices, values, scales, share, kept, newest, rows, length, begin, end
             scale = scales[block // share]
             _weigh(scale, np.float64(_decode(scale[newest])), weights)
         index, value = indices[block], values[block]
+        present = False
         for j in own:
-            dense[index[j]] = np.float32(_decode(value[j]))
-        if len(sums):
+            x = np.float32(_decode(value[j]))
+            if x != np.float32(0.0):
+                at = np.int64(index[j])
+                dense[at] = x
+                bits[at >> 4 if looks_up else 0] |= np.uint16(1 << (at & 15))
+                present = True
+        if not present:  # a block without gradient, as of words that did not occur
+            continue
+        if looks_up:
+            _add_met(index, value, np.uint64(kept), dense, bits, found, weights, np.uint64(rows), partial)
+        elif len(sums):
             _multiply(index, value, dense, sums)
         else:
             _add_products(index, value, np.uint64(kept), dense, weights, np.uint64(rows), partial)
         for j in own:
-            dense[index[j]] = np.float32(0.0)
+            at = np.int64(index[j])
+            dense[at] = np.float32(0.0)
+            bits[at >> 4 if looks_up else 0] = np.uint16(0)
     _collect(sums, kept, weights, rows, partial)
 
 
@@ -669,44 +846,131 @@ def _apply(theta, update, start, columns, factors, velocity, momentum, keep, lr,
         begin = stop
 
 
-def accumulate_topk(
-    gradient: torch.Tensor,
-    error: torch.Tensor,
-    indices: torch.Tensor,
-    values: torch.Tensor,
-    scales: torch.Tensor | None = None,
-) -> None:
+@_jit
+def _stored(part, index_like, value_like, scale_like):
+    """What the window has of a part: `(blocks, stride)` indices and values, `(groups, stride)` scales or None."""
+    index = carray(_pointer(part.index), (part.blocks, part.index_stride), index_like.dtype)
+    value = carray(_pointer(part.value), (part.blocks, part.value_stride), value_like.dtype)
+    if scale_like is None:
+        return index, value, None
+    groups = (part.blocks + part.share - 1) // part.share
+    return index, value, carray(_pointer(part.scale), (groups, part.scale_stride), scale_like.dtype)
+
+
+@_jit
+def _squares_of_all(vectors, tasks, counter, partial):
+    number: Any = _next(counter)
+    while number < tasks.shape[0]:
+        task = tasks[number]
+        vector = vectors[task.row]
+        x = carray(_pointer(vector.at), (vector.entries,), np.float32)[task.begin : task.end]
+        total = 0.0
+        for i in range(x.shape[0]):
+            total += np.float64(x[i]) * np.float64(x[i])
+        partial[number] = total
+        number = _next(counter)
+
+
+@_jit
+def _accumulate_all(parts, tasks, counter, index_like, value_like, scale_like, gradients, errors):
+    number: Any = _next(counter)
+    while number < tasks.shape[0]:
+        task = tasks[number]
+        part = parts[task.row]
+        index, value, scale = _stored(part, index_like, value_like, scale_like)
+        index, value = index[:, : part.kept], value[:, : part.kept]
+        g = carray(_pointer(gradients[task.row].at), (part.blocks, part.length), np.float32)
+        e = carray(_pointer(errors[task.row].at), (part.blocks, part.length), np.float32)
+        if scale_like is None:
+            _accumulate_topk(g, e, index, value, task.begin, task.end)
+        else:
+            _accumulate_topk_levels(g, e, index, value, scale[:, 0], part.share, task.begin, task.end)
+        number = _next(counter)
+
+
+@_jit
+def _dots_of_all(parts, tasks, counter, index_like, value_like, scale_like, newest, rows, partial):
+    number: Any = _next(counter)
+    while number < tasks.shape[0]:
+        task = tasks[number]
+        part = parts[task.row]
+        index, value, scale = _stored(part, index_like, value_like, scale_like)
+        _dots(
+            index, value, scale, part.share, part.kept, newest, rows, part.length, task.begin, task.end, partial[number]
+        )
+        number = _next(counter)
+
+
+@_jit
+def _move_all(moves, order, counter, parts, index_like, value_like, scale_like, coefficients, room):
+    nothing = np.empty((0, 0), np.float32)
+    space = np.empty(room, np.float32)
+    number: Any = _next(counter)
+    while number < order.shape[0]:
+        move = moves[order[number]]
+        update = space[: move.entries]
+        start = 0
+        for row in range(move.first, move.last):
+            part = parts[row]
+            index, value, scale = _stored(part, index_like, value_like, scale_like)
+            blocks, stop = part.blocks, start + part.blocks * part.length
+            out = update[start:stop].reshape((blocks, part.length))
+            _combine(index, value, scale, part.share, part.kept, coefficients, nothing, 0.0, False, 0, blocks, out)
+            start = stop
+        theta = carray(_pointer(move.theta), (move.entries,), np.float32)
+        velocity = carray(_pointer(move.velocity), (move.entries if move.velocity else 0,), np.float32)
+        factors = _factors(update, move.columns, move.factor, move.length, move.limit)
+        momentum, keep, lr = np.float32(move.momentum), np.float32(move.keep), np.float32(move.lr)
+        _apply(theta, update, 0, move.columns, factors, velocity, momentum, keep, lr, 0, move.entries)
+        number = _next(counter)
+
+
+@_jit
+def _factors(update, columns, factor, length, limit):
+    """What the rows of an update are multiplied by."""
+    rows = np.zeros(update.shape[0] // columns)
+    if np.isnan(factor) or np.isfinite(limit):
+        _row_squares(update, 0, columns, 0, rows.shape[0], rows)
+    if np.isnan(factor):
+        norm = np.sqrt(rows.sum())
+        factor = length / max(norm, SHORTEST) if norm > 0.0 else 0.0
+    factors = np.empty(rows.shape[0], np.float32)
+    for row in range(rows.shape[0]):
+        longest = limit / np.sqrt(rows[row]) if rows[row] > 0.0 else factor
+        factors[row] = np.float32(min(longest, factor))
+    return factors
+
+
+def squares(vectors: Sequence[torch.Tensor]) -> list[float]:
+    """See `reference.squares`; partial sums per range of entries, added in the order of the ranges."""
+    table, counter = tables.of_vectors(vectors), np.zeros(1, np.int64)
+    tasks = tables.tasks(table["entries"].tolist(), [_LIGHT] * len(table))
+    partial = np.zeros(len(tasks))
+    pool.together(lambda: _squares_of_all(table, tasks, counter, partial), len(tasks))
+    sums: list[float] = np.bincount(tasks["row"], partial, len(table)).tolist()
+    return sums
+
+
+def accumulate_topk(gradients: Sequence[torch.Tensor], errors: Sequence[torch.Tensor], rows: Sequence[Part]) -> None:
     """See `reference.accumulate_topk`; accumulation, selection, storing and the new error block by block."""
-    g, e, index, value = _array(gradient), _array(error), _array(indices), _array(values)
-    blocks, length = g.shape
-    if scales is None:
-        pool.run(lambda _, begin, end: _accumulate_topk(g, e, index, value, begin, end), blocks, _step(length))
+    if not rows:
         return
-    scale, share = _array(scales), sharing(length)
-    pool.run(
-        lambda _, begin, end: _accumulate_topk_levels(g, e, index, value, scale, share, begin, end),
-        blocks,
-        _step(length),
-    )
+    tasks, counter = _tasks(rows)
+    stored = tables.of_parts(rows), tasks, counter, *_like(rows[0])
+    dense = tables.of_vectors(gradients), tables.of_vectors(errors)
+    pool.together(lambda: _accumulate_all(*stored, *dense), len(tasks))
 
 
-def dots(
-    indices: torch.Tensor,
-    values: torch.Tensor,
-    newest: int,
-    rows: int,
-    length: int,
-    scales: torch.Tensor | None = None,
-) -> torch.Tensor:
+def dots(parts: Sequence[Part], newest: int, rows: int) -> torch.Tensor:
     """See `reference.dots`; partial sums per range of blocks, added in the order of the ranges."""
-    index, value, kept = *_flat_rows(indices, values), indices.shape[2]
-    scale, share = None if scales is None else _array(scales), sharing(length)
-    return _summed(
-        lambda begin, end, partial: _dots(index, value, scale, share, kept, newest, rows, length, begin, end, partial),
-        len(index),
-        length,
-        rows,
-    )
+    if not parts:
+        return torch.zeros(0, rows, dtype=torch.float64)
+    tasks, counter = _tasks(parts)
+    stored = tables.of_parts(parts), tasks, counter, *_like(parts[0])
+    partial = np.zeros((len(tasks), rows))
+    pool.together(lambda: _dots_of_all(*stored, newest, rows, partial), len(tasks))
+    first = np.flatnonzero(tasks["begin"] == 0)  # task of each part
+    return torch.from_numpy(np.add.reduceat(partial, first))
 
 
 def project(
@@ -795,6 +1059,19 @@ def apply(
     pool.run(lambda _, begin, end: _apply(x, u, start, columns, factor, v, *numbers, begin, end), len(x), _LIGHT)
 
 
+def move(moves: Sequence[Move], coefficients: torch.Tensor) -> None:
+    """See `reference.move`; each is one thread's, whose room for an update nobody else sees."""
+    if not moves:
+        return
+    table, counter, c = tables.of_moves(moves), np.zeros(1, np.int64), _array(coefficients)
+    parts = [part for one in moves for part in one.parts]
+    stored = tables.of_parts(parts), *_like(parts[0])
+    # The longest first, so that no thread begins with one when the others have nothing left to do.
+    order = np.argsort(-table["entries"], kind="stable")
+    room = int(table["entries"].max())
+    pool.together(lambda: _move_all(table, order, counter, *stored, c, room), len(moves))
+
+
 def _rows(entries: int, start: int, columns: int) -> int:
     """Rows that a slab has entries of."""
     return -(-(start + entries) // columns) - start // columns
@@ -821,6 +1098,17 @@ def _array(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
 def _flat_rows(indices: torch.Tensor, values: torch.Tensor) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """Indices and values of each block as one run of all rows."""
     return _array(indices).reshape(len(indices), -1), _array(values).reshape(len(values), -1)
+
+
+def _like(part: Part) -> tuple[Any, ...]:
+    """Arrays that say, by their types, what windows store."""
+    return tuple(None if some is None else np.empty(0, _array(some[:0]).dtype) for some in part[1:])
+
+
+def _tasks(parts: Sequence[Part]) -> tuple[tables.Table, tables.Table]:
+    """The tasks of the blocks of some parts, and the counter of those that were taken."""
+    steps = [_step(part.piece.length) for part in parts]
+    return tables.tasks([part.piece.blocks for part in parts], steps), np.zeros(1, np.int64)
 
 
 def _step(length: int) -> int:

@@ -33,24 +33,31 @@ def run(work: Callable[[int, int, int], None], blocks: int, step: int) -> None:
         step: Blocks of a range.
     """
     ranges = -(-blocks // step)
-    if ranges == 1:
-        work(0, 0, blocks)
-        return
     counter = itertools.count()
 
     def drain() -> None:
         while (index := next(counter)) < ranges:
             work(index, index * step, min((index + 1) * step, blocks))
 
-    helpers = min(available(), ranges) - 1
+    together(drain, ranges)
+
+
+def together(work: Callable[[], None], most: int) -> None:
+    """Call `work()` on `threads.available()` threads at once, this one among them, but not on more than `most`.
+
+    Args:
+        work: Takes tasks from what the calls share until none is left.
+        most: Number of tasks.
+    """
+    helpers = max(0, min(available(), most) - 1)
     _start(helpers)
     done: SimpleQueue[BaseException | None] = SimpleQueue()
     for _ in range(helpers):
-        _jobs.put((drain, done))
+        _jobs.put((work, done))
     try:
-        drain()
+        work()
     finally:
-        # Also when our own range failed: nobody may write into a tensor after the caller has gone on.
+        # Also when our own call failed: nobody may write into a tensor after the caller has gone on.
         errors = [done.get() for _ in range(helpers)]
     for error in errors:
         if error is not None:
@@ -96,14 +103,14 @@ def _start(helpers: int) -> None:
 
 def _help(jobs: SimpleQueue[_Job]) -> None:
     while True:
-        drain, done = jobs.get()
+        work, done = jobs.get()
         try:
-            drain()
+            work()
         except BaseException as error:
             done.put(error)
         else:
             done.put(None)
-        del drain, done  # and what they hold, while the next job is waited for
+        del work, done  # and what they hold, while the next job is waited for
 
 
 def _forget() -> None:

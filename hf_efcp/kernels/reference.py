@@ -6,13 +6,14 @@ however large the window is.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 
 import torch
 
-from ..blocks import sharing
+from ..blocks import Part, sharing
 from ..noise import MASK, mix
-from . import BUCKET, widest
+from . import BUCKET, SHORTEST, Move, widest
 
 NAME = "reference"
 
@@ -24,26 +25,45 @@ _LEVELS = 127  # of an int8 value, on each side of zero
 _SMALLEST = torch.finfo(torch.float32).tiny
 
 
-def accumulate_topk(
+def squares(vectors: Sequence[torch.Tensor]) -> list[float]:
+    """The sum of squares of each vector.
+
+    Args:
+        vectors: `(n,)` each, float32, contiguous.
+
+    Returns:
+        The sums, accumulated in float64 (float32 where the device has no float64); not finite where an entry is not.
+    """
+    return [sum((_square(vector[part]) for part in _chunks(len(vector), 1)), start=0.0) for vector in vectors]
+
+
+def _square(vector: torch.Tensor) -> float:
+    return float(vector.to(widest(vector.device)).square().sum())
+
+
+def accumulate_topk(gradients: Sequence[torch.Tensor], errors: Sequence[torch.Tensor], rows: Sequence[Part]) -> None:
+    """`a = error + gradient`, `indices, values = Top-k(a)` per block, `error = a - values`, all in place.
+
+    The order is by magnitude, and the lowest index first among equals; the entries kept are stored by ascending index.
+    What leaves the error is the value as stored, so that rounding to the dtype of the values is fed back as well.
+
+    Args:
+        gradients: Of each part `(blocks, length)`, float32, finite, contiguous.
+        errors: Of each part `(blocks, length)`, float32, contiguous; updated.
+        rows: Where the rows go; written. A scale is the largest magnitude of the blocks that share it over 127,
+            rounded up.
+    """
+    for gradient, error, part in zip(gradients, errors, rows, strict=True):
+        _accumulate_topk(gradient, error, part.indices, part.values, part.scales)
+
+
+def _accumulate_topk(
     gradient: torch.Tensor,
     error: torch.Tensor,
     indices: torch.Tensor,
     values: torch.Tensor,
-    scales: torch.Tensor | None = None,
+    scales: torch.Tensor | None,
 ) -> None:
-    """`a = error + gradient`, `indices, values = Top-k(a)` per block, `error = a - values`, all in place.
-
-    The order is by magnitude, and the lowest index first among equals; the entries kept are stored by ascending index.
-    What leaves the error is the value as stored, so that rounding to `values.dtype` is fed back as well.
-
-    Args:
-        gradient: `(blocks, length)`, float32, finite.
-        error: `(blocks, length)`, float32; updated.
-        indices: `(blocks, kept)`, unsigned integers, any strides; written.
-        values: `(blocks, kept)`, float32, bfloat16 or int8, any strides; written.
-        scales: `(ceil(blocks / sharing(length)),)`, bfloat16, any strides, for int8 values; written. The largest
-            magnitude of the blocks that share one is 127 of it, or a little less: it is rounded up.
-    """
     blocks, length = gradient.shape
     kept = indices.shape[1]
     reversed_index = torch.arange(length - 1, -1, -1, device=gradient.device)
@@ -68,27 +88,26 @@ def accumulate_topk(
         values[part].copy_(stored)
 
 
-def dots(
-    indices: torch.Tensor,
-    values: torch.Tensor,
-    newest: int,
-    rows: int,
-    length: int,
-    scales: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """The new column of the Gram matrix: `<row_newest, row_i>` for the first `rows` rows, over one piece.
+def dots(parts: Sequence[Part], newest: int, rows: int) -> torch.Tensor:
+    """The new column of the Gram matrix, part by part: `<row_newest, row_i>` for the first `rows` rows.
 
     Args:
-        indices: `(blocks, m, kept)`, unsigned integers.
-        values: `(blocks, m, kept)`, float32, bfloat16 or int8.
+        parts: Of the window.
         newest: Position of the newest row.
         rows: Number of rows that were ever written.
-        length: Entries of a block.
-        scales: `(groups, m)`, bfloat16, for int8 values.
 
     Returns:
-        `(rows,)`, accumulated in float64 (float32 where the device has no float64).
+        `(parts, rows)`, float64, on the CPU; accumulated in float64 (float32 where the device has no float64).
     """
+    columns = torch.zeros(len(parts), rows, dtype=torch.float64, device="cpu")
+    for column, part in zip(columns, parts, strict=True):
+        column.copy_(_dots(part.indices, part.values, newest, rows, part.piece.length, part.scales))
+    return columns
+
+
+def _dots(
+    indices: torch.Tensor, values: torch.Tensor, newest: int, rows: int, length: int, scales: torch.Tensor | None
+) -> torch.Tensor:
     blocks, _, kept = indices.shape
     wide = widest(values.device)
     total = torch.zeros(rows, dtype=wide, device=values.device)
@@ -246,7 +265,7 @@ def row_squares(flat: torch.Tensor, start: int, columns: int, out: torch.Tensor)
         out: Sums of all rows of the parameter, float64 (float32 where the device has no float64); updated.
     """
     for rows, part in _by_row(flat, start, columns):
-        out[rows] += part.to(out.dtype).square_().sum(dim=1)
+        out[rows] += part.to(out.dtype).square().sum(dim=1)
 
 
 def apply(
@@ -281,6 +300,42 @@ def apply(
     if keep != 1.0:
         theta.mul_(keep)
     theta.add_(update, alpha=-lr)
+
+
+def move(moves: Sequence[Move], coefficients: torch.Tensor) -> None:
+    """Update parameters: `u = G^T c`, multiplied row by row, then as in `apply`.
+
+    A row `r` is multiplied by `factor`, or by `length / |u|` where no factor is known, and by no more than what makes
+    it `limit` long.
+
+    Args:
+        moves: Of parameters, or of ranges of them; they have no entry in common.
+        coefficients: `c`, `(rows,)`, float64, for the first `rows` rows of the window.
+    """
+    for one in moves:
+        update = torch.empty_like(one.theta)
+        for part in one.parts:
+            piece = part.piece
+            combine(part.indices, part.values, coefficients, piece.of(update), scales=part.scales)
+        rows = torch.zeros(len(update) // one.columns, dtype=widest(update.device), device=update.device)
+        row_squares(update, 0, one.columns, rows)
+        factor = one.factor
+        if factor is None:
+            length = math.sqrt(float(rows.sum()))
+            factor = one.length / max(length, SHORTEST) if length else 0.0
+        # Infinite for rows of zeros, and no number if the limit is zero as well.
+        factors = (one.limit / rows.sqrt()).nan_to_num_(nan=0.0).clamp_(max=factor).to(torch.float32)
+        apply(
+            one.theta,
+            update,
+            0,
+            one.columns,
+            factors,
+            lr=one.lr,
+            keep=one.keep,
+            velocity=one.velocity,
+            momentum=one.momentum,
+        )
 
 
 def _by_row(flat: torch.Tensor, start: int, columns: int) -> Iterator[tuple[slice, torch.Tensor]]:
