@@ -7,6 +7,7 @@ bits of a result do not either.
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import os
 import threading
@@ -21,7 +22,9 @@ from ..threads import available
 _Job = tuple[Callable[[], None], "SimpleQueue[BaseException | None]"]
 
 _jobs: SimpleQueue[_Job] = SimpleQueue()
-_helpers = 0  # threads that take jobs; an executor of the standard library makes a future with locks for each job
+# Threads that take jobs; an executor of the standard library makes a future with locks for each job.
+_helpers: list[threading.Thread] = []
+_kept_off = -1  # the processor that they do not run on
 
 
 def run(work: Callable[[int, int, int], None], blocks: int, step: int) -> None:
@@ -51,6 +54,8 @@ def together(work: Callable[[], None], most: int) -> None:
     """
     helpers = max(0, min(available(), most) - 1)
     _start(helpers)
+    if helpers:
+        _keep_apart()
     done: SimpleQueue[BaseException | None] = SimpleQueue()
     for _ in range(helpers):
         _jobs.put((work, done))
@@ -95,10 +100,37 @@ def run_torch(work: Callable[[int, int, int], None], blocks: int, step: int, dev
 
 def _start(helpers: int) -> None:
     """Have at least so many threads that take jobs."""
-    global _helpers
-    while _helpers < helpers:
-        threading.Thread(target=_help, args=(_jobs,), name=f"hf_efcp {_helpers}", daemon=True).start()
-        _helpers += 1
+    global _kept_off
+    while len(_helpers) < helpers:
+        _helpers.append(threading.Thread(target=_help, args=(_jobs,), name=f"hf_efcp {len(_helpers)}", daemon=True))
+        _helpers[-1].start()
+        _kept_off = -1
+
+
+def _keep_apart() -> None:
+    """Have helpers run on other processors than the calling thread.
+
+    In a virtual machine a processor that sleeps looks taken, and Linux then wakes a thread where the thread runs that
+    wakes it. They share that processor until its scheduler notices, which takes longer than most kernels.
+    """
+    global _kept_off
+    here = _processor()
+    if here == _kept_off:
+        return
+    _kept_off = here
+    others = os.sched_getaffinity(0) - {here}
+    if others:
+        for helper in _helpers:
+            os.sched_setaffinity(helper.native_id or 0, others)
+
+
+def _same() -> int:
+    return _kept_off
+
+
+_processor: Callable[[], int] = _same  # that the calling thread runs on, where that can be told
+if hasattr(os, "sched_setaffinity"):
+    _processor = getattr(ctypes.CDLL(None), "sched_getcpu", _same)
 
 
 def _help(jobs: SimpleQueue[_Job]) -> None:
@@ -116,7 +148,7 @@ def _help(jobs: SimpleQueue[_Job]) -> None:
 def _forget() -> None:
     """A forked child has none of the threads: it starts its own when it needs them."""
     global _jobs, _helpers
-    _jobs, _helpers = SimpleQueue(), 0
+    _jobs, _helpers = SimpleQueue(), []
 
 
 if hasattr(os, "register_at_fork"):  # absent on Windows, which does not fork
