@@ -104,6 +104,16 @@ def _next(typing_context, counter):
     return types.int64(counter), codegen
 
 
+@intrinsic
+def _times(typing_context, a, b):
+    """The lower 32 bits of a product; numba would multiply 64 bits."""
+
+    def codegen(context, builder, signature, arguments):
+        return builder.mul(*arguments)
+
+    return types.uint32(types.uint32, types.uint32), codegen
+
+
 def _decode(stored):
     """A stored value as float32: bfloat16 travels as the int16 of its bits."""
     raise NotImplementedError("compiled code only")
@@ -752,12 +762,10 @@ def _combine(indices, values, scales, share, kept, coefficients, base, scale, sq
 
 @_jit
 def _noise(entry, key):
-    """See `noise.mix`; numba widens every product, and what is above 32 bits is cut off again."""
+    """See `noise.mix`."""
     bits = np.uint32(np.uint32(entry) ^ key)
-    bits = np.uint32(bits ^ (bits >> np.uint32(16)))
-    bits = np.uint32(bits * _FIRST)
-    bits = np.uint32(bits ^ (bits >> np.uint32(15)))
-    bits = np.uint32(bits * _SECOND)
+    bits = _times(np.uint32(bits ^ (bits >> np.uint32(16))), _FIRST)
+    bits = _times(np.uint32(bits ^ (bits >> np.uint32(15))), _SECOND)
     return np.uint32(bits ^ (bits >> np.uint32(15)))
 
 
@@ -773,21 +781,24 @@ def _quantize(error, stored, scale, levels, key, where, begin, end):
             largest = max(largest, _bits_of_float(x[i]) & np.int32(0x7FFFFFFF))
         unit = max(min(_float_of_bits(largest), _LARGEST) / np.float32(levels), _SMALLEST)
         scale[bucket] = unit
+        first = np.uint32(where + start)
         for i in range(count):
             multiple = min(abs(x[i]), _LARGEST) / unit
             whole = np.int32(multiple)
             threshold = np.int32((multiple - np.float32(whole)) * np.float32(2.0**31))
-            noise = np.int32(_noise(where + start + i, key) >> np.uint32(1))
+            noise = np.int32(_noise(first + np.uint32(i), key) >> np.uint32(1))
             level = min(np.int32(whole + np.int32(noise < threshold)), np.int32(levels))
             signed[i] = -level if x[i] < 0.0 else level
         if levels > 7:
+            out = stored[start : start + count]
             for i in range(count):
-                stored[start + i] = signed[i]
+                out[i] = signed[i]
         else:
             if count % 2:
                 signed[count] = 0
+            out = stored[start // 2 : start // 2 + (count + 1) // 2]
             for i in range((count + 1) // 2):
-                stored[start // 2 + i] = (signed[2 * i] & 15) | ((signed[2 * i + 1] & 15) << 4)
+                out[i] = (signed[2 * i] & 15) | ((signed[2 * i + 1] & 15) << 4)
 
 
 @_jit
@@ -795,27 +806,29 @@ def _dequantize(stored, scale, levels, begin, end, out):
     for bucket in range(begin, end):
         start = bucket * BUCKET
         x = out[start : min(start + BUCKET, out.shape[0])]
+        count = x.shape[0]
         unit = scale[bucket]
         if levels > 7:
-            for i in range(x.shape[0]):
-                x[i] = np.float32(np.int32(stored[start + i])) * unit
+            level = stored[start : start + count]
+            for i in range(count):
+                x[i] = np.float32(np.int32(level[i])) * unit
         else:
-            for i in range(x.shape[0] // 2):
-                both = np.int32(stored[start // 2 + i])
+            both = stored[start // 2 : start // 2 + (count + 1) // 2]
+            for i in range(count // 2):
                 # The lower half and the upper half, 0 to 15, as -8 to 7.
-                x[2 * i] = np.float32(((both & 15) ^ 8) - 8) * unit
-                x[2 * i + 1] = np.float32(((both >> 4) ^ 8) - 8) * unit
-            if x.shape[0] % 2:
-                both = np.int32(stored[(start + x.shape[0]) // 2])
-                x[x.shape[0] - 1] = np.float32(((both & 15) ^ 8) - 8) * unit
+                pair = np.int32(both[i])
+                x[2 * i] = np.float32(((pair & 15) ^ 8) - 8) * unit
+                x[2 * i + 1] = np.float32(((pair >> 4) ^ 8) - 8) * unit
+            if count % 2:
+                x[count - 1] = np.float32(((np.int32(both[count // 2]) & 15) ^ 8) - 8) * unit
 
 
 @_jit
 def _round_to_bfloat16(error, stored, key, where, begin, end):
-    for i in range(begin, end):
-        noise = np.int32(_noise(where + i, key) & np.uint32(0xFFFF))
-        x = min(max(error[i], -_LARGEST), _LARGEST)
-        stored[i] = np.int32(_bits_of_float(x) + noise) >> np.int32(16)
+    x, rounded, first = error[begin:end], stored[begin:end], np.uint32(where + begin)
+    for i in range(x.shape[0]):
+        noise = np.int32(_noise(first + np.uint32(i), key) & np.uint32(0xFFFF))
+        rounded[i] = np.int32(_bits_of_float(min(max(x[i], -_LARGEST), _LARGEST)) + noise) >> np.int32(16)
 
 
 @_jit
