@@ -99,7 +99,7 @@ def run_sweeps(largest: int, doublings: int, *, repeats: int, seed: int, availab
     percent = f"density {_DENSITY:.0%}"
     plans: list[_Plan] = [
         ("parameters", f"m = {_NUM_GRADS}, {percent}", [(s * largest, _NUM_GRADS, _DENSITY) for s in scales]),
-        ("num_grads", f"{quarter / 1e6:.2g} M parameters, {percent}", [(quarter, s * 1024, _DENSITY) for s in scales]),
+        ("num_grads", f"{quarter / 1e6:.2g} M parameters, {percent}", [(quarter, s * 2048, _DENSITY) for s in scales]),
         (
             "density",
             f"{eighth / 1e6:.2g} M parameters, m = {_NUM_GRADS}",

@@ -35,12 +35,14 @@ _RANGE = 1 << 16  # entries of the dense vector in one task; partial sums are ke
 _LIGHT = 1 << 18  # the same for what takes so little time that waking a thread would take longer
 # Sums may be reordered, but NaN and infinity keep their meaning.
 _FASTMATH = {"reassoc", "contract"}
+_UNSEEN: dict[str, Any] = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}  # for what Python does not call
 _ZERO, _ONE = np.uint64(0), np.uint64(1)  # of indices: signed ones would be compared with zero at every entry
 _COUNTED = 1 << 14  # keys that are counted in 16 bits
 _LANES = 8  # entries of a vector
 _LONG = 24  # entries of a row that is long
 _AHEAD = 512  # entries, of the window, that are asked for before they are added
 _WIDTH = np.uint64(_LANES)
+_NO_BASE = np.empty((0, 0), np.float32)
 _COMPARED = np.uint64(32)  # keys that are compared at once, and indices that are looked up
 _LOOKED_UP = 4096  # entries of a block, at most, whose bits fit the registers
 _SPARSE = 16  # entries of a block for each that is kept, at least, where looking up pays
@@ -48,19 +50,21 @@ _CHUNKS = np.uint64(32)  # vectors of indices that are looked up before what was
 _SHIFT, _SPAN = np.uint64(44), np.uint64(1 << 44)  # see `_add_found`
 
 
-def _compiled(function: Callable[..., Any], fastmath: set[str]) -> Callable[..., Any]:
-    try:
-        return njit(nogil=True, cache=True, fastmath=fastmath)(function)
-    except RuntimeError:  # no directory that the cache could be written to
-        return njit(nogil=True, fastmath=fastmath)(function)
-
-
 def _jit(function: Callable[..., Any]) -> Callable[..., Any]:
-    return _compiled(function, _FASTMATH)
+    """What Python calls, from any thread."""
+    try:
+        return njit(nogil=True, cache=True, fastmath=_FASTMATH)(function)
+    except RuntimeError:  # no directory that the cache could be written to
+        return njit(nogil=True, fastmath=_FASTMATH)(function)
 
 
-def _jit_in_order(function: Callable[..., Any]) -> Callable[..., Any]:
-    return _compiled(function, {"contract"})
+def _inner(function: Callable[..., Any]) -> Any:
+    """What only compiled code calls, and is kept on disk with that: a third of the time to compile is saved."""
+    return njit(fastmath=_FASTMATH, **_UNSEEN)(function)
+
+
+def _inner_in_order(function: Callable[..., Any]) -> Any:
+    return njit(fastmath={"contract"}, **_UNSEEN)(function)
 
 
 @intrinsic
@@ -394,7 +398,7 @@ def _lowest(typing_context, bits):
     return types.uint64(types.uint32), codegen
 
 
-@_jit
+@_inner
 def _threshold(keys, bits, kept):
     """The `kept`-th largest of some keys of so many bits, uint16, and how many keys that are equal to it still fit."""
     # Bit by bit from the top: passes that only count vectorise, which a sort or a heap does not.
@@ -417,7 +421,7 @@ def _threshold(keys, bits, kept):
     return threshold, kept - above
 
 
-@_jit
+@_inner
 def _candidates(keys, threshold, found):
     """Write the ascending places of keys that are not below a threshold; how many there are."""
     count = np.int64(0)
@@ -438,7 +442,7 @@ def _candidates(keys, threshold, found):
     return count
 
 
-@_jit
+@_inner
 def _select(gradient, error, keys, found, lower, index):
     """Accumulate a block, and write the ascending indices of its largest entries. Their number is that of `index`.
 
@@ -471,15 +475,8 @@ def _select(gradient, error, keys, found, lower, index):
         position += 1
 
 
-@_jit
-def _scratch(length):
-    """What `_select` needs for a block."""
-    return np.empty(length, np.uint16), np.empty(length, np.int32), np.empty(length, np.uint16)
-
-
-@_jit
-def _accumulate_topk(gradient, error, indices, values, begin, end):
-    keys, found, lower = _scratch(gradient.shape[1])
+@_inner
+def _accumulate_topk(gradient, error, indices, values, begin, end, keys, found, lower):
     for block in range(begin, end):
         e = error[block]
         _select(gradient[block], e, keys, found, lower, indices[block])
@@ -490,9 +487,8 @@ def _accumulate_topk(gradient, error, indices, values, begin, end):
             e[at] -= _decode(stored)
 
 
-@_jit
-def _accumulate_topk_levels(gradient, error, indices, values, scales, share, begin, end):
-    keys, found, lower = _scratch(gradient.shape[1])
+@_inner
+def _accumulate_topk_levels(gradient, error, indices, values, scales, share, begin, end, keys, found, lower):
     for first in range(begin, end, share):
         last = min(first + share, end)
         largest = np.int32(0)
@@ -513,7 +509,7 @@ def _accumulate_topk_levels(gradient, error, indices, values, scales, share, beg
                 e[at] -= level * unit
 
 
-@_jit_in_order
+@_inner_in_order
 def _add_products(index, value, kept, dense, weights, rows, partial):
     """Add the inner products of one dense block with its long rows, times the rows' weights, to `partial`."""
     groups = kept // _WIDTH
@@ -530,7 +526,7 @@ def _add_products(index, value, kept, dense, weights, rows, partial):
         row += _ONE
 
 
-@_jit_in_order
+@_inner_in_order
 def _multiply(index, value, dense, sums):
     """Add the products of one dense block with the entries of its short rows, one by one, to `sums`."""
     count = np.uint64(sums.shape[0])
@@ -542,7 +538,7 @@ def _multiply(index, value, dense, sums):
         j += _ONE
 
 
-@_jit
+@_inner
 def _collect(sums, kept, weights, rows, partial):
     """Add what `_multiply` has summed, row by row and times the rows' weights, to `partial`, and forget it."""
     if not len(sums):  # long rows
@@ -557,20 +553,20 @@ def _collect(sums, kept, weights, rows, partial):
     sums[:] = 0.0
 
 
-@_jit
+@_inner
 def _weigh(scale, factor, weights):
     """The weights of rows from here on: their scales, times a factor."""
     for row in range(weights.shape[0]):
         weights[row] = np.float64(_decode(scale[row])) * factor
 
 
-@_jit
-def _sums(kept, rows):
-    """A number for each entry of short rows; none for long ones."""
-    return np.zeros(rows * kept if kept < _LONG else 0)
+@_inner
+def _of_short(room, kept, rows):
+    """The room for a number for each entry of short rows; none for long ones."""
+    return room[: rows * kept if kept < _LONG else 0]
 
 
-@_jit_in_order
+@_inner_in_order
 def _add_hits(index, value, reciprocal, dense, found, start, count, weights, partial):
     for hit in range(count):
         j = start + np.uint64(found[hit])
@@ -578,7 +574,7 @@ def _add_hits(index, value, reciprocal, dense, found, start, count, weights, par
         partial[row] += weights[row] * (np.float64(_decode(value[j])) * np.float64(dense[index[j]]))
 
 
-@_jit_in_order
+@_inner_in_order
 def _add_found(index, value, kept, dense, bits, found, weights, rows, partial):
     """As `_add_products`, for a dense block whose few entries have their bits set: most of a window meets none.
 
@@ -634,12 +630,12 @@ def _add_met_overload(index, value, kept, dense, bits, found, weights, rows, par
     return lambda index, value, kept, dense, bits, found, weights, rows, partial: None
 
 
-@_jit
-def _dots(indices, values, scales, share, kept, newest, rows, length, begin, end, partial):
-    dense = np.zeros(length, np.float32)  # half as much of the first-level cache as float64, and as exact
+@_inner
+def _dots(
+    indices, values, scales, share, kept, newest, rows, length, begin, end, partial, dense, bits, found, weights, room
+):
     looks_up = _looks_up(indices, length, kept)
-    bits, found = np.zeros(_LOOKED_UP // 16, np.uint16), np.empty((2, (_CHUNKS + _ONE) * _COMPARED), np.uint16)
-    weights, sums = np.ones(rows), _sums(_LONG if looks_up else kept, rows)
+    sums = _of_short(room, _LONG if looks_up else kept, rows)
     own = range(newest * kept, (newest + 1) * kept)
     for block in range(begin, end):
         if scales is not None and block % share == 0:
@@ -671,8 +667,8 @@ def _dots(indices, values, scales, share, kept, newest, rows, length, begin, end
 
 
 @_jit
-def _project(indices, values, scales, share, kept, x, rows, begin, end, partial):
-    weights, sums = np.ones(rows), _sums(kept, rows)
+def _project(indices, values, scales, share, kept, x, rows, begin, end, partial, weights, room):
+    sums = _of_short(room, kept, rows)
     for block in range(begin, end):
         if scales is not None and block % share == 0:
             _collect(sums, kept, weights, rows, partial)
@@ -684,7 +680,7 @@ def _project(indices, values, scales, share, kept, x, rows, begin, end, partial)
     _collect(sums, kept, weights, rows, partial)
 
 
-@_jit_in_order
+@_inner_in_order
 def _add_rows(index, value, kept, weights, rows, dense):
     """Add the long rows of one block, times their weights, to a dense block."""
     groups = kept // _WIDTH
@@ -701,7 +697,7 @@ def _add_rows(index, value, kept, weights, rows, dense):
         row += _ONE
 
 
-@_jit_in_order
+@_inner_in_order
 def _add_entries(index, value, weights, dense):
     """Add the entries of short rows, times a weight for each, to a dense block."""
     count = np.uint64(weights.shape[0])
@@ -713,7 +709,7 @@ def _add_entries(index, value, weights, dense):
         j += _ONE
 
 
-@_jit_in_order
+@_inner_in_order
 def _add_squares(index, value, kept, weights, rows, dense):
     """As `_add_rows`, for the squares of the entries; windows of diagonal rules are short."""
     row = _ZERO
@@ -728,18 +724,25 @@ def _add_squares(index, value, kept, weights, rows, dense):
         row += _ONE
 
 
-@_jit
-def _combine(indices, values, scales, share, kept, coefficients, base, scale, squared, begin, end, out):
+@_inner
+def _combine(
+    indices, values, scales, share, kept, coefficients, base, scale, squared, begin, end, out, dense, weights, room
+):
     rows = coefficients.shape[0]
-    length = out.shape[1]
-    dense = np.empty(length, np.float64)
-    weights, each = coefficients.copy(), _sums(kept, rows)
+    length = dense.shape[0]
+    each = _of_short(room, kept, rows)
     for block in range(begin, end):
-        if scales is not None and block % share == 0:
+        first = block == begin
+        if scales is None:
+            if first:
+                for row in range(rows):
+                    weights[row] = coefficients[row]
+        elif block % share == 0:
+            first = True
             for row in range(rows):
                 unit = np.float64(_decode(scales[block // share, row]))
                 weights[row] = coefficients[row] * (unit * unit if squared else unit)
-        if len(each) and (block == begin or (scales is not None and block % share == 0)):
+        if first and len(each):
             j = _ZERO
             for row in range(rows):
                 for _ in range(kept):
@@ -749,18 +752,29 @@ def _combine(indices, values, scales, share, kept, coefficients, base, scale, sq
             for i in range(length):
                 dense[i] = scale * np.float64(base[block, i])
         else:
-            dense[:] = 0.0
+            for i in range(length):
+                dense[i] = 0.0
         if squared:
             _add_squares(indices[block], values[block], np.uint64(kept), weights, np.uint64(rows), dense)
         elif len(each):
             _add_entries(indices[block], values[block], each, dense)
         else:
             _add_rows(indices[block], values[block], np.uint64(kept), weights, np.uint64(rows), dense)
+        total = out[block * length : (block + 1) * length]
         for i in range(length):
-            out[block, i] = np.float32(dense[i])
+            total[i] = np.float32(dense[i])
 
 
 @_jit
+def _combine_slab(
+    indices, values, scales, share, kept, coefficients, base, scale, squared, begin, end, out, dense, weights, room
+):
+    _combine(
+        indices, values, scales, share, kept, coefficients, base, scale, squared, begin, end, out, dense, weights, room
+    )
+
+
+@_inner
 def _noise(entry, key):
     """See `noise.mix`."""
     bits = np.uint32(np.uint32(entry) ^ key)
@@ -831,7 +845,7 @@ def _round_to_bfloat16(error, stored, key, where, begin, end):
         rounded[i] = np.int32(_bits_of_float(min(max(x[i], -_LARGEST), _LARGEST)) + noise) >> np.int32(16)
 
 
-@_jit
+@_inner
 def _row_squares(flat, start, columns, begin, end, out):
     first = start // columns
     for row in range(first + begin, first + end):
@@ -842,7 +856,7 @@ def _row_squares(flat, start, columns, begin, end, out):
         out[row] += total
 
 
-@_jit
+@_inner
 def _apply(theta, update, start, columns, factors, velocity, momentum, keep, lr, begin, end):
     while begin < end:
         row = (start + begin) // columns
@@ -860,6 +874,16 @@ def _apply(theta, update, start, columns, factors, velocity, momentum, keep, lr,
 
 
 @_jit
+def _row_squares_of_slab(flat, start, columns, begin, end, out):
+    _row_squares(flat, start, columns, begin, end, out)
+
+
+@_jit
+def _apply_slab(theta, update, start, columns, factors, velocity, momentum, keep, lr, begin, end):
+    _apply(theta, update, start, columns, factors, velocity, momentum, keep, lr, begin, end)
+
+
+@_inner
 def _stored(part, index_like, value_like, scale_like):
     """What the window has of a part: `(blocks, stride)` indices and values, `(groups, stride)` scales or None."""
     index = carray(_pointer(part.index), (part.blocks, part.index_stride), index_like.dtype)
@@ -885,7 +909,7 @@ def _squares_of_all(vectors, tasks, counter, partial):
 
 
 @_jit
-def _accumulate_all(parts, tasks, counter, index_like, value_like, scale_like, gradients, errors):
+def _accumulate_all(parts, tasks, counter, index_like, value_like, scale_like, gradients, errors, keys, found, lower):
     number: Any = _next(counter)
     while number < tasks.shape[0]:
         task = tasks[number]
@@ -894,64 +918,120 @@ def _accumulate_all(parts, tasks, counter, index_like, value_like, scale_like, g
         index, value = index[:, : part.kept], value[:, : part.kept]
         g = carray(_pointer(gradients[task.row].at), (part.blocks, part.length), np.float32)
         e = carray(_pointer(errors[task.row].at), (part.blocks, part.length), np.float32)
+        block = keys[: part.length]
         if scale_like is None:
-            _accumulate_topk(g, e, index, value, task.begin, task.end)
+            _accumulate_topk(g, e, index, value, task.begin, task.end, block, found, lower)
         else:
-            _accumulate_topk_levels(g, e, index, value, scale[:, 0], part.share, task.begin, task.end)
+            _accumulate_topk_levels(
+                g, e, index, value, scale[:, 0], part.share, task.begin, task.end, block, found, lower
+            )
         number = _next(counter)
 
 
 @_jit
-def _dots_of_all(parts, tasks, counter, index_like, value_like, scale_like, newest, rows, partial):
+def _dots_of_all(
+    parts, tasks, counter, index_like, value_like, scale_like, newest, rows, partial, dense, bits, found, weights, room
+):
     number: Any = _next(counter)
     while number < tasks.shape[0]:
         task = tasks[number]
         part = parts[task.row]
         index, value, scale = _stored(part, index_like, value_like, scale_like)
+        kept, length, sums = part.kept, part.length, partial[number]
+        begin, end = task.begin, task.end
         _dots(
-            index, value, scale, part.share, part.kept, newest, rows, part.length, task.begin, task.end, partial[number]
+            index,
+            value,
+            scale,
+            part.share,
+            kept,
+            newest,
+            rows,
+            length,
+            begin,
+            end,
+            sums,
+            dense,
+            bits,
+            found,
+            weights,
+            room,
         )
         number = _next(counter)
 
 
+@_inner
+def _find_factors(update, columns, factor, length, limit, squares, factors):
+    """Write what the rows of an update are multiplied by."""
+    rows = update.shape[0] // columns
+    if np.isnan(factor) or limit < np.inf:
+        for row in range(rows):
+            squares[row] = 0.0
+        _row_squares(update, 0, columns, 0, rows, squares)
+    if np.isnan(factor):
+        total = 0.0
+        for row in range(rows):
+            total += squares[row]
+        norm = np.sqrt(total)
+        factor = length / max(norm, SHORTEST) if norm > 0.0 else 0.0
+    for row in range(rows):
+        longest = factor
+        if limit < np.inf and squares[row] > 0.0:
+            longest = min(limit / np.sqrt(squares[row]), factor)
+        factors[row] = np.float32(longest)
+
+
 @_jit
-def _move_all(moves, order, counter, parts, index_like, value_like, scale_like, coefficients, room):
-    nothing = np.empty((0, 0), np.float32)
-    space = np.empty(room, np.float32)
+def _move_all(
+    moves,
+    order,
+    counter,
+    parts,
+    index_like,
+    value_like,
+    scale_like,
+    coefficients,
+    base,
+    update,
+    squares,
+    factors,
+    dense,
+    weights,
+    room,
+):
     number: Any = _next(counter)
     while number < order.shape[0]:
         move = moves[order[number]]
-        update = space[: move.entries]
+        u = update[: move.entries]
         start = 0
         for row in range(move.first, move.last):
             part = parts[row]
             index, value, scale = _stored(part, index_like, value_like, scale_like)
-            blocks, stop = part.blocks, start + part.blocks * part.length
-            out = update[start:stop].reshape((blocks, part.length))
-            _combine(index, value, scale, part.share, part.kept, coefficients, nothing, 0.0, False, 0, blocks, out)
+            stop = start + part.blocks * part.length
+            _combine(
+                index,
+                value,
+                scale,
+                part.share,
+                part.kept,
+                coefficients,
+                base,
+                0.0,
+                False,
+                0,
+                part.blocks,
+                u[start:stop],
+                dense[: part.length],
+                weights,
+                room,
+            )
             start = stop
         theta = carray(_pointer(move.theta), (move.entries,), np.float32)
         velocity = carray(_pointer(move.velocity), (move.entries if move.velocity else 0,), np.float32)
-        factors = _factors(update, move.columns, move.factor, move.length, move.limit)
+        _find_factors(u, move.columns, move.factor, move.length, move.limit, squares, factors)
         momentum, keep, lr = np.float32(move.momentum), np.float32(move.keep), np.float32(move.lr)
-        _apply(theta, update, 0, move.columns, factors, velocity, momentum, keep, lr, 0, move.entries)
+        _apply(theta, u, 0, move.columns, factors, velocity, momentum, keep, lr, 0, move.entries)
         number = _next(counter)
-
-
-@_jit
-def _factors(update, columns, factor, length, limit):
-    """What the rows of an update are multiplied by."""
-    rows = np.zeros(update.shape[0] // columns)
-    if np.isnan(factor) or np.isfinite(limit):
-        _row_squares(update, 0, columns, 0, rows.shape[0], rows)
-    if np.isnan(factor):
-        norm = np.sqrt(rows.sum())
-        factor = length / max(norm, SHORTEST) if norm > 0.0 else 0.0
-    factors = np.empty(rows.shape[0], np.float32)
-    for row in range(rows.shape[0]):
-        longest = limit / np.sqrt(rows[row]) if rows[row] > 0.0 else factor
-        factors[row] = np.float32(min(longest, factor))
-    return factors
 
 
 def squares(vectors: Sequence[torch.Tensor]) -> list[float]:
@@ -971,7 +1051,13 @@ def accumulate_topk(gradients: Sequence[torch.Tensor], errors: Sequence[torch.Te
     tasks, counter = _tasks(rows)
     stored = tables.of_parts(rows), tasks, counter, *_like(rows[0])
     dense = tables.of_vectors(gradients), tables.of_vectors(errors)
-    pool.together(lambda: _accumulate_all(*stored, *dense), len(tasks))
+    length = _longest(rows)
+
+    def work() -> None:
+        room = np.empty(length, np.uint16), np.empty(length, np.int32), np.empty(length, np.uint16)
+        _accumulate_all(*stored, *dense, *room)
+
+    pool.together(work, len(tasks))
 
 
 def dots(parts: Sequence[Part], newest: int, rows: int) -> torch.Tensor:
@@ -981,7 +1067,15 @@ def dots(parts: Sequence[Part], newest: int, rows: int) -> torch.Tensor:
     tasks, counter = _tasks(parts)
     stored = tables.of_parts(parts), tasks, counter, *_like(parts[0])
     partial = np.zeros((len(tasks), rows))
-    pool.together(lambda: _dots_of_all(*stored, newest, rows, partial), len(tasks))
+    length, short = _longest(parts), _short(parts)
+
+    def work() -> None:
+        # In float32, which is half as much of the first-level cache as float64, and as exact.
+        dense, bits = np.zeros(length, np.float32), np.zeros(_LOOKED_UP // 16, np.uint16)
+        found = np.empty((2, int(_CHUNKS + _ONE) * int(_COMPARED)), np.uint16)
+        _dots_of_all(*stored, newest, rows, partial, dense, bits, found, np.ones(rows), np.zeros(rows * short))
+
+    pool.together(work, len(tasks))
     first = np.flatnonzero(tasks["begin"] == 0)  # task of each part
     return torch.from_numpy(np.add.reduceat(partial, first))
 
@@ -996,11 +1090,15 @@ def project(
     """See `reference.project`; summed as in `dots`."""
     index, value, kept, x = *_flat_rows(indices, values), indices.shape[2], _array(dense)
     scale, share = None if scales is None else _array(scales), sharing(x.shape[1])
-    return _summed(
-        lambda begin, end, partial: _project(index, value, scale, share, kept, x, rows, begin, end, partial),
-        *x.shape,
-        rows,
-    )
+    step = _step(x.shape[1])
+    partial = np.zeros((-(-len(x) // step), rows))
+
+    def work(i: int, begin: int, end: int) -> None:
+        room = np.ones(rows), np.zeros(rows * kept if kept < _LONG else 0)
+        _project(index, value, scale, share, kept, x, rows, begin, end, partial[i], *room)
+
+    pool.run(work, len(x), step)
+    return torch.from_numpy(partial.sum(axis=0))
 
 
 def combine(
@@ -1016,14 +1114,15 @@ def combine(
 ) -> None:
     """See `reference.combine`; one block of the sum is a float64 buffer in the first-level cache."""
     index, value, kept = *_flat_rows(indices, values), indices.shape[2]
-    c, total = _array(coefficients), _array(out)
-    x = np.empty((0, 0), np.float32) if base is None else _array(base)
-    units, share = None if scales is None else _array(scales), sharing(total.shape[1])
-    pool.run(
-        lambda _, begin, end: _combine(index, value, units, share, kept, c, x, scale, squared, begin, end, total),
-        len(index),
-        _step(total.shape[1]),
-    )
+    c, total, length = _array(coefficients), _array(out).reshape(-1), out.shape[1]
+    x = _NO_BASE if base is None else _array(base)
+    units, share = None if scales is None else _array(scales), sharing(length)
+
+    def work(_: int, begin: int, end: int) -> None:
+        room = np.empty(length), np.empty(len(c)), np.empty(len(c) * kept if kept < _LONG else 0)
+        _combine_slab(index, value, units, share, kept, c, x, scale, squared, begin, end, total, *room)
+
+    pool.run(work, len(index), _step(length))
 
 
 def quantize(error: torch.Tensor, stored: torch.Tensor, scale: torch.Tensor, key: int, start: int = 0) -> None:
@@ -1050,7 +1149,11 @@ def row_squares(flat: torch.Tensor, start: int, columns: int, out: torch.Tensor)
     """See `reference.row_squares`; a row is one thread's, so that its bits depend on nothing else."""
     x, total = _array(flat), _array(out)
     rows = _rows(len(x), start, columns)
-    pool.run(lambda _, begin, end: _row_squares(x, start, columns, begin, end, total), rows, max(1, _LIGHT // columns))
+    pool.run(
+        lambda _, begin, end: _row_squares_of_slab(x, start, columns, begin, end, total),
+        rows,
+        max(1, _LIGHT // columns),
+    )
 
 
 def apply(
@@ -1069,7 +1172,7 @@ def apply(
     x, u, factor = _array(theta), _array(update), _array(factors)
     v = np.empty(0, np.float32) if velocity is None else _array(velocity)
     numbers = np.float32(momentum), np.float32(keep), np.float32(lr)
-    pool.run(lambda _, begin, end: _apply(x, u, start, columns, factor, v, *numbers, begin, end), len(x), _LIGHT)
+    pool.run(lambda _, begin, end: _apply_slab(x, u, start, columns, factor, v, *numbers, begin, end), len(x), _LIGHT)
 
 
 def move(moves: Sequence[Move], coefficients: torch.Tensor) -> None:
@@ -1081,8 +1184,15 @@ def move(moves: Sequence[Move], coefficients: torch.Tensor) -> None:
     stored = tables.of_parts(parts), *_like(parts[0])
     # The longest first, so that no thread begins with one when the others have nothing left to do.
     order = np.argsort(-table["entries"], kind="stable")
-    room = int(table["entries"].max())
-    pool.together(lambda: _move_all(table, order, counter, *stored, c, room), len(moves))
+    entries, rows = int(table["entries"].max()), int((table["entries"] // table["columns"]).max())
+    length, short = _longest(parts), _short(parts)
+
+    def work() -> None:
+        update, squares, factors = np.empty(entries, np.float32), np.empty(rows), np.empty(rows, np.float32)
+        room = np.empty(length), np.empty(len(c)), np.empty(len(c) * short)
+        _move_all(table, order, counter, *stored, c, _NO_BASE, update, squares, factors, *room)
+
+    pool.together(work, len(moves))
 
 
 def _rows(entries: int, start: int, columns: int) -> int:
@@ -1093,14 +1203,6 @@ def _rows(entries: int, start: int, columns: int) -> int:
 def _levels(stored: torch.Tensor) -> int:
     """Levels on each side of zero."""
     return 127 if stored.dtype == torch.int8 else 7
-
-
-def _summed(add: Callable[[int, int, Any], None], blocks: int, length: int, rows: int) -> torch.Tensor:
-    """Sums over all blocks: one partial sum for each range, whichever thread computes it."""
-    step = _step(length)
-    partial = np.zeros((-(-blocks // step), rows))
-    pool.run(lambda i, begin, end: add(begin, end, partial[i]), blocks, step)
-    return torch.from_numpy(partial.sum(axis=0))
 
 
 def _array(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
@@ -1116,6 +1218,16 @@ def _flat_rows(indices: torch.Tensor, values: torch.Tensor) -> tuple[np.ndarray[
 def _like(part: Part) -> tuple[Any, ...]:
     """Arrays that say, by their types, what windows store."""
     return tuple(None if some is None else np.empty(0, _array(some[:0]).dtype) for some in part[1:])
+
+
+def _longest(parts: Sequence[Part]) -> int:
+    """Entries of the longest block."""
+    return max(part.piece.length for part in parts)
+
+
+def _short(parts: Sequence[Part]) -> int:
+    """Entries of the longest of the short rows; 0 without any."""
+    return max((part.piece.kept for part in parts if part.piece.kept < _LONG), default=0)
 
 
 def _tasks(parts: Sequence[Part]) -> tuple[tables.Table, tables.Table]:
