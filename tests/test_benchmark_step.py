@@ -424,7 +424,7 @@ def test_the_sweep_from_end_to_end(recipe, tmp_path):
     saved = json.loads((tmp_path / "sweep.json").read_text())
     parameters, num_grads, density = saved["sweeps"]
     assert parameters["sizes"] == [1 << 15, 1 << 16, 1 << 17]
-    assert num_grads["sizes"] == [256, 512, 1024]
+    assert num_grads["sizes"] == [512, 1024, 2048]
     assert density["sizes"] == [0.02, 0.04, 0.08]
     for sweep in saved["sweeps"]:
         assert len(sweep["seconds"]) == len(sweep["parts"]) == 3

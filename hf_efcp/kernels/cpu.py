@@ -47,7 +47,7 @@ _COMPARED = np.uint64(32)  # keys that are compared at once, and indices that ar
 _LOOKED_UP = 4096  # entries of a block, at most, whose bits fit the registers
 _SPARSE = 16  # entries of a block for each that is kept, at least, where looking up pays
 _CHUNKS = np.uint64(32)  # vectors of indices that are looked up before what was found is added
-_SHIFT, _SPAN = np.uint64(44), np.uint64(1 << 44)  # see `_add_found`
+_SHIFT, _SPAN = np.uint64(40), np.uint64(1 << 40)  # see `_add_found`
 
 
 def _jit(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -581,7 +581,8 @@ def _add_found(index, value, kept, dense, bits, found, weights, rows, partial):
     Half of the window is read, and values only where there is something to multiply: they come while the next indices
     are looked up.
     """
-    # The row of entry j is j // kept, and a product with this, shifted, is exact while j * kept is below 2^44.
+    # The row of entry j is j // kept. A product with this, shifted, is that while there are less than 2^24 rows: their
+    # entries are at most 256.
     reciprocal = _SPAN // kept + _ONE
     j, last, total = _ZERO, _ZERO, rows * kept
     waiting, side = _ZERO, 0

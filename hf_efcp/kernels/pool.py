@@ -12,6 +12,7 @@ import itertools
 import os
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from queue import SimpleQueue
 
 import torch
@@ -119,9 +120,10 @@ def _keep_apart() -> None:
         return
     _kept_off = here
     others = os.sched_getaffinity(0) - {here}
-    if others:
-        for helper in _helpers:
-            os.sched_setaffinity(helper.native_id or 0, others)
+    with suppress(OSError):  # where it is forbidden, they run where they are put
+        for helper in _helpers if others else ():
+            assert helper.native_id is not None  # it was started
+            os.sched_setaffinity(helper.native_id, others)
 
 
 def _same() -> int:
