@@ -206,12 +206,12 @@ def _products(builder, stored, first, index, value, dense):
 
 
 def _ask_for(builder, pointer, at):
-    """Have memory loaded that is needed soon; an address that does not exist is no error."""
+    """Have memory loaded that is needed soon, and once; an address that does not exist is no error."""
     byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
     prefetch = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
     function = cgutils.get_or_insert_function(builder.module, prefetch, "llvm.prefetch.p0i8")
-    read, keep, data = number(0), number(3), number(1)
-    builder.call(function, [builder.bitcast(builder.gep(pointer, [at]), byte), read, keep, data])
+    read, once, data = number(0), number(0), number(1)
+    builder.call(function, [builder.bitcast(builder.gep(pointer, [at]), byte), read, once, data])
 
 
 def _can_look_up():
