@@ -87,7 +87,8 @@ class Mover:
             gradients: `|g|^2`, by position.
         """
         planned, unit = planned.scaled()
-        combination = None if self.outside or self.processes else self.preconditioner.combination(planned.plan)
+        apart = self.outside or self.processes is not None
+        combination = None if apart else self.preconditioner.combination(planned.plan)
         waiting: list[Move] = []
         copies: list[tuple[Member, torch.Tensor]] = []
         copied = 0
