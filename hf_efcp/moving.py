@@ -1,7 +1,8 @@
 """From a plan to the parameters: how long each update is, and how it gets there.
 
 There are two ways. An update that is a combination of a sparse window's rows and nothing else is made, measured and
-applied by one kernel, all tensors at once. Every other is made slab by slab, tensor by tensor.
+applied by one kernel, all tensors at once. Every other is made slab by slab, tensor by tensor: also those of joint
+vectors, of shards, and of large tensors whose length is not known or whose rows and blocks do not fit together.
 """
 
 from __future__ import annotations
@@ -104,6 +105,7 @@ class Mover:
             if theta.data_ptr() != member.param.data_ptr():
                 copies.append((member, theta))
                 copied += len(theta)
+            del theta  # before the next copy is made
             if copied > _COPIED:
                 self._move_at_once(waiting, copies, combination)
                 waiting, copies, copied = [], [], 0
@@ -111,7 +113,7 @@ class Mover:
 
     def _parts(self, site: Site, planned: Planned) -> Row | None:
         """The window of what one kernel can move; None for all else."""
-        parts = None if len(site.members) > 1 else self.layout.window.parts(site.state, site.shape)
+        parts = None if self.layout.compressor.joint else self.layout.window.parts(site.state, site.shape)
         if not parts or site.shape.numel() <= _WHOLE:
             return parts or None
         scaled = site.members[0].group["update_scale"] == "tensor"

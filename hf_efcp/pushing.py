@@ -14,7 +14,7 @@ from .preconditioners import Moment
 from .shards import local
 from .sites import Site, gradient_of, spans
 
-_MADE = 1 << 20  # entries of errors and gradients that exist at a time only to be compressed
+_MADE = 1 << 20  # entries that wait in errors and gradients made for it; a made gradient is whole, however large
 
 
 class _Slab(NamedTuple):
@@ -57,6 +57,11 @@ def push(sites: Iterable[Site], moment: Moment, layout: Layout, kernels: Kernels
             job = Job(gradient.view(-1)[place].view(size), error.view(size), part, site.state)
             waiting.append(_Slab(site, place, job, withheld))
             made += new
+            del error, job
+        if waiting and _is_made(gradient, site) and site.shape.numel() > _MADE:
+            _compress(waiting, moment, layout, kernels)
+            waiting, made = [], 0
+        del gradient  # before the next one is made
     if waiting:
         _compress(waiting, moment, layout, kernels)
 

@@ -249,8 +249,8 @@ class SparseWindow:
         if all(len(own) == 1 for own in parts):
             return columns
         total = torch.zeros(len(held), rows, dtype=torch.float64, device="cpu")
-        owners = torch.tensor([number for number, own in enumerate(parts) for _ in own], device="cpu")
-        return total.index_add_(0, owners, columns)
+        owners = [number for number, own in enumerate(parts) for _ in own]
+        return total.index_add_(0, torch.tensor(owners, dtype=torch.int64, device="cpu"), columns)
 
     def project(
         self, state: State, shape: torch.Size, dense: torch.Tensor, rows: int, kernels: Kernels

@@ -52,7 +52,8 @@ def timed_step(optimizer: torch.optim.Optimizer) -> tuple[float, dict[str, float
         A part that runs inside of another counts for itself only.
 
     Windows are combined and updates measured and applied by one kernel. That runs a second time, without rows; what
-    it takes then is "apply", the rest "combine", and the second time counts nowhere.
+    it takes then is "apply", the rest "combine", and the second time counts nowhere. It finds the parameters in the
+    cache if they fit, and repeats momentum and decay where a contender has them.
     """
     places = _places(optimizer)
     seconds = dict.fromkeys(places, 0.0)

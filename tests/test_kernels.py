@@ -228,6 +228,19 @@ def test_dots_of_sparse_rows(backend, dtype, length, kept, capacity):
     check_dots_of_sparse_rows(backend, dtype, length, kept, capacity)
 
 
+def test_partial_sums_of_a_few_parts_at_a_time_are_the_same(monkeypatch):
+    parts, expected = [], []
+    for seed, length in enumerate((300, 500, 4096, 260)):
+        indices, values, _, dense = random_window(seed, 20, 6, length, length // 10, torch.bfloat16)
+        parts.append(part(indices, values, None, length))
+        expected.append(dense @ dense[2])
+    once = cpu.dots(parts, 2, 6)
+    torch.testing.assert_close(once, torch.stack(expected), rtol=1e-12, atol=1e-10)
+    for most in (1, 13):
+        monkeypatch.setattr(cpu, "_PARTIAL", most)
+        assert torch.equal(cpu.dots(parts, 2, 6), once)
+
+
 def test_a_processor_without_vectors_of_512_bits_adds_every_product(tmp_path):
     here = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": "", "NUMBA_CACHE_DIR": str(tmp_path)}
     done = python(

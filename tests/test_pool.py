@@ -61,6 +61,34 @@ def test_an_error_of_any_thread_is_raised_when_all_have_stopped(where):
     assert len(meet()) == 2  # and both go on
 
 
+@pytest.mark.usefixtures("two_threads")
+def test_a_thread_that_cannot_start_is_not_waited_for(monkeypatch):
+    def fail(thread):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(pool, "_helpers", [])
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", fail)
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="can't start"):
+                pool.together(lambda: None, 2)
+    assert len(set(meet())) == 2
+
+
+def test_threads_are_waited_for_through_an_interruption():
+    class Interrupted:
+        reports = iter([None, KeyboardInterrupt(), None])
+
+        def get(self):
+            report = next(self.reports)
+            if report is not None:
+                raise report
+
+    interrupted, *errors = pool._wait(Interrupted(), 2)
+    assert isinstance(interrupted, KeyboardInterrupt)
+    assert errors == [None, None]
+
+
 @pytest.mark.skipif(not LINUX or len(os.sched_getaffinity(0)) < 2, reason="needs Linux and two processors")
 @pytest.mark.usefixtures("two_threads")
 def test_helpers_keep_off_the_processor_of_the_caller():

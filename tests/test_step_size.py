@@ -25,7 +25,7 @@ from hf_efcp import (
     preconditioners,
     step_size,
 )
-from hf_efcp.compressors import TopK
+from hf_efcp.compressors import GlobalTopK, TopK
 from hf_efcp.kernels import cpu, reference
 from hf_efcp.preconditioners import MFAC, Combination
 
@@ -115,6 +115,34 @@ def test_whole_tensors_and_ranges_and_slabs_move_alike(options, scale, backend, 
         error, moved = distance(other, ends[0], start)
         assert moved > 0.01
         assert error < 1e-5
+
+
+@pytest.mark.parametrize("compressor", [TopK(1.0), GlobalTopK(1.0)], ids=["block", "global"])
+@pytest.mark.parametrize("scope", ["model", "layer"])
+def test_a_single_matrix_has_rows_with_a_limit(scope, compressor):
+    """Also where it is all of a joint vector."""
+    param = torch.nn.Parameter(torch.zeros(100, 20))
+    optimizer = EFCP(
+        [param], 1.0, compressor=compressor, preconditioner=MFAC(relative_damp=0.1), num_grads=2, scope=scope,
+        update_scale="tensor",
+    )  # fmt: skip
+    gradient = torch.randn(100, 20, generator=torch.Generator().manual_seed(0))
+    gradient[3] *= 1000.0
+    set_gradients([param], [gradient])
+    optimizer.step()
+    assert param.detach().square().mean(dim=1).sqrt().max().item() == pytest.approx(3.0, rel=1e-2)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_layer_without_entries_is_in_nobodys_way(backend):
+    params = [torch.nn.Parameter(torch.ones(shape)) for shape in ((0, 5), (4, 3))]
+    optimizer = EFCP(
+        params, 0.5, compressor=TopK(1.0), preconditioner=MFAC(), num_grads=2, scope="layer", backend=backend,
+        update_scale="tensor",
+    )  # fmt: skip
+    set_gradients(params, [torch.ones(0, 5), torch.ones(4, 3)])
+    optimizer.step()
+    assert bool((params[1] < 1.0).all())
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -32,6 +32,7 @@ _LARGEST = np.float32(torch.finfo(torch.bfloat16).max)  # see reference.py
 _SMALLEST = np.float32(torch.finfo(torch.float32).tiny)
 _FIRST, _SECOND = (np.uint32(multiplier) for multiplier in MULTIPLIERS)
 _RANGE = 1 << 16  # entries of the dense vector in one task; partial sums are kept per task
+_PARTIAL = 1 << 20  # partial sums that exist at a time, if one part does not need more
 _LIGHT = 1 << 18  # the same for what takes so little time that waking a thread would take longer
 # Sums may be reordered, but NaN and infinity keep their meaning.
 _FASTMATH = {"reassoc", "contract"}
@@ -1063,8 +1064,21 @@ def accumulate_topk(gradients: Sequence[torch.Tensor], errors: Sequence[torch.Te
 
 def dots(parts: Sequence[Part], newest: int, rows: int) -> torch.Tensor:
     """See `reference.dots`; partial sums per range of blocks, added in the order of the ranges."""
+    groups: list[list[Part]] = [[]]
+    tasks_so_far = 0
+    for part in parts:
+        count = -(-part.piece.blocks // _step(part.piece.length))
+        if groups[-1] and (tasks_so_far + count) * rows > _PARTIAL:
+            groups.append([])
+            tasks_so_far = 0
+        groups[-1].append(part)
+        tasks_so_far += count
+    return torch.cat([_dots_of_group(group, newest, rows) for group in groups])
+
+
+def _dots_of_group(parts: Sequence[Part], newest: int, rows: int) -> torch.Tensor:
     if not parts:
-        return torch.zeros(0, rows, dtype=torch.float64)
+        return torch.zeros(0, rows, dtype=torch.float64, device="cpu")
     tasks, counter = _tasks(parts)
     stored = tables.of_parts(parts), tasks, counter, *_like(parts[0])
     partial = np.zeros((len(tasks), rows))

@@ -58,16 +58,30 @@ def together(work: Callable[[], None], most: int) -> None:
     if helpers:
         _keep_apart()
     done: SimpleQueue[BaseException | None] = SimpleQueue()
-    for _ in range(helpers):
-        _jobs.put((work, done))
+    sent = 0
     try:
+        for _ in range(helpers):
+            _jobs.put((work, done))
+            sent += 1
         work()
     finally:
         # Also when our own call failed: nobody may write into a tensor after the caller has gone on.
-        errors = [done.get() for _ in range(helpers)]
+        errors = _wait(done, sent)
     for error in errors:
         if error is not None:
             raise error
+
+
+def _wait(done: SimpleQueue[BaseException | None], count: int) -> list[BaseException | None]:
+    """What so many threads report, even if Ctrl-C is pressed meanwhile."""
+    errors: list[BaseException | None] = []
+    interrupted = None
+    while len(errors) < count:
+        try:
+            errors.append(done.get())
+        except KeyboardInterrupt as error:
+            interrupted = error
+    return [interrupted, *errors]
 
 
 def run_torch(work: Callable[[int, int, int], None], blocks: int, step: int, device: torch.device) -> None:
@@ -103,8 +117,9 @@ def _start(helpers: int) -> None:
     """Have at least so many threads that take jobs."""
     global _kept_off
     while len(_helpers) < helpers:
-        _helpers.append(threading.Thread(target=_help, args=(_jobs,), name=f"hf_efcp {len(_helpers)}", daemon=True))
-        _helpers[-1].start()
+        helper = threading.Thread(target=_help, args=(_jobs,), name=f"hf_efcp {len(_helpers)}", daemon=True)
+        helper.start()
+        _helpers.append(helper)
         _kept_off = -1
 
 
@@ -122,8 +137,8 @@ def _keep_apart() -> None:
     others = os.sched_getaffinity(0) - {here}
     with suppress(OSError):  # where it is forbidden, they run where they are put
         for helper in _helpers if others else ():
-            assert helper.native_id is not None  # it was started
-            os.sched_setaffinity(helper.native_id, others)
+            if helper.native_id is not None:
+                os.sched_setaffinity(helper.native_id, others)
 
 
 def _same() -> int:
