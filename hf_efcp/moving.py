@@ -223,7 +223,7 @@ def _moves(
     columns, factor, length, limit = stretch
     velocity = state["momentum"].view(-1) if group["momentum"] else None
     first, step = parts[0].piece, _step(parts, 1 if math.isinf(limit) else columns)
-    blocks = len(theta) if len(theta) <= _WHOLE else max(1, _RANGE // step) * step // first.length
+    blocks = first.blocks if len(theta) <= _WHOLE else max(1, _RANGE // step) * step // first.length
     moves = []
     for begin in range(0, first.blocks, blocks):
         end = min(begin + blocks, first.blocks)

@@ -42,8 +42,9 @@ def push(sites: Iterable[Site], moment: Moment, layout: Layout, kernels: Kernels
         if layout.compressor.lossless:
             layout.compressor.compress([Job(gradient, None, row, site.state)], kernels)
             continue
+        is_made = _is_made(gradient, site)
         for place, part in layout.window.slabs(row, site.shape):
-            new = (place.stop - place.start) * (_is_made(gradient, site) + (not layout.errors.in_place))
+            new = (place.stop - place.start) * (is_made + (not layout.errors.in_place))
             if waiting and made + new > _MADE:
                 _compress(waiting, moment, layout, kernels)
                 waiting, made = [], 0
@@ -58,7 +59,7 @@ def push(sites: Iterable[Site], moment: Moment, layout: Layout, kernels: Kernels
             waiting.append(_Slab(site, place, job, withheld))
             made += new
             del error, job
-        if waiting and _is_made(gradient, site) and site.shape.numel() > _MADE:
+        if waiting and is_made and site.shape.numel() > _MADE:
             _compress(waiting, moment, layout, kernels)
             waiting, made = [], 0
         del gradient  # before the next one is made

@@ -37,7 +37,7 @@ from typing import NamedTuple
 
 import torch
 
-from .kernels import SHORTEST, Kernels, widest
+from .kernels import Kernels, lengths, widest
 from .windows import Slab
 
 # Gives an update from some entry on, where an earlier slab ended.
@@ -114,7 +114,7 @@ def stretch(shape: torch.Size, rms: float, square: float | None) -> Stretch:
     """
     columns, numel = row_length(shape), shape.numel()
     factor = None if square is None else _factor(rms, square, numel)
-    limit = LONGEST_ROW * rms * math.sqrt(columns) if len(shape) > 1 else math.inf
+    limit = _longest_row(rms, columns) if len(shape) > 1 else math.inf
     return Stretch(columns, factor, rms * math.sqrt(numel), limit)
 
 
@@ -265,16 +265,16 @@ def knows_length(shape: torch.Size) -> bool:
 
 def _factor(rms: float, square: float, numel: int) -> float:
     """What makes an update of `|u|^2 = square` one of that root mean square."""
-    # A tensor with so small a part in the update of the model would be made of what rounding left.
-    return rms * math.sqrt(numel) / max(math.sqrt(square), SHORTEST) if square else 0.0
+    return lengths.factor(rms * math.sqrt(numel), math.sqrt(square))
 
 
 def _factors(rows: torch.Tensor, columns: int, rms: float, factor: float) -> torch.Tensor:
     """The factors of rows, float32: `factor`, but no row has more than `LONGEST_ROW` times `rms` with it."""
-    if math.isinf(rms):
-        return torch.full(rows.shape, factor, dtype=torch.float32, device=rows.device)
-    limits = LONGEST_ROW * rms * math.sqrt(columns) / rows.sqrt()  # infinite for rows of zeros
-    return limits.nan_to_num_(nan=0.0).clamp_(max=factor).to(torch.float32)
+    return lengths.factors(rows, _longest_row(rms, columns), factor)
+
+
+def _longest_row(rms: float, columns: int) -> float:
+    return LONGEST_ROW * rms * math.sqrt(columns)
 
 
 def _rows(shape: torch.Size) -> int:

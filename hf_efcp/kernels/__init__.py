@@ -19,7 +19,6 @@ from ..blocks import Part
 
 BACKENDS = ("auto", "reference", "numba")
 BUCKET = 64  # consecutive entries of a quantised error that share a scale
-SHORTEST = 1e-30  # length of an update that is divided by: below it is what rounding left
 _MODULES = {"reference": "reference", "numba": "cpu"}
 
 

@@ -24,7 +24,8 @@ from numba.np.numpy_support import carray
 
 from ..blocks import Part, sharing
 from ..noise import MULTIPLIERS
-from . import BUCKET, SHORTEST, Move, pool, tables
+from . import BUCKET, Move, pool, tables
+from .lengths import SHORTEST
 
 NAME = "numba"
 
@@ -32,8 +33,8 @@ _LARGEST = np.float32(torch.finfo(torch.bfloat16).max)  # see reference.py
 _SMALLEST = np.float32(torch.finfo(torch.float32).tiny)
 _FIRST, _SECOND = (np.uint32(multiplier) for multiplier in MULTIPLIERS)
 _RANGE = 1 << 16  # entries of the dense vector in one task; partial sums are kept per task
-_PARTIAL = 1 << 20  # partial sums that exist at a time, if one part does not need more
 _LIGHT = 1 << 18  # the same for what takes so little time that waking a thread would take longer
+_PARTIAL = 1 << 20  # partial sums that exist at a time, if one part does not need more
 # Sums may be reordered, but NaN and infinity keep their meaning.
 _FASTMATH = {"reassoc", "contract"}
 _UNSEEN: dict[str, Any] = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}  # for what Python does not call
@@ -477,7 +478,9 @@ def _select(gradient, error, keys, found, lower, index):
 
 
 @_inner
-def _accumulate_topk(gradient, error, indices, values, begin, end, keys, found, lower):
+def _accumulate_topk(gradient, error, indices, values, begin, end, room):
+    keys, found, lower = room
+    keys = keys[: gradient.shape[1]]
     for block in range(begin, end):
         e = error[block]
         _select(gradient[block], e, keys, found, lower, indices[block])
@@ -489,7 +492,9 @@ def _accumulate_topk(gradient, error, indices, values, begin, end, keys, found, 
 
 
 @_inner
-def _accumulate_topk_levels(gradient, error, indices, values, scales, share, begin, end, keys, found, lower):
+def _accumulate_topk_levels(gradient, error, indices, values, scales, share, begin, end, room):
+    keys, found, lower = room
+    keys = keys[: gradient.shape[1]]
     for first in range(begin, end, share):
         last = min(first + share, end)
         largest = np.int32(0)
@@ -597,10 +602,10 @@ def _add_found(index, value, kept, dense, bits, found, weights, rows, partial):
         last, waiting = j, count
         j += groups * _COMPARED
     _add_hits(index, value, reciprocal, dense, found[1 - side], last, waiting, weights, partial)
-    while j < total:
-        row = (j * reciprocal) >> _SHIFT
-        partial[row] += weights[row] * (np.float64(_decode(value[j])) * np.float64(dense[index[j]]))
-        j += _ONE
+    rest = total - j  # less than a vector
+    for hit in range(rest):
+        found[0, hit] = hit
+    _add_hits(index, value, reciprocal, dense, found[0], j, rest, weights, partial)
 
 
 _WITH_BITS = (types.uint8, types.uint16) if _can_look_up() else ()  # indices that `_find` takes here
@@ -633,11 +638,10 @@ def _add_met_overload(index, value, kept, dense, bits, found, weights, rows, par
 
 
 @_inner
-def _dots(
-    indices, values, scales, share, kept, newest, rows, length, begin, end, partial, dense, bits, found, weights, room
-):
+def _dots(indices, values, scales, share, kept, newest, rows, length, begin, end, partial, room):
+    dense, bits, found, weights, short = room
     looks_up = _looks_up(indices, length, kept)
-    sums = _of_short(room, _LONG if looks_up else kept, rows)
+    sums = _of_short(short, _LONG if looks_up else kept, rows)
     own = range(newest * kept, (newest + 1) * kept)
     for block in range(begin, end):
         if scales is not None and block % share == 0:
@@ -669,8 +673,9 @@ def _dots(
 
 
 @_jit
-def _project(indices, values, scales, share, kept, x, rows, begin, end, partial, weights, room):
-    sums = _of_short(room, kept, rows)
+def _project(indices, values, scales, share, kept, x, rows, begin, end, partial, room):
+    weights, short = room
+    sums = _of_short(short, kept, rows)
     for block in range(begin, end):
         if scales is not None and block % share == 0:
             _collect(sums, kept, weights, rows, partial)
@@ -727,12 +732,12 @@ def _add_squares(index, value, kept, weights, rows, dense):
 
 
 @_inner
-def _combine(
-    indices, values, scales, share, kept, coefficients, base, scale, squared, begin, end, out, dense, weights, room
-):
+def _combine(indices, values, scales, share, kept, coefficients, base, scale, squared, begin, end, out, room):
+    dense, weights, short = room
     rows = coefficients.shape[0]
-    length = dense.shape[0]
-    each = _of_short(room, kept, rows)
+    length = out.shape[0] // indices.shape[0]
+    dense = dense[:length]
+    each = _of_short(short, kept, rows)
     for block in range(begin, end):
         first = block == begin
         if scales is None:
@@ -768,12 +773,8 @@ def _combine(
 
 
 @_jit
-def _combine_slab(
-    indices, values, scales, share, kept, coefficients, base, scale, squared, begin, end, out, dense, weights, room
-):
-    _combine(
-        indices, values, scales, share, kept, coefficients, base, scale, squared, begin, end, out, dense, weights, room
-    )
+def _combine_slab(indices, values, scales, share, kept, coefficients, base, scale, squared, begin, end, out, room):
+    _combine(indices, values, scales, share, kept, coefficients, base, scale, squared, begin, end, out, room)
 
 
 @_inner
@@ -903,15 +904,12 @@ def _squares_of_all(vectors, tasks, counter, partial):
         task = tasks[number]
         vector = vectors[task.row]
         x = carray(_pointer(vector.at), (vector.entries,), np.float32)[task.begin : task.end]
-        total = 0.0
-        for i in range(x.shape[0]):
-            total += np.float64(x[i]) * np.float64(x[i])
-        partial[number] = total
+        _row_squares(x, 0, x.shape[0], 0, 1, partial[number : number + 1])
         number = _next(counter)
 
 
 @_jit
-def _accumulate_all(parts, tasks, counter, index_like, value_like, scale_like, gradients, errors, keys, found, lower):
+def _accumulate_all(parts, tasks, counter, index_like, value_like, scale_like, gradients, errors, room):
     number: Any = _next(counter)
     while number < tasks.shape[0]:
         task = tasks[number]
@@ -920,45 +918,22 @@ def _accumulate_all(parts, tasks, counter, index_like, value_like, scale_like, g
         index, value = index[:, : part.kept], value[:, : part.kept]
         g = carray(_pointer(gradients[task.row].at), (part.blocks, part.length), np.float32)
         e = carray(_pointer(errors[task.row].at), (part.blocks, part.length), np.float32)
-        block = keys[: part.length]
         if scale_like is None:
-            _accumulate_topk(g, e, index, value, task.begin, task.end, block, found, lower)
+            _accumulate_topk(g, e, index, value, task.begin, task.end, room)
         else:
-            _accumulate_topk_levels(
-                g, e, index, value, scale[:, 0], part.share, task.begin, task.end, block, found, lower
-            )
+            _accumulate_topk_levels(g, e, index, value, scale[:, 0], part.share, task.begin, task.end, room)
         number = _next(counter)
 
 
 @_jit
-def _dots_of_all(
-    parts, tasks, counter, index_like, value_like, scale_like, newest, rows, partial, dense, bits, found, weights, room
-):
+def _dots_of_all(parts, tasks, counter, index_like, value_like, scale_like, newest, rows, partial, room):
     number: Any = _next(counter)
     while number < tasks.shape[0]:
         task = tasks[number]
-        part = parts[task.row]
+        part, begin, end = parts[task.row], task.begin, task.end
         index, value, scale = _stored(part, index_like, value_like, scale_like)
-        kept, length, sums = part.kept, part.length, partial[number]
-        begin, end = task.begin, task.end
-        _dots(
-            index,
-            value,
-            scale,
-            part.share,
-            kept,
-            newest,
-            rows,
-            length,
-            begin,
-            end,
-            sums,
-            dense,
-            bits,
-            found,
-            weights,
-            room,
-        )
+        share, kept, length, sums = part.share, part.kept, part.length, partial[number]
+        _dots(index, value, scale, share, kept, newest, rows, length, begin, end, sums, room)
         number = _next(counter)
 
 
@@ -984,23 +959,8 @@ def _find_factors(update, columns, factor, length, limit, squares, factors):
 
 
 @_jit
-def _move_all(
-    moves,
-    order,
-    counter,
-    parts,
-    index_like,
-    value_like,
-    scale_like,
-    coefficients,
-    base,
-    update,
-    squares,
-    factors,
-    dense,
-    weights,
-    room,
-):
+def _move_all(moves, order, counter, parts, index_like, value_like, scale_like, c, base, update, of_rows, room):
+    squares, factors = of_rows
     number: Any = _next(counter)
     while number < order.shape[0]:
         move = moves[order[number]]
@@ -1009,25 +969,10 @@ def _move_all(
         for row in range(move.first, move.last):
             part = parts[row]
             index, value, scale = _stored(part, index_like, value_like, scale_like)
-            stop = start + part.blocks * part.length
-            _combine(
-                index,
-                value,
-                scale,
-                part.share,
-                part.kept,
-                coefficients,
-                base,
-                0.0,
-                False,
-                0,
-                part.blocks,
-                u[start:stop],
-                dense[: part.length],
-                weights,
-                room,
-            )
-            start = stop
+            share, kept, blocks = part.share, part.kept, part.blocks
+            out = u[start : start + blocks * part.length]
+            _combine(index, value, scale, share, kept, c, base, 0.0, False, 0, blocks, out, room)
+            start += blocks * part.length
         theta = carray(_pointer(move.theta), (move.entries,), np.float32)
         velocity = carray(_pointer(move.velocity), (move.entries if move.velocity else 0,), np.float32)
         _find_factors(u, move.columns, move.factor, move.length, move.limit, squares, factors)
@@ -1057,7 +1002,7 @@ def accumulate_topk(gradients: Sequence[torch.Tensor], errors: Sequence[torch.Te
 
     def work() -> None:
         room = np.empty(length, np.uint16), np.empty(length, np.int32), np.empty(length, np.uint16)
-        _accumulate_all(*stored, *dense, *room)
+        _accumulate_all(*stored, *dense, room)
 
     pool.together(work, len(tasks))
 
@@ -1088,7 +1033,8 @@ def _dots_of_group(parts: Sequence[Part], newest: int, rows: int) -> torch.Tenso
         # In float32, which is half as much of the first-level cache as float64, and as exact.
         dense, bits = np.zeros(length, np.float32), np.zeros(_LOOKED_UP // 16, np.uint16)
         found = np.empty((2, int(_CHUNKS + _ONE) * int(_COMPARED)), np.uint16)
-        _dots_of_all(*stored, newest, rows, partial, dense, bits, found, np.ones(rows), np.zeros(rows * short))
+        room = dense, bits, found, np.ones(rows), np.zeros(rows * short)
+        _dots_of_all(*stored, newest, rows, partial, room)
 
     pool.together(work, len(tasks))
     first = np.flatnonzero(tasks["begin"] == 0)  # task of each part
@@ -1110,7 +1056,7 @@ def project(
 
     def work(i: int, begin: int, end: int) -> None:
         room = np.ones(rows), np.zeros(rows * kept if kept < _LONG else 0)
-        _project(index, value, scale, share, kept, x, rows, begin, end, partial[i], *room)
+        _project(index, value, scale, share, kept, x, rows, begin, end, partial[i], room)
 
     pool.run(work, len(x), step)
     return torch.from_numpy(partial.sum(axis=0))
@@ -1135,7 +1081,7 @@ def combine(
 
     def work(_: int, begin: int, end: int) -> None:
         room = np.empty(length), np.empty(len(c)), np.empty(len(c) * kept if kept < _LONG else 0)
-        _combine_slab(index, value, units, share, kept, c, x, scale, squared, begin, end, total, *room)
+        _combine_slab(index, value, units, share, kept, c, x, scale, squared, begin, end, total, room)
 
     pool.run(work, len(index), _step(length))
 
@@ -1203,9 +1149,9 @@ def move(moves: Sequence[Move], coefficients: torch.Tensor) -> None:
     length, short = _longest(parts), _short(parts)
 
     def work() -> None:
-        update, squares, factors = np.empty(entries, np.float32), np.empty(rows), np.empty(rows, np.float32)
+        update, of_rows = np.empty(entries, np.float32), (np.empty(rows), np.empty(rows, np.float32))
         room = np.empty(length), np.empty(len(c)), np.empty(len(c) * short)
-        _move_all(table, order, counter, *stored, c, _NO_BASE, update, squares, factors, *room)
+        _move_all(table, order, counter, *stored, c, _NO_BASE, update, of_rows, room)
 
     pool.together(work, len(moves))
 

@@ -13,7 +13,7 @@ import torch
 
 from ..blocks import Part, sharing
 from ..noise import MASK, mix
-from . import BUCKET, SHORTEST, Move, widest
+from . import BUCKET, Move, lengths, widest
 
 NAME = "reference"
 
@@ -319,12 +319,8 @@ def move(moves: Sequence[Move], coefficients: torch.Tensor) -> None:
             combine(part.indices, part.values, coefficients, piece.of(update), scales=part.scales)
         rows = torch.zeros(len(update) // one.columns, dtype=widest(update.device), device=update.device)
         row_squares(update, 0, one.columns, rows)
-        factor = one.factor
-        if factor is None:
-            length = math.sqrt(float(rows.sum()))
-            factor = one.length / max(length, SHORTEST) if length else 0.0
-        # Infinite for rows of zeros, and no number if the limit is zero as well.
-        factors = (one.limit / rows.sqrt()).nan_to_num_(nan=0.0).clamp_(max=factor).to(torch.float32)
+        factor = lengths.factor(one.length, math.sqrt(float(rows.sum()))) if one.factor is None else one.factor
+        factors = lengths.factors(rows, one.limit, factor)
         apply(
             one.theta,
             update,
