@@ -61,7 +61,7 @@ def _jit(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _inner(function: Callable[..., Any]) -> Any:
-    """What only compiled code calls, and is kept on disk with that: wrappers and a file of its own take time to make."""
+    """What only compiled code calls, and is kept on disk with that: wrappers and a file of its own take time."""
     return njit(fastmath=_FASTMATH, **_UNSEEN)(function)
 
 
