@@ -38,6 +38,7 @@ start = time.perf_counter()
 optimizer.step()
 print(time.perf_counter() - start)
 """
+_WITHOUT_ROWS = 3  # runs of the kernel that moves parameters, of which the fastest counts
 _PAUSE = 0.05  # seconds until torch's threads have stopped waiting for work, which they do by spinning
 
 
@@ -51,9 +52,9 @@ def timed_step(optimizer: torch.optim.Optimizer) -> tuple[float, dict[str, float
         Seconds, and seconds by part, "rest" for what is in none; nothing by part for another library's optimizer.
         A part that runs inside of another counts for itself only.
 
-    Windows are combined and updates measured and applied by one kernel. That runs a second time, without rows; what
-    it takes then is "apply", the rest "combine", and the second time counts nowhere. It finds the parameters in the
-    cache if they fit, and repeats momentum and decay where a contender has them.
+    Windows are combined and updates measured and applied by one kernel. That runs again, without rows; what
+    it takes then is "apply", the rest "combine", and these runs count nowhere. They find the parameters in the
+    cache if they fit, and repeat momentum and decay where a contender has them.
     """
     places = _places(optimizer)
     seconds = dict.fromkeys(places, 0.0)
@@ -79,15 +80,15 @@ def timed_step(optimizer: torch.optim.Optimizer) -> tuple[float, dict[str, float
         def call(moves: Any, coefficients: torch.Tensor) -> None:
             nonlocal added
             took = []
-            for some in (coefficients, coefficients[:0]):
+            for some in (coefficients, *[coefficients[:0]] * _WITHOUT_ROWS):
                 start = time.perf_counter()
                 move(moves, some)
                 took.append(time.perf_counter() - start)
-            without = min(took)  # of tiny windows, noise may take longer than rows
+            without = min(took)  # noise only ever adds to a time
             seconds["combine"] += took[0] - without
             seconds["apply"] += without
             inside[-1] += sum(took)
-            added += took[1]
+            added += sum(took[1:])
 
         return call
 
