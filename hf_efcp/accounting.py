@@ -14,17 +14,18 @@ _PART = {
     "indices": "indices",
     "error": "error",
     "momentum": "momentum",
-    "squares": "momentum",
     "exp": "momentum",
     "step": "momentum",
     "sum": "momentum",
+    "first": "momentum",
+    "second": "metric",
     "gram": "gram",
 }
 
 
 def count_bytes(states: Iterable[dict[str, Any]]) -> dict[str, int]:
     """Bytes of the tensors in some states, by part."""
-    parts = dict.fromkeys(("indices", "values", "error", "momentum", "gram"), 0)
+    parts = dict.fromkeys(("indices", "values", "error", "momentum", "metric", "gram"), 0)
     for state in states:
         for name, value in state.items():
             if isinstance(value, torch.Tensor):

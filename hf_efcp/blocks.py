@@ -10,7 +10,6 @@ from typing import NamedTuple
 import torch
 
 MAX_BLOCK_SIZE = 65536  # an index inside a block has to fit uint16
-WHOLE = 2**31 - 1  # a block that holds everything: its indices are int32
 SHARED = 4096  # entries of the vector whose int8 values share a scale, in every row
 
 
@@ -84,6 +83,11 @@ class Part(NamedTuple):
         )
 
 
+def entries_kept(density: float, length: int) -> int:
+    """`ceil(density * length)`, but 7 for 0.07 * 100, whose product in floating point is a hair more."""
+    return math.ceil(density * length * (1.0 - 1e-12))
+
+
 @lru_cache(maxsize=4096)
 def cut(numel: int, block_size: int, density: float) -> tuple[Piece, ...]:
     """Cut a flattened parameter into blocks of `block_size` entries and a shorter tail.
@@ -99,13 +103,13 @@ def cut(numel: int, block_size: int, density: float) -> tuple[Piece, ...]:
     blocks, tail = divmod(numel, block_size)
     pieces = []
     if blocks:
-        pieces.append(Piece(0, blocks, block_size, math.ceil(density * block_size), 0))
+        pieces.append(Piece(0, blocks, block_size, entries_kept(density, block_size), 0))
     if tail:
         offset = sum(piece.row for piece in pieces)
-        pieces.append(Piece(blocks * block_size, 1, tail, math.ceil(density * tail), offset))
+        pieces.append(Piece(blocks * block_size, 1, tail, entries_kept(density, tail), offset))
     return tuple(pieces)
 
 
 def index_dtype(block_size: int) -> torch.dtype:
     """The smallest dtype that holds an index inside a block."""
-    return torch.uint8 if block_size <= 256 else torch.uint16 if block_size <= MAX_BLOCK_SIZE else torch.int32
+    return torch.uint8 if block_size <= 256 else torch.uint16

@@ -10,7 +10,6 @@ import torch
 
 from .shards import local
 
-UPDATE_SCALES = ("tensor", "none")
 PARAMETER_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -29,9 +28,6 @@ def check_group(group: Mapping[str, Any], shared: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} must be a finite number of at least 0, got {group[name]}")
     if not 0.0 <= group["momentum"] < 1.0:
         raise ValueError(f"momentum must be in [0, 1), got {group['momentum']}")
-    check_choice("update_scale", group["update_scale"], UPDATE_SCALES)
-    if not (math.isfinite(group["update_rms"]) and group["update_rms"] > 0.0):
-        raise ValueError(f"update_rms must be a finite positive number, got {group['update_rms']}")
     for name, value in shared.items():
         if group[name] != value:
             raise ValueError(
@@ -150,7 +146,8 @@ def check_settings(saved_groups: list[dict[str, Any]], groups: list[dict[str, An
         if saved.get("efcp_format", group["efcp_format"]) != group["efcp_format"]:
             raise ValueError(
                 f"the checkpoint has the state in format {saved['efcp_format']}, this version of hf_efcp reads format "
-                f"{group['efcp_format']}: use the version that wrote it"
+                f"{group['efcp_format']}: go on with the version that wrote it (format 2 is 0.1), or load the model "
+                "alone and start the optimizer afresh"
             )
         missing = sorted(group.keys() - saved.keys() - {"initial_lr", "param_names"})
         if missing:
@@ -204,6 +201,48 @@ def check_keepers(states: list[dict[str, Any]], expected: Mapping[str, Any], eve
         raise ValueError(
             f"the checkpoint is incomplete: {keepers} of its {len(states)} windows come with "
             f"{' and '.join(expected)}, expected {'all' if every else 'one'}. Load another checkpoint"
+        )
+
+
+def check_names(names: Iterable[Iterable[str]]) -> None:
+    """Refuse a compressor or a preconditioner whose fields are called as something else in the parameter groups.
+
+    Args:
+        names: The names that each of them puts there.
+
+    Raises:
+        ValueError: Two have one in common.
+    """
+    seen: set[str] = {"params", "param_names", "initial_lr"}
+    for some in map(set, names):
+        if both := sorted(seen & some):
+            raise ValueError(
+                f"{both[0]} would stand for two things in the parameter groups, where the fields of compressor and "
+                "preconditioner are kept: rename the field"
+            )
+        seen |= some
+
+
+def check_momentum(precondition: str, metric: str, beta1: float) -> None:
+    """Refuse a first moment without a decay, a decay without a first moment, and both without a metric.
+
+    Args:
+        precondition: As given to the optimizer.
+        metric: As given to the optimizer.
+        beta1: As given to the optimizer.
+
+    Raises:
+        ValueError: They do not go together.
+    """
+    if metric == "none" and (beta1 or precondition == "momentum"):
+        raise ValueError(
+            'beta1 and precondition="momentum" are AdamW\'s first moment, which metric="none" does not keep: use '
+            'metric="adam", or precondition="gradient"'
+        )
+    if (precondition == "momentum") != (beta1 != 0.0):
+        raise ValueError(
+            f'precondition="momentum" and beta1 belong together, got precondition={precondition!r} and beta1={beta1}: '
+            'use precondition="momentum" with beta1=0.9, or precondition="gradient" with beta1=0'
         )
 
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 
-from .blocks import MAX_BLOCK_SIZE, WHOLE
+from .blocks import MAX_BLOCK_SIZE
 from .kernels import Kernels
 from .windows import DenseWindow, SparseWindow, State, Window
 
@@ -37,7 +37,6 @@ class Compressor(Protocol):
 
     __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
     lossless: ClassVar[bool]  # nothing is dropped: there is no error to keep
-    joint: ClassVar[bool]  # compresses all parameters as one vector
 
     def window(self, num_grads: int) -> Window:
         """The window that stores this compressor's rows."""
@@ -68,7 +67,6 @@ class TopK:
     """
 
     lossless: ClassVar[bool] = False
-    joint: ClassVar[bool] = False
     density: float = 0.01
     block_size: int = 4096
     value_dtype: torch.dtype = torch.bfloat16
@@ -106,64 +104,10 @@ class TopK:
 
 
 @dataclass(frozen=True)
-class GlobalTopK:
-    """Top-k over the whole model at once, as in the paper's pseudocode (arXiv 2306.06098, algorithm 1).
-
-    As `TopK` with one block that holds all parameters: the entries of largest magnitude are kept wherever they are,
-    with 32-bit indices. Slower, because that block is in no cache and belongs to one thread.
-
-    Args:
-        density: Fraction `k / d` that is kept of all entries, in (0, 1].
-        value_dtype: How kept values are stored, float32 or bfloat16.
-
-    Raises:
-        ValueError: A value outside its range, or a dtype that cannot be stored.
-    """
-
-    lossless: ClassVar[bool] = False
-    joint: ClassVar[bool] = True
-    density: float = 0.01
-    value_dtype: torch.dtype = torch.bfloat16
-
-    def __post_init__(self) -> None:
-        if self.value_dtype == torch.int8:
-            raise ValueError(
-                "global Top-k stores float32 or bfloat16, not int8: the values of a row would share one scale over the "
-                'whole model. Use selection="block", or another value_dtype'
-            )
-        _check_top_k(self.density, self.value_dtype, (torch.float32, torch.bfloat16))
-
-    def window(self, num_grads: int) -> SparseWindow:
-        """The window that stores this compressor's rows.
-
-        Args:
-            num_grads: Its capacity `m`.
-
-        Returns:
-            A window of one block.
-        """
-        return SparseWindow(num_grads, self.density, WHOLE, self.value_dtype)
-
-    def allocate(self, shape: torch.Size, device: torch.device | str, position: int) -> State:
-        """Nothing: Top-k has no memory beside the error."""
-        return {}
-
-    def compress(self, jobs: Sequence[Job], kernels: Kernels) -> None:
-        """`a = error + gradient; row = TopK(a); error = a - row`, in place.
-
-        Args:
-            jobs: One, of all parameters as one vector.
-            kernels: The backend.
-        """
-        _compress(jobs, kernels)
-
-
-@dataclass(frozen=True)
 class Identity:
     """No compression: rows are the gradients, and there is no error. For the dense baselines."""
 
     lossless: ClassVar[bool] = True
-    joint: ClassVar[bool] = False
 
     def window(self, num_grads: int) -> DenseWindow:
         """The window that stores the rows.
@@ -208,24 +152,3 @@ def _check_top_k(density: float, value_dtype: torch.dtype, dtypes: tuple[torch.d
         raise ValueError(f"density is the fraction of entries kept, in (0, 1]; got {density}")
     if value_dtype not in dtypes:
         raise ValueError(f"value_dtype must be one of {', '.join(map(str, dtypes))}, got {value_dtype}")
-
-
-def top_k(selection: str, density: float, block_size: int, value_dtype: torch.dtype) -> TopK | GlobalTopK:
-    """The Top-k that a selection names.
-
-    Args:
-        selection: "block" or "global".
-        density: Fraction kept.
-        block_size: Entries of a block; global Top-k has none.
-        value_dtype: How kept values are stored.
-
-    Returns:
-        The compressor.
-
-    Raises:
-        ValueError: It names none.
-    """
-    if selection not in ("block", "global"):
-        raise ValueError(f'selection must be "block" or "global", got {selection!r}')
-    blocks = TopK(density, block_size, value_dtype)
-    return blocks if selection == "block" else GlobalTopK(density, value_dtype)

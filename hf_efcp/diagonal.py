@@ -31,29 +31,29 @@ class DiagonalPreconditioner:
     def observe(self, moment: Moment, window: Window, state: State, shape: torch.Size, kernels: Kernels) -> None:
         """Nothing: all it needs is the window."""
 
-    def momentum(self, moment: Moment) -> torch.Tensor | None:
-        """None: the newest row is preconditioned."""
-        return None
-
-    def combination(self, plan: Any) -> None:
-        """None: entries are divided by what is another number for each."""
-
-    def square(self, plan: Any, gram: torch.Tensor, outside: torch.Tensor | None) -> float | None:
-        """None: no Gram matrix tells it."""
-        return None
-
-    def plan_outside(self, gram: torch.Tensor, products: torch.Tensor, moment: Moment) -> Any:
-        """Refuse: the rule is made of the window's rows, entry by entry.
+    def check(self, precondition: str, metric: str) -> None:
+        """Refuse all but the window's rows: the rule is made of them, entry by entry.
 
         Args:
-            gram: Not used.
-            products: Not used.
-            moment: Not used.
+            precondition: What is preconditioned.
+            metric: The metric.
 
         Raises:
-            TypeError: Always.
+            ValueError: It is something else.
         """
-        raise TypeError(f'{type(self).__name__} cannot precondition the dense gradient: use precondition="row"')
+        name = type(self).__name__
+        if metric != "none":
+            raise ValueError(f'{name} has no matrix that a metric could be for, got metric={metric!r}: use "none"')
+        if precondition != "row":
+            raise ValueError(f'{name} is made of the window\'s rows, got precondition={precondition!r}: use "row"')
+
+    def plan_outside(self, gram: torch.Tensor, products: torch.Tensor, moment: Moment) -> Any:
+        """Never called: see `check`."""
+        raise NotImplementedError
+
+    def shorten(self, grams: torch.Tensor, products: torch.Tensor, moment: Moment) -> torch.Tensor:
+        """Never called: see `check`."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -83,10 +83,6 @@ class AdamMoments(DiagonalPreconditioner):
                 raise ValueError(f"{name} must be in [0, 1), got {beta}")
         _check_positive("eps", self.eps)
 
-    def momentum(self, moment: Moment) -> torch.Tensor | None:
-        """The coefficients of the rows in `m`, which is what `sqrt(v) + eps` divides."""
-        return self.plan(None, moment)[0]
-
     def plan(self, gram: torch.Tensor | None, moment: Moment) -> tuple[torch.Tensor, torch.Tensor]:
         """The coefficients of the rows in `m`, and those of their squares in `v`.
 
@@ -109,7 +105,6 @@ class AdamMoments(DiagonalPreconditioner):
         shape: torch.Size,
         kernels: Kernels,
         base: torch.Tensor | None,
-        start: int = 0,
     ) -> Iterator[Slab]:
         """`u = m / (sqrt(v) + eps)`, slab by slab.
 
@@ -120,13 +115,12 @@ class AdamMoments(DiagonalPreconditioner):
             shape: Shape of the parameter.
             kernels: The backend.
             base: Not used.
-            start: Where an earlier slab ended: leave out everything before.
 
         Yields:
             Where the slab goes in the flattened parameter, and its entries in float32.
         """
-        first = window.combine(state, shape, plan[0], kernels, start=start)
-        second = window.combine(state, shape, plan[1], kernels, squared=True, start=start)
+        first = window.combine(state, shape, plan[0], kernels)
+        second = window.combine(state, shape, plan[1], kernels, squared=True)
         for (span, m), (_, v) in zip(first, second, strict=True):
             yield span, m.div_(_root_(v).add_(self.eps))
 
@@ -198,7 +192,6 @@ class AdaGradSum(DiagonalPreconditioner):
         shape: torch.Size,
         kernels: Kernels,
         base: torch.Tensor | None,
-        start: int = 0,
     ) -> Iterator[Slab]:
         """`u = row / (sqrt(s) + eps)`, slab by slab; `s` has the row already.
 
@@ -209,12 +202,11 @@ class AdaGradSum(DiagonalPreconditioner):
             shape: Shape of the parameter.
             kernels: The backend.
             base: Not used.
-            start: Where an earlier slab ended: leave out everything before.
 
         Yields:
             Where the slab goes in the flattened parameter, and its entries in float32.
         """
-        for span, row in window.combine(state, shape, plan, kernels, start=start):
+        for span, row in window.combine(state, shape, plan, kernels):
             root = _root_(state["sum"].view(-1)[span].clone())
             # As s >= row^2, u is at most 1 without the clamp as well, unless the sum has saturated.
             yield span, row.div_(root.add_(self.eps)).clamp_(-1.0, 1.0)

@@ -6,14 +6,13 @@ import inspect
 import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
 from torch import nn
 
 from .budget import FORMS, in_bytes
 from .optimizer import EFCP
-from .schedules import Schedule
 from .variants import DenseGGT, DenseMFAC, LowRankGGT, LowRankMFAC, MicroAdam, SparseAdaGrad, SparseGGT, SparseMFAC
 
 logger = logging.getLogger(__name__)
@@ -159,7 +158,7 @@ def parse_optim_args(name: str, text: str | None) -> dict[str, Any]:
     name = _known(name)
     if not isinstance(text, str | None):
         raise TypeError(f"optim_args must be a string such as 'num_grads=256,density=0.01', got {text!r}")
-    parsers = {key: _PARSERS[annotation] for key, annotation in _settings(name).items()}
+    parsers = {key: _parser(annotation) for key, annotation in _settings(name).items()}
     parsers |= {"exclude": ("a regular expression", _regex), "exclude_lr": _PARSERS[float]}
     hint = f"valid keys of optim_args for {name}: {', '.join(parsers)}"
 
@@ -192,9 +191,21 @@ def _known(name: str) -> str:
 
 
 def _settings(name: str) -> dict[str, Any]:
-    # The optimizer's own arguments and their annotated types.
-    parameters = inspect.signature(OPTIMIZERS[name], eval_str=True).parameters
-    return {key: p.annotation for key, p in parameters.items() if key not in _ELSEWHERE}
+    # The optimizer's arguments and their annotated types: its own, and those of the TypedDict in `**options`.
+    found: dict[str, Any] = {}
+    for key, parameter in inspect.signature(OPTIMIZERS[name], eval_str=True).parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            found |= get_type_hints(get_args(parameter.annotation)[0])
+        else:
+            found[key] = parameter.annotation
+    return {key: annotation for key, annotation in found.items() if key not in _ELSEWHERE}
+
+
+def _parser(annotation: Any) -> tuple[str, Callable[[str], Any]]:
+    # What may be None is parsed as what else it may be: None is said by leaving the option out.
+    if annotation not in _PARSERS and type(None) in get_args(annotation):
+        (annotation,) = (kind for kind in get_args(annotation) if kind is not type(None))
+    return _PARSERS[annotation]
 
 
 def _decayed(model: nn.Module) -> set[str]:
@@ -257,7 +268,6 @@ def _bool(text: str) -> bool:
 
 _PARSERS: dict[Any, tuple[str, Callable[[str], Any]]] = {
     bool: ("true or false", _bool),
-    Schedule | None: ("a number", float),
     int: ("an integer", int),
     float: ("a number", float),
     str: ("a name", str),

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 
-from . import adamw, checks, shards, step_size
+from . import adamw, checks, shards
 from .compressors import Compressor
 from .errors import ErrorStore
+from .metric import Metric
 from .preconditioners import Preconditioner
 from .shards import is_sharded, local
-from .sites import Member, joint_shape
+from .sites import Member
 from .windows import Window
 
 State = dict[str, Any]
@@ -29,6 +30,7 @@ class Layout:
         preconditioner: What is made of the window.
         num_grads: Capacity `m` of the window.
         scope: "model" or "layer": what shares a Gram matrix.
+        metric: In which gradients are compared; None for none.
     """
 
     compressor: Compressor
@@ -37,6 +39,7 @@ class Layout:
     preconditioner: Preconditioner
     num_grads: int
     scope: str
+    metric: Metric | None = None
 
     def resized(self, num_grads: int) -> Layout:
         """The same with another window.
@@ -62,11 +65,9 @@ class Layout:
         if not member.group["preconditioned"]:
             return adamw.allocate(member.param, device)
         state = shards.allocate(member.param, self.maker(member), device)
-        if member.group["update_scale"] == "tensor":
-            state["squares"] = step_size.allocate(device)
-            if self._keeps_part(member):
-                state["gram_part"] = self._gram(device)
-        return {"entries": member.param.numel(), **state} if self.compressor.joint else state
+        if self.metric is not None:
+            state["gradients"] = 0  # that the parameter has had: AdamW's step
+        return state
 
     def maker(self, member: Member) -> shards.Maker:
         """What makes the tensors of a parameter, or of a shard of it.
@@ -79,45 +80,45 @@ class Layout:
         """
 
         def make(shape: torch.Size, device: torch.device | str) -> State:
-            state = {} if self.compressor.joint else self._site(shape, device, member.position)
+            state: State = {} if self.compressor.lossless else self.errors.allocate(shape, device)
+            state |= self.window.allocate(shape, device)
+            state |= self.compressor.allocate(shape, device, member.position)
+            state |= self.preconditioner.allocate(shape, device)
+            state |= {} if self.metric is None else self.metric.allocate(shape, device)
             return state | (momentum(shape, device) if member.group["momentum"] else {})
 
         return make
 
-    def keeper(self, members: list[Member], device: torch.device | str) -> State:
+    def keeper(self, device: torch.device | str) -> State:
         """What parameters that share a preconditioner have in common.
 
         Args:
-            members: They.
             device: Where; "meta" gives shapes without memory.
 
         Returns:
-            The rows pushed, the Gram matrix (float64 on the CPU), a joint window.
+            The rows pushed, and the Gram matrix (float64 on the CPU).
         """
         state: State = {"pushed": 0}
         if self.preconditioner.uses_gram:
-            state["gram"] = self._gram(device)
-        if self.compressor.joint:
-            state |= self._site(joint_shape(members), device, 0)
+            home = "meta" if device == "meta" else "cpu"
+            state["gram"] = torch.zeros(self.num_grads, self.num_grads, dtype=torch.float64, device=home)
         return state
 
-    def check(self, saved: State, member: Member, trained: list[Member], name: str) -> None:
+    def check(self, saved: State, member: Member, name: str) -> None:
         """Refuse a saved state that `fresh` and `keeper` would not have made.
 
         Args:
             saved: State of one parameter in a checkpoint.
             member: The parameter, in the checkpoint's group.
-            trained: The preconditioned parameters that have a state in the checkpoint.
             name: What to call the parameter.
 
         Raises:
             ValueError: It does not fit.
         """
-        optional = {"momentum": 1.0, "update_scale": "tensor"}
-        expected = self.fresh(member._replace(group={**member.group, **optional}), "meta")
-        own = set(expected) - {"step", "squares", "gram_part"}
+        expected = self.fresh(member._replace(group={**member.group, "momentum": 1.0}), "meta")
+        own = set(expected) - {"step", "gradients"}
         if member.group["preconditioned"]:
-            expected |= {name: v for name, v in self.keeper(trained, "meta").items() if name in saved}
+            expected |= {name: v for name, v in self.keeper("meta").items() if name in saved}
         if is_sharded(member.param) and any(
             torch.is_tensor(v) and not is_sharded(v) and k in own for k, v in saved.items()
         ):
@@ -125,29 +126,10 @@ class Layout:
                 f"the checkpoint's state of {name} is whole, but the parameter is sharded: load it with "
                 "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
             )
-        part = {"gram_part"} & expected.keys()
-        checks.check_tensors(saved, expected, {"momentum", "squares"} | part, name)
-        if member.group["preconditioned"] and not self.compressor.joint:
+        checks.check_tensors(saved, expected, {"momentum"}, name)
+        if member.group["preconditioned"]:
             view = shards.view(saved, member.param, self.maker(member))
             self.window.check(view, local(member.param).shape, name)
-        elif "indices" in saved:
-            self.window.check(saved, joint_shape(trained), "all parameters")
-
-    def _keeps_part(self, member: Member) -> bool:
-        """Whether a parameter keeps its part of the Gram matrix: if it is large, alone in its vector, and whole."""
-        part = self.preconditioner.uses_gram and self.scope == "model" and not self.compressor.joint
-        return part and not is_sharded(member.param) and step_size.knows_length(member.param.shape)
-
-    def _gram(self, device: torch.device | str) -> torch.Tensor:
-        home = "meta" if device == "meta" else "cpu"
-        return torch.zeros(self.num_grads, self.num_grads, dtype=torch.float64, device=home)
-
-    def _site(self, shape: torch.Size, device: torch.device | str, position: int) -> State:
-        """Error and window, and what the compressor and the preconditioner keep."""
-        state: State = {} if self.compressor.lossless else self.errors.allocate(shape, device)
-        state |= self.window.allocate(shape, device)
-        state |= self.compressor.allocate(shape, device, position)
-        return state | self.preconditioner.allocate(shape, device)
 
 
 def momentum(shape: torch.Size, device: torch.device | str) -> State:
@@ -176,4 +158,4 @@ def copied(name: str, value: Any, param: torch.Tensor) -> Any:
     """
     if not isinstance(value, torch.Tensor):
         return value
-    return value.detach().to("cpu" if name in ("gram", "gram_part", "squares", "step") else param.device, copy=True)
+    return value.detach().to("cpu" if name in ("gram", "step") else param.device, copy=True)

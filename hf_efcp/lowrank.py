@@ -57,7 +57,6 @@ class LowRank:
     """
 
     lossless: ClassVar[bool] = False
-    joint: ClassVar[bool] = False
     rank: int = 4
     value_dtype: torch.dtype = torch.bfloat16
     seed: int = 0
@@ -222,9 +221,6 @@ class LowRankWindow:
             name: What to call the parameter.
         """
 
-    def parts(self, state: State, shape: torch.Size) -> None:
-        """None: rows are products of matrices, or whole."""
-
     def dots(self, held: Sequence[Held], newest: int, rows: int, kernels: Kernels) -> torch.Tensor:
         """Each parameter's part of the new Gram column, `<row_newest, row_i>` for `i < rows`.
 
@@ -300,7 +296,6 @@ class LowRankWindow:
         base: torch.Tensor | None = None,
         scale: float = 0.0,
         squared: bool = False,
-        start: int = 0,
     ) -> Iterator[Slab]:
         """`scale x + G^T c`, slab by slab, so that no temporary of the parameter's size exists.
 
@@ -312,7 +307,6 @@ class LowRankWindow:
             base: `x`, in the parameter's shape, float32, contiguous; zero without it.
             scale: Factor of `base`.
             squared: Refused.
-            start: Where an earlier slab ended: leave out everything before.
 
         Returns:
             Where each slab goes in the flattened parameter, and its entries in float32.
@@ -326,20 +320,16 @@ class LowRankWindow:
                 "the compressor, or MFAC or GGT as the preconditioner"
             )
         if "values" in state:
-            return self._whole.combine(state, shape, coefficients, kernels, base=base, scale=scale, start=start)
-        return self._combine(state, coefficients, base, scale, start)
+            return self._whole.combine(state, shape, coefficients, kernels, base=base, scale=scale)
+        return self._combine(state, coefficients, base, scale)
 
     @staticmethod
-    def _combine(
-        state: State, coefficients: torch.Tensor, base: torch.Tensor | None, scale: float, start: int
-    ) -> Iterator[Slab]:
+    def _combine(state: State, coefficients: torch.Tensor, base: torch.Tensor | None, scale: float) -> Iterator[Slab]:
         rank, (height, width), wide = _layout(state)
         device = state["left"].device
         P, Q = (state[name][: len(coefficients)].flatten(0, 1) for name in ("left", "right"))
         c = coefficients.to(device, wide).repeat_interleave(rank)[:, None]
         for slab in _cuts(height, max(1, _SLAB // width)):
-            if slab.start * width < start:
-                continue
             out = torch.empty(slab.stop - slab.start, width, dtype=torch.float32, device=device)
             x = None if base is None else base.view(height, width)[slab]
             _weighted_product(P[:, slab], c, Q, x, scale, out)

@@ -11,7 +11,7 @@ from . import adamw
 from .accounting import count_bytes
 from .optimizer import EFCP
 from .shards import local
-from .variants import SparseMFAC
+from .variants import LowRankMFAC
 
 
 class MemoryPlan(dict[str, int]):
@@ -43,13 +43,13 @@ class MemoryPlan(dict[str, int]):
 
 
 def estimate_memory(
-    model_or_params: torch.nn.Module | Iterable[Any], optimizer: type[EFCP] = SparseMFAC, **arguments: Any
+    model_or_params: torch.nn.Module | Iterable[Any], optimizer: type[EFCP] = LowRankMFAC, **arguments: Any
 ) -> MemoryPlan:
     """Bytes of an optimizer's state, as its `memory()` will report them after the first step.
 
     Parameters that do not require a gradient cost nothing. With a `memory_budget`, also the window that fits::
 
-        print(estimate_memory(model, memory_budget="8B/param", block_size=256, value_dtype=torch.int8))
+        print(estimate_memory(model, memory_budget="8B/param", rank=2))
 
     Args:
         model_or_params: A model, or what would be given to the optimizer: parameters, named parameters or groups.
@@ -57,8 +57,8 @@ def estimate_memory(
         **arguments: The optimizer's own arguments.
 
     Returns:
-        Bytes by part: `indices`, `values`, `error`, `momentum`, `gram` and their `total`. A dictionary that prints as
-        a table, with `num_grads` as an attribute.
+        Bytes by part: `indices`, `values`, `error`, `momentum`, `metric`, `gram` and their `total`. A dictionary that
+        prints as a table, with `num_grads` as an attribute.
     """
     params = model_or_params.parameters() if isinstance(model_or_params, torch.nn.Module) else model_or_params
     made = optimizer(params, **arguments)
@@ -74,7 +74,7 @@ def estimate_memory(
 
 def largest_window(
     model_or_params: torch.nn.Module | Iterable[Any],
-    optimizer: type[EFCP] = SparseMFAC,
+    optimizer: type[EFCP] = LowRankMFAC,
     *,
     memory_budget: int | str,
     **arguments: Any,

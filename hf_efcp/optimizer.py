@@ -2,38 +2,45 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from typing import Any, NamedTuple, overload
 
 import torch
 from torch.optim.optimizer import ParamsT
 
-from . import adamw, budget, checks, layout, shards, step_size
+from . import adamw, budget, checks, layout, shards
 from .accounting import count_bytes
 from .compressors import Compressor
 from .errors import error_store
 from .kernels import Kernels, check_name, choose, widest
 from .layout import Layout
-from .moving import Mover, Planned
-from .preconditioners import Moment, Preconditioner
+from .metric import METRICS, Metric
+from .moving import move
+from .preconditioners import Combination, Moment, Preconditioner
 from .pushing import push
 from .shards import is_sharded, local
-from .sites import Group, Member, Site, dense, gradient_of, joint_shape
+from .sites import Group, Member, Site, dense
 from .threads import one_thread
+from .vectors import Vectors
 
-FORMAT = 2  # of the state; a checkpoint says which it has
+FORMAT = 3  # of the state; a checkpoint says which it has
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 _SQUARED = 4 << 20  # entries of gradients that are converted to float32 at a time
 
 
 class Pushed(NamedTuple):
-    """The new row: the `sites` that have a gradient, its column of the Gram matrix, and `|row|^2` of each site."""
+    """What a step knows of parameters that share a matrix, once their rows are in the window.
 
+    `sites` have a gradient; `column` is that of the Gram matrix, and `products` are `G x` with `|x|^2` behind them,
+    both of this process's part of the parameters.
+    """
+
+    keeper: dict[str, Any]
     sites: list[Site]
+    moment: Moment
     column: torch.Tensor
-    rows: dict[int, float]
+    products: torch.Tensor
 
 
 class EFCP(torch.optim.Optimizer):
@@ -49,16 +56,17 @@ class EFCP(torch.optim.Optimizer):
         v_t   = momentum v_t-1 + u_t    heavy ball on the update
         theta <- (1 - lr weight_decay) theta - lr v_t
 
-    With `update_scale="tensor"` the preconditioner decides the direction of `u_t` only, and what it is applied to, `x`,
-    the length, tensor by tensor: `|u| = update_rms sqrt(n) |x| / sqrt(v)`, `v` the mean of `|g|^2` over the past with
-    weights `0.999^age`, but no row of a matrix with more than three times this root mean square
-    (`hf_efcp/step_size.py` says why). Learning rates are then those of AdamW, whatever the window, the dampening and
-    the scale of the gradients. `"none"` takes `u_t` as it is, as the paper does.
+    In AdamW's metric (`metric="adam"`, see `hf_efcp/metric.py`) rows are `D^-1/2 g`, `D = diag(sqrt(v_hat) + eps)` with
+    AdamW's second moment `v`, and the update is
 
-    Parameter groups may set `lr`, `weight_decay`, `decoupled_weight_decay`, `momentum`, `update_scale`, `update_rms`
-    and `preconditioned`; all else is one value for the optimizer, because the preconditioner is one matrix over all
-    groups. `preconditioned=False` steps a group as `torch.optim.AdamW` would (betas 0.9 and 0.999, eps 1e-8) at the
-    group's own learning rate.
+        u = D^-1/2 f(G^T G) D^-1/2 x,   f(0) = 1,
+
+    where `x` is the row, the gradient or AdamW's first moment (`precondition`). With so much dampening that `f = 1`
+    this is AdamW, or RMSprop; the matrix turns and shortens what AdamW would do, and learning rates are AdamW's.
+
+    Parameter groups may set `lr`, `weight_decay`, `decoupled_weight_decay`, `momentum` and `preconditioned`; all else
+    is one value for the optimizer, because the preconditioner is one matrix over all groups. `preconditioned=False`
+    steps a group as `torch.optim.AdamW` would (betas 0.9 and 0.999, eps 1e-8) at the group's own learning rate.
 
     Arithmetic is float32, the Gram matrix and every sum over rows float64. A parameter without a gradient is neither
     decayed nor moved, its row is zero and its error kept; a step in which no parameter has a gradient does nothing.
@@ -79,14 +87,17 @@ class EFCP(torch.optim.Optimizer):
         weight_decay: Weight decay, at least 0.
         decoupled_weight_decay: True shrinks the parameters (AdamW's way); False adds `weight_decay * theta` to the
             gradient before the accumulator (L2 regularisation).
-        update_scale: "tensor" for a length per tensor, "none" for the preconditioner's own.
-        update_rms: Root mean square of the update of a tensor whose row is as long as its gradients were in the past,
-            positive; without effect on "none".
-        precondition: What `P(G)^-1` is applied to: "row", the compressed row, or "gradient", the dense gradient.
+        precondition: What `P(G)^-1` is applied to: "row", the compressed row, or "gradient", the dense gradient; in a
+            metric also "momentum", AdamW's first moment.
         scope: "model", one preconditioner over all parameters, or "layer", one for each parameter.
+        metric: "none" for the paper's rule, "adam" for AdamW's metric, or "factored" for the same with a second moment
+            of rows and columns (`hf_efcp/metric.py`).
+        metric_dtype: How the second moment is kept: float32, bfloat16 or int8 (17 / 16 bytes).
+        metric_beta2: Decay of the second moment, in [0, 1).
+        metric_eps: What is added to the root of the second moment, positive.
+        beta1: Decay of the first moment, in (0, 1), for `precondition="momentum"`.
+        momentum_dtype: How the first moment is kept: float32 or bfloat16.
         error_dtype: How the error is kept.
-        schedules: Hyperparameters of the preconditioner that are functions of the number of rows pushed so far, by
-            name. The current value stands in the parameter groups, and is what is saved.
         nonfinite: What to do about a gradient with NaN or infinity, on any rank: "raise" an error, or "skip" the step
             and count it in `skipped_steps`. Nothing changes either way.
         backend: "auto" (numba on the CPU, plain torch elsewhere), "reference" (plain torch) or "numba".
@@ -111,12 +122,15 @@ class EFCP(torch.optim.Optimizer):
         momentum: float = 0.0,
         weight_decay: float = 0.0,
         decoupled_weight_decay: bool = True,
-        update_scale: str = "none",
-        update_rms: float = 1.0,
         precondition: str = "row",
         scope: str = "model",
+        metric: str = "none",
+        metric_dtype: torch.dtype = torch.float32,
+        metric_beta2: float = 0.999,
+        metric_eps: float = 1e-8,
+        beta1: float = 0.0,
+        momentum_dtype: torch.dtype = torch.float32,
         error_dtype: torch.dtype = torch.float32,
-        schedules: Mapping[str, Callable[[int], float]] | None = None,
         nonfinite: str = "raise",
         backend: str = "auto",
         memory_budget: int | str | None = None,
@@ -132,17 +146,22 @@ class EFCP(torch.optim.Optimizer):
         if num_grads < 1:
             raise ValueError(f"num_grads is the number of gradients in the window, at least 1; got {num_grads}")
         num_grads = int(num_grads)
-        checks.check_choice("precondition", precondition, ("row", "gradient"))
+        checks.check_choice("precondition", precondition, ("row", "gradient", "momentum"))
+        checks.check_choice("metric", metric, METRICS)
         checks.check_choice("scope", scope, ("model", "layer"))
         checks.check_choice("nonfinite", nonfinite, ("raise", "skip"))
-        if precondition == "gradient" and not preconditioner.uses_gram:
-            raise ValueError(f'precondition="gradient" needs a full matrix; {type(preconditioner).__name__} has none')
         check_name(backend)
+        checks.check_momentum(precondition, metric, beta1)
+        preconditioner.check(precondition, metric)
+        if scope == "layer" and not preconditioner.uses_gram:
+            raise ValueError(f'{type(preconditioner).__name__} has no matrix, and so none per layer: use scope="model"')
+        made = None
+        if metric != "none":
+            made = Metric(metric, metric_dtype, beta1, metric_beta2, metric_eps, momentum_dtype)
         self._preconditioner = preconditioner
         window, errors = compressor.window(num_grads), error_store(error_dtype)
-        self._layout = Layout(compressor, window, errors, preconditioner, num_grads, scope)
-        self._precondition_gradient = precondition == "gradient"
-        self._schedules = dict(schedules or {})
+        self._layout = Layout(compressor, window, errors, preconditioner, num_grads, scope, made)
+        self._precondition = precondition
         self._skip_nonfinite = nonfinite == "skip"
         self._backend = backend
         # What decides the shapes of the state, and so can neither change nor differ in a checkpoint.
@@ -150,20 +169,30 @@ class EFCP(torch.optim.Optimizer):
             "num_grads": num_grads,
             "scope": scope,
             "error_dtype": error_dtype,
+            "metric": metric,
+            "precondition": precondition,
             **asdict(compressor),
         })
+        if made is not None:
+            self._structure |= _plain({
+                "metric_dtype": metric_dtype,
+                "metric_beta2": metric_beta2,
+                "metric_eps": metric_eps,
+                "metric_beta1": beta1,  # GGT's hyperparameter stands there as beta1
+                "momentum_dtype": momentum_dtype,
+            })
         self._tunable = tuple(asdict(preconditioner))
         defaults = {
             "lr": lr,
             "momentum": momentum,
             "weight_decay": weight_decay,
             "decoupled_weight_decay": decoupled_weight_decay,
-            "update_scale": update_scale,
-            "update_rms": update_rms,
             "preconditioned": True,
             "skipped_steps": 0,
             "efcp_format": FORMAT,
         }
+        own = self._structure.keys() - {field.name for field in fields(compressor)}
+        checks.check_names([defaults, own, (field.name for field in fields(compressor)), self._tunable])
         self._own = tuple(self.__dict__)  # what the base class does not know
         super().__init__(params, {**defaults, **self._structure, **asdict(preconditioner)})
         if memory_budget is not None:
@@ -244,8 +273,8 @@ class EFCP(torch.optim.Optimizer):
         """Bytes of the state that exists now; `hf_efcp.estimate_memory` tells them beforehand.
 
         Returns:
-            Bytes by part: `indices` and `values` of the window, `error`, `momentum` (with the moments and sums of
-            diagonal rules), `gram`, and their `total`.
+            Bytes by part: `indices` and `values` of the window, `error`, `momentum` (with first moments, and the
+            moments and sums of diagonal rules), `metric`, `gram`, and their `total`.
         """
         return count_bytes(self.state[member.param] for member in self._members() if member.param in self.state)
 
@@ -259,11 +288,11 @@ class EFCP(torch.optim.Optimizer):
         states = [self._layout.fresh(member, "meta") for member in trainable]
         for member, state in zip(trainable, states, strict=True):
             if is_sharded(member.param) and member.group["preconditioned"]:
-                own = {name: tensor[:1] for name, tensor in state.items() if name != "squares"}
+                own = {name: tensor[:1] for name, tensor in state.items() if name != "gradients"}
                 state.update(own)  # this rank's row
         units = [member for member in trainable if member.group["preconditioned"]]
         keepers = len(units) if self._structure["scope"] == "layer" else min(1, len(units))
-        return count_bytes([*states, *(self._layout.keeper(units, "meta") for _ in range(keepers))])
+        return count_bytes([*states, *(self._layout.keeper("meta") for _ in range(keepers))])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict()` returned, bit for bit.
@@ -286,11 +315,10 @@ class EFCP(torch.optim.Optimizer):
             for key, saved_group, member in zip(keys, owners, self._members(), strict=True)
             if state_dict["state"].get(key)
         ]
-        trained = [member for member, _ in loaded if member.group["preconditioned"]]
         for member, saved in loaded:
-            self._layout.check(saved, member, trained, self._name(member.param))
+            self._layout.check(saved, member, self._name(member.param))
         windows = [saved for member, saved in loaded if member.group["preconditioned"]]
-        checks.check_keepers(windows, self._layout.keeper(trained, "meta"), self._structure["scope"] == "layer")
+        checks.check_keepers(windows, self._layout.keeper("meta"), self._structure["scope"] == "layer")
         super().load_state_dict({**state_dict, "state": {}})
         for member, saved in loaded:
             self.state[member.param] = {name: layout.copied(name, value, member.param) for name, value in saved.items()}
@@ -310,24 +338,22 @@ class EFCP(torch.optim.Optimizer):
                     f"preconditioned of a group was changed after the first step, and {self._name(member.param)} has "
                     "the other kind of state: set it before the first step"
                 )
-        processes = shards.check([member.param for member in active], self._joint)
+        processes = shards.check([member.param for member in active])
         kernels = choose(self._backend, device)
         squares = _squares(active, kernels)
         if self._refuses_nonfinite(active, squares, processes, device):
             return False
-        tuned = {name: shared[name] for name in self._tunable} | self._scheduled()
-        preconditioner = replace(self._preconditioner, **tuned)
-        self._check_joint(active)
+        preconditioner = replace(self._preconditioner, **{name: shared[name] for name in self._tunable})
+        preconditioner.check(self._precondition, self._structure["metric"])
 
-        for group in self.param_groups:
-            group.update(tuned)
         self._allocate(active)
-        plans = [self._plan_unit(unit, preconditioner, kernels, processes) for unit in self._units()]
-        for planned in plans:
-            self._check_length(planned)
-        mover = Mover(self._layout, preconditioner, self._precondition_gradient, self.state, kernels, processes)
-        for planned in plans:
-            mover.move(planned, squares)
+        vectors = Vectors(self._layout.metric, self.state, kernels)
+        pushed = [self._push(unit, preconditioner, kernels, vectors) for unit in self._units()]
+        self._sum_over_processes(pushed, processes, device)
+        plans = self._plan(pushed, preconditioner)
+        for (_, sites, *_), plan in zip(pushed, plans, strict=True):
+            for site in sites:
+                self._move(site, plan, preconditioner, kernels, vectors)
         return True
 
     def _step_excluded(self) -> None:
@@ -375,11 +401,6 @@ class EFCP(torch.optim.Optimizer):
         source = self.param_groups[0] if self.param_groups else self.defaults
         return {**self._structure, **{name: source[name] for name in self._tunable}}
 
-    def _scheduled(self) -> Group:
-        """The values of the schedules for this step."""
-        keeper = self._keeper(self._members())
-        return {name: float(f(keeper["pushed"] if keeper else 0)) for name, f in self._schedules.items()}
-
     def _name(self, param: torch.Tensor) -> str:
         for number, group in enumerate(self.param_groups):
             for position, candidate in enumerate(group["params"]):
@@ -391,7 +412,6 @@ class EFCP(torch.optim.Optimizer):
 
     def _allocate(self, active: list[Member]) -> None:
         """Make the state of the parameters that have none."""
-        preconditioned = [member for member in active if member.group["preconditioned"]]
         for member in active:
             group, param, state = member.group, member.param, self.state[member.param]
             if not state:
@@ -400,38 +420,18 @@ class EFCP(torch.optim.Optimizer):
                     self._structure["scope"] == "layer" or not self._keeper(self._members())
                 ):
                     # With a parameter, since a checkpoint keeps nothing that no parameter owns.
-                    fresh |= self._layout.keeper(preconditioned, param.device)
+                    fresh |= self._layout.keeper(param.device)
                 state.update(fresh)  # all of it or, if memory runs out, nothing
-            elif group["preconditioned"]:  # what was switched on since
-                if group["momentum"] and "momentum" not in state:
-                    state.update(shards.allocate(param, layout.momentum, param.device))
-                if group["update_scale"] == "tensor" and "squares" not in state:
-                    state["squares"] = step_size.allocate(param.device)
+            elif group["preconditioned"] and group["momentum"] and "momentum" not in state:  # switched on since
+                state.update(shards.allocate(param, layout.momentum, param.device))
 
     def _keeper(self, members: Iterable[Member]) -> dict[str, Any]:
         """The state that holds what a unit has in common; empty before the first step."""
         return next((self.state[m.param] for m in members if "pushed" in self.state.get(m.param, ())), {})
 
-    @property
-    def _joint(self) -> bool:
-        return self._layout.compressor.joint
-
-    def _check_joint(self, active: list[Member]) -> None:
-        """One long vector cannot grow."""
-        if self._joint and self._keeper(self._members()):
-            new = [m.param for m in active if m.group["preconditioned"] and not self.state.get(m.param)]
-            if new:
-                raise ValueError(
-                    f"{self._name(new[0])} was added or unfrozen after the first step, but global Top-k selects from "
-                    'one vector of all parameters, which cannot grow: use selection="block", or build the optimizer '
-                    "when all parameters are there"
-                )
-
     def _sites(self, unit: list[Member]) -> list[Site]:
-        if self._joint:
-            return [Site(self._keeper(unit), joint_shape(unit), unit)]
         views = ((m, shards.view(self.state[m.param], m.param, self._layout.maker(m))) for m in unit)
-        return [Site(state, local(m.param).shape, [m]) for m, state in views]
+        return [Site(state, local(m.param).shape, m) for m, state in views]
 
     def _refuses_nonfinite(
         self,
@@ -454,86 +454,95 @@ class EFCP(torch.optim.Optimizer):
                 group["skipped_steps"] += 1
         return count > 0.0
 
-    def _plan_unit(
-        self,
-        unit: list[Member],
-        preconditioner: Preconditioner,
-        kernels: Kernels,
-        processes: torch.distributed.ProcessGroup | None,
-    ) -> Planned:
-        """Push a row, and plan the update of what has a gradient."""
-        keeper, capacity, device = self._keeper(unit), self._structure["num_grads"], unit[0].param.device
+    def _push(self, unit: list[Member], preconditioner: Preconditioner, kernels: Kernels, vectors: Vectors) -> Pushed:
+        """Push a row, of zeros where there is no gradient, and take the products that the matrix needs."""
+        keeper, capacity, window = self._keeper(unit), self._structure["num_grads"], self._layout.window
         steps = keeper["pushed"] + 1
         moment = Moment((steps - 1) % capacity, min(steps, capacity), capacity, steps)
-        pushed = self._push_unit(unit, moment, preconditioner, kernels)
-        gram = None
-        if preconditioner.uses_gram:
-            _put_column(keeper["gram"], shards.all_reduce(pushed.column, processes, device), moment.newest)
-            gram = keeper["gram"][: moment.rows, : moment.rows]
-        keeper["pushed"] = steps
-        outside: dict[int, torch.Tensor] = {}
-        products = torch.zeros(moment.rows + 1, dtype=torch.float64, device="cpu")
-        if self._precondition_gradient and gram is not None:
-            outside = {site.members[0].position: self._products(site, moment, kernels) for site in pushed.sites}
-            products = shards.all_reduce(sum(outside.values(), products), processes, device)
-            plan = preconditioner.plan_outside(gram, products[:-1], moment)
-        else:
-            plan = preconditioner.plan(gram, moment)
-        length = 0.0 if gram is None else plan.length(gram, products)
-        updates: dict[int, float] = {}
-        for site in [] if self._joint or processes is not None else pushed.sites:
-            position = site.members[0].position
-            own = site.state.get("gram_part" if self._structure["scope"] == "model" else "gram")
-            scaled = site.members[0].group["update_scale"] == "tensor"
-            if own is not None and scaled and step_size.knows_length(site.shape):
-                known = preconditioner.square(plan, own[: moment.rows, : moment.rows], outside.get(position))
-                if known is not None:
-                    updates[position] = known
-        return Planned(pushed.sites, moment, plan, length, pushed.rows, updates)
-
-    def _push_unit(
-        self, unit: list[Member], moment: Moment, preconditioner: Preconditioner, kernels: Kernels
-    ) -> Pushed:
-        """Push a row: of each parameter its part, of zeros where there is no gradient."""
-        window = self._layout.window
-        present, column, rows = [], torch.zeros(moment.rows, dtype=torch.float64, device="cpu"), {}
-        for site in self._sites(unit):
-            if any(member.param.grad is not None for member in site.members):
-                present.append(site)
-                continue
-            window.clear(site.state, site.shape, moment.newest)
-            if "gram_part" in site.state:
-                _put_column(site.state["gram_part"], column, moment.newest)
-        push(present, moment, self._layout, kernels)
+        sites = self._sites(unit)
+        present = [site for site in sites if site.member.param.grad is not None]
+        for site in sites:
+            if site.member.param.grad is None:
+                window.clear(site.state, site.shape, moment.newest)
+        for site in present:
+            vectors.observe(site)
+        push(present, moment, self._layout, kernels, vectors)
         for site in present:
             preconditioner.observe(moment, window, site.state, site.shape, kernels)
+        keeper["pushed"] = steps
+        column = torch.zeros(moment.rows, dtype=torch.float64, device="cpu")
+        products = torch.zeros(moment.rows + 1, dtype=torch.float64, device="cpu")
         if preconditioner.uses_gram:
-            held = [(site.state, site.shape) for site in present]
-            parts = window.dots(held, moment.newest, moment.rows, kernels)
-            column = parts.sum(dim=0)
-            for site, part in zip(present, parts, strict=True):
-                rows[site.members[0].position] = float(part[moment.newest])
-                if "gram_part" in site.state:
-                    _put_column(site.state["gram_part"], part, moment.newest)
-        return Pushed(present, column, rows)
+            column += window.dots([(s.state, s.shape) for s in present], moment.newest, moment.rows, kernels).sum(dim=0)
+        for site in present if self._precondition != "row" else []:
+            x = vectors.preconditioned(site)
+            products[:-1] += window.project(site.state, site.shape, x, moment.rows, kernels)
+            if self._layout.metric is None:  # else no length is needed
+                products[-1] += float(torch.linalg.vector_norm(x, dtype=widest(x.device))) ** 2
+        return Pushed(keeper, present, moment, column, products)
 
-    def _products(self, site: Site, moment: Moment, kernels: Kernels) -> torch.Tensor:
-        """`G x` for the gradient, and behind it `|x|^2`: `(rows + 1,)`."""
-        x = gradient_of(site)
-        square = torch.linalg.vector_norm(x, dtype=widest(x.device)).to("cpu", torch.float64).square()
-        return torch.cat([self._layout.window.project(site.state, site.shape, x, moment.rows, kernels), square[None]])
+    def _sum_over_processes(
+        self, pushed: list[Pushed], processes: torch.distributed.ProcessGroup | None, device: torch.device
+    ) -> None:
+        """Sum columns and products over the processes, in one message; the columns go into the Gram matrices."""
+        if processes is not None and pushed:
+            own = [tensor for unit in pushed for tensor in (unit.column, unit.products)]
+            summed, start = shards.all_reduce(torch.cat(own), processes, device), 0
+            for tensor in own:
+                tensor.copy_(summed[start : start + len(tensor)])
+                start += len(tensor)
+        for keeper, _, moment, column, _ in pushed:
+            if "gram" in keeper:
+                keeper["gram"][moment.newest, : moment.rows] = column
+                keeper["gram"][: moment.rows, moment.newest] = column
 
-    def _check_length(self, planned: Planned) -> None:
+    def _plan(self, pushed: list[Pushed], preconditioner: Preconditioner) -> list[Any]:
+        """The update of each unit, from its Gram matrix and products alone."""
+        if self._layout.metric is not None:
+            return self._shorten(pushed, preconditioner)
+        plans = []
+        for keeper, sites, moment, _, products in pushed:
+            if not preconditioner.uses_gram:
+                plans.append(preconditioner.plan(None, moment))
+                continue
+            gram = keeper["gram"][: moment.rows, : moment.rows]
+            if self._precondition == "row":
+                plan = preconditioner.plan(gram, moment)
+            else:
+                plan = preconditioner.plan_outside(gram, products[:-1], moment)
+            self._check_length(sites, plan.length(gram, products))
+            plans.append(plan)
+        return plans
+
+    def _shorten(self, pushed: list[Pushed], preconditioner: Preconditioner) -> list[Combination]:
+        """The same in the metric; units whose windows stand at the same place are solved as one batch."""
+        row = self._precondition == "row"
+        found: dict[int, torch.Tensor] = {}
+        for moment in dict.fromkeys(unit.moment for unit in pushed):
+            places = [place for place, unit in enumerate(pushed) if unit.moment == moment]
+            grams = torch.stack([pushed[place].keeper["gram"][: moment.rows, : moment.rows] for place in places])
+            products = [grams[:, :, moment.newest]] if row else [pushed[place].products[None, :-1] for place in places]
+            c = preconditioner.shorten(grams, torch.cat(products), moment)
+            if row:
+                c[:, moment.newest] += 1.0
+            found.update(zip(places, c, strict=True))
+        return [Combination(found[place], 0.0 if row else 1.0) for place in range(len(pushed))]
+
+    def _move(self, site: Site, plan: Any, preconditioner: Preconditioner, kernels: Kernels, vectors: Vectors) -> None:
+        """Make the update of a parameter slab by slab, and apply it."""
+        window, state, shape = self._layout.window, site.state, site.shape
+        base = None if self._precondition == "row" else vectors.preconditioned(site)
+        updates = preconditioner.updates(plan, window, state, shape, kernels, base)
+        move(site, vectors.out_of_metric(site, updates), kernels)
+
+    def _check_length(self, sites: list[Site], length: float) -> None:
         """Refuse an update that may not fit the parameters: without dampening it is as long as a row is short."""
-        for group, param in ((member.group, member.param) for site in planned.sites for member in site.members):
-            own = planned.length
-            if group["update_scale"] == "tensor" and math.isfinite(own):
-                own = group["update_rms"] * math.sqrt(param.numel()) * step_size.LONGEST
-            velocity = own / (1.0 - group["momentum"])
+        for group, param in ((site.member.group, site.member.param) for site in sites):
+            velocity = length / (1.0 - group["momentum"])
             largest = torch.finfo(param.dtype).max
             if not (velocity <= _FLOAT32_MAX and float(group["lr"]) * velocity <= largest):
                 raise ValueError(
-                    f"the update has length {own:.3g}, which with lr {float(group['lr']):g} may be beyond "
+                    f"the update has length {length:.3g}, which with lr {float(group['lr']):g} may be beyond "
                     f"{param.dtype} ({largest:.3g}) in {self._name(param)}; no parameter was moved, and the gradient "
                     "is in the window. Use a lower learning rate or momentum, or a larger damp or eps"
                 )
@@ -551,12 +560,6 @@ def _squares(active: list[Member], kernels: Kernels) -> dict[int, float]:
             found |= zip(some, kernels.squares(list(some.values())), strict=True)
             some, entries = {}, 0
     return found | dict(zip(some, kernels.squares(list(some.values())), strict=True))
-
-
-def _put_column(gram: torch.Tensor, column: torch.Tensor, newest: int) -> None:
-    """Write the products of the newest row into a Gram matrix."""
-    gram[newest, : len(column)] = column
-    gram[: len(column), newest] = column
 
 
 def _plain(settings: Mapping[str, Any]) -> Group:

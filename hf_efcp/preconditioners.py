@@ -20,8 +20,6 @@ from .windows import Slab, State, Window
 
 # Eigenvalues below this fraction of the largest are rounding of zero: the combination of a null vector is zero.
 _NULL = 1e-12
-# A square below this fraction of what it would be without cancellation may be off by a millionth.
-_CANCELLED = 1e-8
 
 
 @dataclass(frozen=True)
@@ -57,10 +55,6 @@ class Combination:
     coefficients: torch.Tensor
     scale: float = 0.0
 
-    def times(self, factor: float) -> Combination:
-        """The update, multiplied."""
-        return Combination(factor * self.coefficients, factor * self.scale)
-
     def length(self, gram: torch.Tensor, outside: torch.Tensor) -> float:
         """`|u|`, from `|u|^2 = c^T K c + 2 scale c^T G x + scale^2 |x|^2`.
 
@@ -71,28 +65,11 @@ class Combination:
         Returns:
             The length; infinite where it is beyond float64.
         """
-        length = math.sqrt(max(self._square(gram, outside), 0.0))
-        return length if math.isfinite(length) else math.inf
-
-    def square(self, gram: torch.Tensor, outside: torch.Tensor | None = None) -> float | None:
-        """`|u|^2`, or None where the rows cancel and rounding may be more than a millionth of it.
-
-        Args:
-            gram: As in `length`.
-            outside: As in `length`, or None where there is no `x`.
-
-        Returns:
-            The square.
-        """
-        products = torch.zeros(len(gram) + 1, dtype=torch.float64, device="cpu") if outside is None else outside
-        exact = self._square(gram, products)
-        lengths = float(self.coefficients.abs() @ gram.diagonal().sqrt() + abs(self.scale) * products[-1].sqrt())
-        return exact if math.isfinite(exact) and exact >= _CANCELLED * lengths * lengths else None
-
-    def _square(self, gram: torch.Tensor, outside: torch.Tensor) -> float:
         with one_thread():
-            inner = float(self.coefficients @ (gram @ self.coefficients + 2.0 * self.scale * outside[:-1]))
-        return inner + self.scale * self.scale * float(outside[-1])
+            square = float(self.coefficients @ (gram @ self.coefficients + 2.0 * self.scale * outside[:-1]))
+        square += self.scale * self.scale * float(outside[-1])
+        length = math.sqrt(max(square, 0.0))
+        return length if math.isfinite(length) else math.inf
 
 
 class Preconditioner(Protocol):
@@ -107,14 +84,14 @@ class Preconditioner(Protocol):
     __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
     uses_gram: ClassVar[bool]
 
+    def check(self, precondition: str, metric: str) -> None:
+        """Refuse what it cannot be applied to, or in which metric, with its hyperparameters as they are."""
+
     def allocate(self, shape: torch.Size, device: torch.device | str) -> State:
         """Tensors of its own that it keeps for a parameter, by their names in the state."""
 
     def observe(self, moment: Moment, window: Window, state: State, shape: torch.Size, kernels: Kernels) -> None:
         """Update what it keeps for a parameter, once the newest row is in the window."""
-
-    def momentum(self, moment: Moment) -> torch.Tensor | None:
-        """Weights of the rows in the vector that is preconditioned, `(rows,)`, float64; None for the newest row."""
 
     def plan(self, gram: torch.Tensor | None, moment: Moment) -> Any:
         """What is common to all parameters, from the Gram matrix (None unless `uses_gram`)."""
@@ -122,14 +99,8 @@ class Preconditioner(Protocol):
     def plan_outside(self, gram: torch.Tensor, products: torch.Tensor, moment: Moment) -> Any:
         """The same for a dense vector `x`, from the products `G x`."""
 
-    def combination(self, plan: Any) -> Combination | None:
-        """The plan, where the update of every parameter is this combination; None where it is something else."""
-
-    def square(self, plan: Any, gram: torch.Tensor, outside: torch.Tensor | None) -> float | None:
-        """`|u|^2` of a parameter, from its part of the Gram matrix; None where that does not tell it.
-
-        `outside` is the parameter's part of `G x`, and behind it `|x|^2`. Asked of large parameters, if `uses_gram`.
-        """
+    def shorten(self, grams: torch.Tensor, products: torch.Tensor, moment: Moment) -> torch.Tensor:
+        """`c` such that `f(G^T G) x = x + G^T c`, `f(0) = 1`, for many Gram matrices at once."""
 
     def updates(
         self,
@@ -139,12 +110,8 @@ class Preconditioner(Protocol):
         shape: torch.Size,
         kernels: Kernels,
         base: torch.Tensor | None,
-        start: int = 0,
     ) -> Iterator[Slab]:
-        """The update of a parameter, slab by slab from `start`, where an earlier slab ended; `base` is `x`.
-
-        May be asked for twice in a step: it changes nothing.
-        """
+        """The update of a parameter, slab by slab; `base` is `x`."""
 
 
 class GramPreconditioner:
@@ -183,16 +150,33 @@ class GramPreconditioner:
         """
         raise TypeError(f'{type(self).__name__} cannot precondition the dense gradient: use precondition="row"')
 
+    def shorten(self, grams: torch.Tensor, products: torch.Tensor, moment: Moment) -> torch.Tensor:
+        """`c` such that `f(G^T G) x = x + G^T c`, for the `f` of the preconditioner with `f(0) = 1`.
+
+        `c = h(K) G x`, `h(mu) = (f(mu) - 1) / mu`: what the window has not seen stays as it is, and nothing grows.
+
+        Args:
+            grams: `K` of each unit, `(units, rows, rows)`, float64, CPU.
+            products: `G x` of each unit, `(units, rows)`, float64.
+            moment: Where the window stands.
+
+        Returns:
+            `(units, rows)`, float64.
+
+        Raises:
+            TypeError: The preconditioner cannot do it.
+        """
+        raise TypeError(f'{type(self).__name__} has no form in AdamW\'s metric: use metric="none"')
+
+    def check(self, precondition: str, metric: str) -> None:
+        """Nothing is refused."""
+
     def allocate(self, shape: torch.Size, device: torch.device | str) -> State:
         """Nothing: all it needs is the Gram matrix."""
         return {}
 
     def observe(self, moment: Moment, window: Window, state: State, shape: torch.Size, kernels: Kernels) -> None:
         """Nothing: it keeps nothing."""
-
-    def momentum(self, moment: Moment) -> torch.Tensor | None:
-        """None: the newest row is preconditioned."""
-        return None
 
     def plan(self, gram: torch.Tensor | None, moment: Moment) -> Combination:
         """The coefficients for the newest row."""
@@ -205,14 +189,6 @@ class GramPreconditioner:
         with one_thread():
             return self.outside(gram, products, moment)
 
-    def combination(self, plan: Combination) -> Combination | None:
-        """The plan, unless a subclass makes something else of it."""
-        return plan if type(self).updates is GramPreconditioner.updates else None
-
-    def square(self, plan: Combination, gram: torch.Tensor, outside: torch.Tensor | None) -> float | None:
-        """That of the combination."""
-        return None if self.combination(plan) is None else plan.square(gram, outside)
-
     def updates(
         self,
         plan: Combination,
@@ -221,10 +197,9 @@ class GramPreconditioner:
         shape: torch.Size,
         kernels: Kernels,
         base: torch.Tensor | None,
-        start: int = 0,
     ) -> Iterator[Slab]:
         """`scale x + G^T c`."""
-        return window.combine(state, shape, plan.coefficients, kernels, base=base, scale=plan.scale, start=start)
+        return window.combine(state, shape, plan.coefficients, kernels, base=base, scale=plan.scale)
 
 
 @dataclass(frozen=True)
@@ -240,43 +215,60 @@ class MFAC(GramPreconditioner):
             relative_damp mean(diag K) / n`. With `damp` 0, the update of gradients that are all scaled by s is scaled
             by 1 / s and does not turn. Where `n lambda` is lost in the rounding of `K` (0, for one), directions in
             which the window has no curvature are left out, as in a pseudo-inverse.
-        divide_by: "capacity" for `n = m`, or "rows" for the number of rows present while the window fills.
 
     Raises:
-        ValueError: A dampening is negative or not finite, or `divide_by` is neither.
+        ValueError: A dampening is negative or not finite.
     """
 
     damp: float = 1e-5
     relative_damp: float = 0.0
-    divide_by: str = "capacity"
 
     def __post_init__(self) -> None:
         _check_at_least_zero("damp", self.damp)
         _check_at_least_zero("relative_damp", self.relative_damp)
-        if self.divide_by not in ("capacity", "rows"):
-            raise ValueError(f'divide_by must be "capacity" or "rows", got {self.divide_by!r}')
+
+    def check(self, precondition: str, metric: str) -> None:
+        """Refuse no dampening at all for a dense vector: what the window has not seen would be divided by it.
+
+        Args:
+            precondition: What is preconditioned.
+            metric: Not used.
+
+        Raises:
+            ValueError: `damp` and `relative_damp` are 0, and the vector is dense.
+        """
+        if precondition != "row" and self.damp == self.relative_damp == 0.0:
+            raise ValueError(
+                f'precondition="{precondition}" needs dampening, but damp and relative_damp are 0: use '
+                "relative_damp=1.0, or another positive number"
+            )
 
     def coefficients(self, gram: torch.Tensor, moment: Moment) -> torch.Tensor:
         """`c = n (n lambda I + K)^-1 e_j`; see the base class."""
         target = torch.zeros(moment.rows, dtype=torch.float64, device="cpu")
-        target[moment.newest] = float(self._divisor(moment))
+        target[moment.newest] = float(moment.capacity)
         return self._solve(gram, target, moment)
 
     def outside(self, gram: torch.Tensor, products: torch.Tensor, moment: Moment) -> Combination:
         """`u = (x - G^T (n lambda I + K)^-1 G x) / lambda`; see the base class."""
-        damp = self._shift(gram, moment) / self._divisor(moment)
-        if self.damp == self.relative_damp == 0.0:
-            raise ValueError('precondition="gradient" divides by damp, which is 0: use a positive number')
+        damp = self._shift(gram, moment) / moment.capacity
         if damp == 0.0:  # relative to rows that are all zero
             return Combination(torch.zeros_like(products))
         return Combination(-self._solve(gram, products, moment) / damp, 1.0 / damp)
 
-    def _divisor(self, moment: Moment) -> int:
-        return moment.capacity if self.divide_by == "capacity" else moment.rows
+    def shorten(self, grams: torch.Tensor, products: torch.Tensor, moment: Moment) -> torch.Tensor:
+        """`f(mu) = 1 / (1 + mu / (n lambda))`: `c = -(n lambda I + K)^-1 G x`; see the base class."""
+        diagonals = grams.diagonal(dim1=-2, dim2=-1)
+        shifts = moment.capacity * self.damp + self.relative_damp * diagonals.mean(dim=-1)
+        factors, failed = torch.linalg.cholesky_ex(grams + torch.diag_embed(shifts[:, None].expand_as(products)))
+        solved: torch.Tensor = -torch.cholesky_solve(products[:, :, None], factors).squeeze(-1)
+        for unit in torch.nonzero(failed.bool() | (shifts <= _NULL * diagonals.sum(dim=-1))).flatten().tolist():
+            solved[unit] = -self._solve(grams[unit], products[unit], moment)
+        return solved
 
     def _shift(self, gram: torch.Tensor, moment: Moment) -> float:
         """`n lambda`."""
-        return self._divisor(moment) * self.damp + self.relative_damp * float(gram.diagonal().mean())
+        return moment.capacity * self.damp + self.relative_damp * float(gram.diagonal().mean())
 
     def _solve(self, gram: torch.Tensor, target: torch.Tensor, moment: Moment) -> torch.Tensor:
         """`(n lambda I + K)^-1 target`, by Cholesky, or by `eigh` where the matrix is singular in float64."""
@@ -331,9 +323,21 @@ class GGT(GramPreconditioner):
         if not max(self.beta1, 0.0) <= self.beta2 <= 1.0 or self.beta2 == 0.0:
             raise ValueError(f"beta2 must be in (0, 1] and at least beta1 ({self.beta1}), got {self.beta2}")
 
-    def momentum(self, moment: Moment) -> torch.Tensor | None:
-        """`(1 - beta1) beta1^age`; see the base class."""
-        return (1.0 - self.beta1) * self.beta1 ** moment.ages() if self.beta1 else None
+    def check(self, precondition: str, metric: str) -> None:
+        """Refuse momentum over the window's rows where rows are not what is preconditioned.
+
+        Args:
+            precondition: What is preconditioned.
+            metric: The metric.
+
+        Raises:
+            ValueError: There is such a momentum.
+        """
+        if self.beta1 and (precondition != "row" or metric != "none"):
+            raise ValueError(
+                f"beta1={self.beta1} of GGT is momentum over the window's rows, but precondition={precondition!r} and "
+                f"metric={metric!r} do not precondition it: use beta1=0"
+            )
 
     def coefficients(self, gram: torch.Tensor, moment: Moment) -> torch.Tensor:
         """`c = W f(K_w) W^-1 a`; see the base class."""
@@ -347,8 +351,6 @@ class GGT(GramPreconditioner):
 
     def outside(self, gram: torch.Tensor, products: torch.Tensor, moment: Moment) -> Combination:
         """`u = (x - A^T V diag(1 / (s (s + eps))) V^T A x) / eps`, `A = W G`, `A A^T = V diag(s^2) V^T`."""
-        if self.beta1:
-            raise ValueError('beta1 is momentum over the window\'s rows: with precondition="gradient" it must be 0')
         weights, spectrum, vectors = self._decompose(gram, moment.ages())
         roots = spectrum.clamp(min=0.0).sqrt()
         eps = self._eps(gram)
@@ -357,6 +359,21 @@ class GGT(GramPreconditioner):
         inverse = torch.where(_present(spectrum), 1.0 / (roots * (roots + eps)), 0.0)
         coefficients = weights * (vectors @ (inverse * (vectors.T @ (weights * products))))
         return Combination(-coefficients / eps, 1.0 / eps)
+
+    def shorten(self, grams: torch.Tensor, products: torch.Tensor, moment: Moment) -> torch.Tensor:
+        """`f(mu) = (1 + mu / eps^2)^(-1/2)`: `c = W h(K_w) W G x`; see the base class."""
+        weights = self.beta2 ** moment.ages()
+        spectra, vectors = torch.linalg.eigh(weights[:, None] * grams * weights)
+        squares = (self.eps + self.relative_eps * grams.diagonal(dim1=-2, dim2=-1).mean(dim=-1).sqrt()).square()[
+            :, None
+        ]
+        squares = torch.where(squares > 0.0, squares, 1.0)  # relative to rows that are all zero, as is the spectrum
+        roots = (1.0 + spectra.clamp(min=0.0) / squares).sqrt()
+        slopes = -1.0 / (squares * roots * (1.0 + roots))  # (f - 1) / mu, where nothing cancels
+        slopes = torch.where(spectra > _NULL * spectra[:, -1:].clamp(min=0.0), slopes, 0.0)
+        turned = vectors @ (slopes[:, :, None] * (vectors.mT @ (weights * products)[:, :, None]))
+        c: torch.Tensor = weights * turned.squeeze(-1)
+        return c
 
     def _eps(self, gram: torch.Tensor) -> float:
         return self.eps + self.relative_eps * math.sqrt(float(gram.diagonal().mean()))

@@ -5,58 +5,53 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-import torch
-
 from .compressors import Job
 from .kernels import Kernels
 from .layout import Layout
 from .preconditioners import Moment
 from .shards import local
-from .sites import Site, gradient_of, spans
+from .sites import Site
+from .vectors import Vectors
 
 _MADE = 1 << 20  # entries that wait in errors and gradients made for it; a made gradient is whole, however large
 
 
 class _Slab(NamedTuple):
-    """A slab that waits to be compressed: whose, where in it, and the errors that are to stay as they are."""
+    """A slab that waits to be compressed: whose, and where in it."""
 
     site: Site
     place: slice
     job: Job
-    withheld: list[tuple[slice, torch.Tensor]]
 
 
-def push(sites: Iterable[Site], moment: Moment, layout: Layout, kernels: Kernels) -> None:
+def push(sites: Iterable[Site], moment: Moment, layout: Layout, kernels: Kernels, vectors: Vectors) -> None:
     """Compress gradients into the newest row, many at once.
 
     Args:
-        sites: What has a gradient.
+        sites: Parameters that have a gradient.
         moment: Where the window stands.
         layout: What their state is made of.
         kernels: The backend.
+        vectors: What of their gradients enters the window.
     """
     waiting: list[_Slab] = []
     made = 0
     for site in sites:
-        gradient, row = gradient_of(site), layout.window.row(site.state, site.shape, moment.newest)
+        gradient, row = vectors.row(site), layout.window.row(site.state, site.shape, moment.newest)
         if layout.compressor.lossless:
             layout.compressor.compress([Job(gradient, None, row, site.state)], kernels)
             continue
-        is_made = _is_made(gradient, site)
+        own = site.member.param.grad
+        is_made = own is None or local(own).data_ptr() != gradient.data_ptr()
         for place, part in layout.window.slabs(row, site.shape):
             new = (place.stop - place.start) * (is_made + (not layout.errors.in_place))
             if waiting and made + new > _MADE:
                 _compress(waiting, moment, layout, kernels)
                 waiting, made = [], 0
             error = layout.errors.load(site.state, place, kernels)
-            # In a joint vector, which is one slab, parameters without a gradient keep their error and push nothing.
-            absent = [span for member, span in spans(site) if member.param.grad is None]
-            withheld = [(span, error[span].clone()) for span in absent]
-            for span in absent:
-                error[span] = 0.0
             size = site.shape if error.numel() == site.shape.numel() else error.shape
             job = Job(gradient.view(-1)[place].view(size), error.view(size), part, site.state)
-            waiting.append(_Slab(site, place, job, withheld))
+            waiting.append(_Slab(site, place, job))
             made += new
             del error, job
         if waiting and is_made and site.shape.numel() > _MADE:
@@ -69,15 +64,6 @@ def push(sites: Iterable[Site], moment: Moment, layout: Layout, kernels: Kernels
 
 def _compress(waiting: list[_Slab], moment: Moment, layout: Layout, kernels: Kernels) -> None:
     layout.compressor.compress([slab.job for slab in waiting], kernels)
-    for site, place, job, withheld in waiting:
+    for site, place, job in waiting:
         assert job.error is not None  # what is lossless does not wait
-        error = job.error.view(-1)
-        for span, kept in withheld:
-            error[span] = kept
-        layout.errors.save(site.state, error, place, moment.steps, site.members[0].position, kernels)
-
-
-def _is_made(gradient: torch.Tensor, site: Site) -> bool:
-    """Whether it is not the parameter's own."""
-    own = site.members[0].param.grad
-    return len(site.members) > 1 or own is None or local(own).data_ptr() != gradient.data_ptr()
+        layout.errors.save(site.state, job.error.view(-1), place, moment.steps, site.member.position, kernels)

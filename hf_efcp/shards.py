@@ -33,19 +33,17 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return part
 
 
-def check(params: Iterable[torch.Tensor], joint: bool) -> torch.distributed.ProcessGroup | None:
+def check(params: Iterable[torch.Tensor]) -> torch.distributed.ProcessGroup | None:
     """Refuse ways of splitting that the optimizer does not understand.
 
     Args:
         params: All parameters that are stepped together.
-        joint: The compressor needs all parameters as one vector.
 
     Returns:
         The processes over which the parameters are split; None if they are not.
 
     Raises:
-        ValueError: Some are split and others are not, or not by rows over one row of processes, or the compressor
-            cannot work on shards.
+        ValueError: Some are split and others are not, or not by rows over one row of processes.
     """
     if any(getattr(param, "_fsdp_flattened", False) or getattr(param, "_is_flat_param", False) for param in params):
         raise ValueError(
@@ -55,8 +53,6 @@ def check(params: Iterable[torch.Tensor], joint: bool) -> torch.distributed.Proc
     split = {is_sharded(param): param for param in params}
     if True not in split:
         return None
-    if joint:
-        raise ValueError('global Top-k needs whole parameters, but they are sharded: use selection="block"')
     if False in split:
         raise ValueError(
             "some parameters are sharded and others are not, so that the others would count once for every rank: wrap "

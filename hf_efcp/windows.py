@@ -48,9 +48,6 @@ class Window(Protocol):
     def check(self, state: State, shape: torch.Size, name: str) -> None:
         """Refuse loaded tensors, of the right shapes, whose content cannot be a window."""
 
-    def parts(self, state: State, shape: torch.Size) -> Row | None:
-        """What `kernels.move` takes; None where the window is none of its kind."""
-
     def dots(self, held: Sequence[Held], newest: int, rows: int, kernels: Kernels) -> torch.Tensor:
         """Inner products of row `newest` with the first `rows` rows: each parameter's part of a Gram column."""
 
@@ -69,12 +66,8 @@ class Window(Protocol):
         base: torch.Tensor | None = None,
         scale: float = 0.0,
         squared: bool = False,
-        start: int = 0,
     ) -> Iterator[Slab]:
-        """`scale x + G^T c`, slab by slab: where it goes in the flattened parameter, and its entries in float32.
-
-        With `start`, where an earlier slab ended, only the slabs behind it.
-        """
+        """`scale x + G^T c`, slab by slab: where it goes in the flattened parameter, and its entries in float32."""
 
 
 @dataclass(frozen=True)
@@ -283,7 +276,6 @@ class SparseWindow:
         base: torch.Tensor | None = None,
         scale: float = 0.0,
         squared: bool = False,
-        start: int = 0,
     ) -> Iterator[Slab]:
         """`scale x + G^T c`, slab by slab, so that no temporary of the parameter's size exists.
 
@@ -295,7 +287,6 @@ class SparseWindow:
             base: `x`, in the parameter's shape, float32, contiguous; zero without it.
             scale: Factor of `base`.
             squared: Take the squares of the rows' entries.
-            start: Where an earlier slab ended: leave out everything before.
 
         Yields:
             Where the slab goes in the flattened parameter, and its entries in float32.
@@ -307,8 +298,6 @@ class SparseWindow:
             for begin in range(0, piece.blocks, step):
                 end = min(begin + step, piece.blocks)
                 first = piece.start + begin * piece.length
-                if first < start:
-                    continue
                 _, indices, values, scales = part.blocks(begin, end)
                 out = torch.empty(end - begin, piece.length, dtype=torch.float32, device=values.device)
                 kernels.combine(
@@ -394,9 +383,6 @@ class DenseWindow:
             name: What to call the parameter.
         """
 
-    def parts(self, state: State, shape: torch.Size) -> None:
-        """None: rows are whole."""
-
     def dots(self, held: Sequence[Held], newest: int, rows: int, kernels: Kernels) -> torch.Tensor:
         """Each parameter's part of the new Gram column, as in `SparseWindow.dots`.
 
@@ -446,7 +432,6 @@ class DenseWindow:
         base: torch.Tensor | None = None,
         scale: float = 0.0,
         squared: bool = False,
-        start: int = 0,
     ) -> Iterator[Slab]:
         """`scale x + G^T c`, slab by slab, as in `SparseWindow.combine`.
 
@@ -458,7 +443,6 @@ class DenseWindow:
             base: `x`, in the parameter's shape, float32, contiguous; zero without it.
             scale: Factor of `base`.
             squared: Take the squares of the rows' entries.
-            start: Where an earlier slab ended: leave out everything before.
 
         Yields:
             Where the slab goes in the flattened parameter, and its entries in float32.
@@ -467,7 +451,7 @@ class DenseWindow:
         wide, step = widest(values.device), max(1, _TILE // coefficients.shape[0])
         c = coefficients.to(values.device, wide)
         x = None if base is None else base.view(-1)
-        for first in range(start, shape.numel(), _SLAB):
+        for first in range(0, shape.numel(), _SLAB):
             span = slice(first, min(first + _SLAB, shape.numel()))
             out = torch.empty(span.stop - span.start, dtype=torch.float32, device=values.device)
 

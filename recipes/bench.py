@@ -6,18 +6,19 @@ import copy
 import dataclasses
 import gc
 import hashlib
-import inspect
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from data import load_splits
 from plan import ComparisonArguments, Contender, Plan
 from training import build_trainer, load_model, tokenize, train
 from transformers import PrinterCallback, set_seed
 
-from hf_efcp import OPTIMIZERS, EFCPTrainingArguments
+from hf_efcp import EFCP, OPTIMIZERS, EFCPTrainingArguments
 from hf_efcp.factory import efcp_name, parse_optim_args
 from hf_efcp.glue import GlueTask
 
@@ -29,6 +30,8 @@ NOT_IN_KEY = {
     *("save_strategy", "save_total_limit", "per_device_eval_batch_size"),
     *("dataloader_num_workers", "dataloader_pin_memory"),
 }
+# What parameter groups hold beside an optimizer's own settings.
+_OF_GROUPS = {"params", "lr", "weight_decay", "preconditioned", "skipped_steps", "efcp_format"}
 
 
 class Bench:
@@ -135,11 +138,16 @@ def _optimizer_settings(args: EFCPTrainingArguments) -> dict[str, Any]:
     if name is None:
         options = dict(option.strip().split("=") for option in (args.optim_args or "").split(",") if option.strip())
         return {"optimizer": args.optim, "options": options}
-    # With the defaults, that may be others in another version; the backend changes no more than the time.
-    signature = inspect.signature(OPTIMIZERS[name]).parameters.values()
-    left_out = ("params", "lr", "weight_decay", "backend", "memory_budget")
-    options = {p.name: p.default for p in signature if p.name not in left_out}
-    options |= {key: value for key, value in parse_optim_args(name, args.optim_args).items() if key != "backend"}
+    options = parse_optim_args(name, args.optim_args)
+    options.pop("backend", None)  # changes no more than the time
+    # As an optimizer spells them out, with defaults that hang on other options and may be others in another version.
+    make: Callable[..., EFCP] = OPTIMIZERS[name]
+    of_the_model = ("exclude", "exclude_lr", "memory_budget")
+    own = {key: value for key, value in options.items() if key not in of_the_model}
+    (group,) = make([torch.nn.Parameter(torch.zeros(1))], **own).param_groups
+    options |= {key: value for key, value in group.items() if key not in _OF_GROUPS}
+    if "memory_budget" in options:  # which chooses the window
+        del options["num_grads"]
     return {"optimizer": name, "options": options}
 
 

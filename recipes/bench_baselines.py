@@ -154,7 +154,7 @@ class AsPublished(torch.optim.Optimizer):
     def memory(self) -> dict[str, int]:
         """Bytes of the state, by the parts of `EFCP.memory`."""
         parts = {name: getattr(self, name).nbytes for name in ("indices", "values", "error", "gram")}
-        return {**parts, "momentum": 0, "total": sum(parts.values())}
+        return {**parts, "momentum": 0, "metric": 0, "total": sum(parts.values())}
 
     def _params(self) -> list[torch.Tensor]:
         return [param for group in self.param_groups for param in group["params"]]

@@ -42,23 +42,28 @@ PUBLISHED = "as published, m = 1024"
 SPARSE_256 = "sparse M-FAC, m = 256"
 SPARSE_1024 = "sparse M-FAC, m = 1024"
 SMALLEST = "sparse M-FAC, m = 256, 8 bits"
+LOW_RANK = "low-rank M-FAC"
+LEAN = "low-rank M-FAC, factored, gradient"
+# Ours in AdamW's metric with momentum, which is the default, and lean; then the papers' rules, which have no metric.
 DEFAULTS = tuple(
     Contender(label, optimizer, options, optional=True)
     for label, optimizer, options in (
         (ADAMW, "adamw", ""),
         ("SGD, momentum (fused)", "sgd", ""),
         ("GaLore, rank 128, between its SVDs", "galore", ""),
-        ("sparse M-FAC, m = 64", "sparse_mfac", "num_grads=64"),
-        (SPARSE_256, "sparse_mfac", "num_grads=256"),
-        (SPARSE_1024, "sparse_mfac", "num_grads=1024"),
-        ("sparse M-FAC, m = 1024, 0.1 %", "sparse_mfac", "num_grads=1024,density=0.001"),
-        ("sparse M-FAC, m = 256, blocks of 256", "sparse_mfac", "num_grads=256,block_size=256"),
-        (SMALLEST, "sparse_mfac", "num_grads=256,block_size=256,value_dtype=int8,error_dtype=int8"),
-        ("low-rank M-FAC, m = 32, rank 4", "lowrank_mfac", "num_grads=32,rank=4"),
-        ("sparse GGT, m = 32", "sparse_ggt", "num_grads=32"),
+        (LOW_RANK, "lowrank_mfac", ""),
+        (LEAN, "lowrank_mfac", "metric=factored,precondition=gradient"),
+        ("sparse M-FAC, m = 64", "sparse_mfac", "num_grads=64,metric=none"),
+        (SPARSE_256, "sparse_mfac", "num_grads=256,metric=none"),
+        (SPARSE_1024, "sparse_mfac", "num_grads=1024,metric=none"),
+        ("sparse M-FAC, m = 1024, 0.1 %", "sparse_mfac", "num_grads=1024,density=0.001,metric=none"),
+        ("sparse M-FAC, m = 256, blocks of 256", "sparse_mfac", "num_grads=256,block_size=256,metric=none"),
+        (SMALLEST, "sparse_mfac", "num_grads=256,block_size=256,value_dtype=int8,error_dtype=int8,metric=none"),
+        ("low-rank M-FAC, m = 32, rank 4", "lowrank_mfac", "num_grads=32,rank=4,metric=none"),
+        ("sparse GGT, m = 32", "sparse_ggt", "num_grads=32,metric=none"),
         ("MicroAdam, m = 10", "microadam", "num_grads=10"),
         ("sparse AdaGrad", "sparse_adagrad", ""),
-        ("dense M-FAC, m = 32", "dense_mfac", "num_grads=32"),
+        ("dense M-FAC, m = 32", "dense_mfac", "num_grads=32,metric=none"),
         (PUBLISHED, "published", "num_grads=1024"),
     )
 )
@@ -142,8 +147,8 @@ def fill_window(optimizer: EFCP, seed: int) -> None:
 
     The rows are about as long as the one that the step has pushed, and nearly orthogonal. The Gram matrix is a random
     symmetric positive definite one of that size, not that of the rows: computing it would take as many steps as there
-    are rows. It stays positive definite while its columns are replaced by true ones, one a step, unless there are fewer
-    parameters than rows, which then cannot be orthogonal. So are the parts of it that large parameters keep.
+    are rows. It stays positive definite while its columns are replaced by true ones, one a step, unless it belongs to
+    few entries, as that of a bias may: their rows cannot be orthogonal.
 
     Args:
         optimizer: Updated.
@@ -152,25 +157,19 @@ def fill_window(optimizer: EFCP, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     group = optimizer.param_groups[0]
     capacity = group["num_grads"]
-    joint = sum(state.get("entries", 0) for state in optimizer.state.values())
     for param, state in optimizer.state.items():
         for name in WINDOW:
             if name in state and name != "indices":
                 _fill_values(state[name], capacity, generator, positive=name == "scales")
         if "indices" in state:
-            # Global Top-k has one block, of all parameters.
-            numel = joint or param.numel()
-            pieces = cut(numel, group.get("block_size", numel), group["density"])
+            pieces = cut(param.numel(), group["block_size"], group["density"])
             _fill_indices(state["indices"], pieces, capacity, generator)
         if "pushed" in state:
             state["pushed"] = capacity
         if "gram" in state:
             noise = torch.randn(capacity, capacity, dtype=torch.float64, generator=generator)
             spread = torch.eye(capacity, dtype=torch.float64).mul_(0.9).addmm_(noise, noise.T, alpha=0.1 / capacity)
-    for state in optimizer.state.values():
-        for name in ("gram", "gram_part"):
-            if name in state:
-                state[name].copy_(state[name][0, 0] * spread)
+            state["gram"].copy_(state["gram"][0, 0] * spread)
 
 
 def _fill_values(tensor: torch.Tensor, capacity: int, generator: torch.Generator, *, positive: bool) -> None:
@@ -213,7 +212,7 @@ def state_memory(optimizer: torch.optim.Optimizer) -> dict[str, int]:
     if isinstance(optimizer, EFCP | AsPublished):
         return optimizer.memory()
     total = sum(_nbytes(value) for state in optimizer.state.values() for value in state.values())
-    return {**dict.fromkeys(("indices", "values", "error", "gram"), 0), "momentum": total, "total": total}
+    return {**dict.fromkeys(("indices", "values", "error", "metric", "gram"), 0), "momentum": total, "total": total}
 
 
 def _nbytes(value: Any) -> int:

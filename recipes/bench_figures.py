@@ -14,9 +14,11 @@ from matplotlib.figure import Figure
 from plots import COLOURS
 
 # Okabe and Ito again, with grey for the rest.
-STEP_PARTS = dict(zip((*PARTS, "rest"), (*COLOURS, "#E69F00", "#999999"), strict=True))
-NAMES = {"accumulate_topk": "accumulate + Top-k", "apply": "length + apply"}
-MEMORY_PARTS = dict(zip(("indices", "values", "error", "momentum", "gram"), (*COLOURS, "#999999"), strict=True))
+_PALETTE, _GREY = (*COLOURS, "#E69F00", "#56B4E9", "#F0E442"), "#999999"
+STEP_PARTS = dict(zip((*PARTS, "rest"), (*_PALETTE, _GREY), strict=True))
+MEMORY_PARTS = dict(
+    zip(("indices", "values", "error", "momentum", "metric", "gram"), (*_PALETTE[:5], _GREY), strict=True)
+)
 _FAR = 1.12  # of the axis: where bars that are much longer than the others are cut
 
 
@@ -77,7 +79,7 @@ def _stacked(
         widths = [
             min(row.get(name, 0.0), max(0.0, _FAR * end - start)) for row, start in zip(rows, starts, strict=True)
         ]
-        axes.barh(range(len(rows)), widths, left=starts, color=colour, label=NAMES.get(name, name.replace("_", " + ")))
+        axes.barh(range(len(rows)), widths, left=starts, color=colour, label=name.replace("_", " + "))
     for row, total in enumerate(totals):
         note = f"  {notes[row]}" if notes else ""
         cut = total > _FAR * end
@@ -101,9 +103,9 @@ def plot_sweeps(path: Path, sweeps: list[Sweep]) -> None:
     figure = Figure(figsize=(4.6 * len(sweeps), 4.6), dpi=150, layout="constrained")
     for axes, sweep in zip(figure.subplots(1, len(sweeps), squeeze=False)[0], sweeps, strict=True):
         axes.plot(sweep.sizes, sweep.seconds, color="#333333", marker="o", linewidth=2, label="whole step")
-        for part, colour in STEP_PARTS.items():
+        for part in sweep.parts[0]:
             seconds = [parts[part] for parts in sweep.parts]
-            axes.plot(sweep.sizes, seconds, color=colour, marker=".", label=NAMES.get(part, part))
+            axes.plot(sweep.sizes, seconds, color=STEP_PARTS[part], marker=".", label=part)
         # Through the largest size, where fixed costs count least.
         for slope, height in ((1, sweep.seconds[-1]), (1, sweep.parts[-1]["dots"]), (3, sweep.parts[-1]["solve"])):
             if slope == 1 or sweep.name == "num_grads":

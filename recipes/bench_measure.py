@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
@@ -25,10 +25,9 @@ from bench_baselines import AsPublished
 import hf_efcp
 from hf_efcp import EFCP
 from hf_efcp.kernels import choose
-from hf_efcp.moving import Mover
-from hf_efcp.windows import SparseWindow
+from hf_efcp.metric import Metric
 
-PARTS = ("accumulate_topk", "dots", "solve", "combine", "apply")
+PARTS = ("metric", "compress", "dots", "project", "solve", "combine", "apply")
 _FIRST_STEP = """
 import time, torch, hf_efcp
 param = torch.nn.Parameter(torch.zeros(1 << 20))
@@ -38,7 +37,6 @@ start = time.perf_counter()
 optimizer.step()
 print(time.perf_counter() - start)
 """
-_WITHOUT_ROWS = 3  # runs of the kernel that moves parameters, of which the fastest counts
 _PAUSE = 0.05  # seconds until torch's threads have stopped waiting for work, which they do by spinning
 
 
@@ -51,78 +49,87 @@ def timed_step(optimizer: torch.optim.Optimizer) -> tuple[float, dict[str, float
     Returns:
         Seconds, and seconds by part, "rest" for what is in none; nothing by part for another library's optimizer.
         A part that runs inside of another counts for itself only.
-
-    Windows are combined and updates measured and applied by one kernel. That runs again, without rows; what
-    it takes then is "apply", the rest "combine", and these runs count nowhere. They find the parameters in the
-    cache if they fit, and repeat momentum and decay where a contender has them.
     """
     places = _places(optimizer)
-    seconds = dict.fromkeys(places, 0.0)
-    inside = [0.0]  # seconds of the parts inside of each call that is under way
-    added = 0.0  # seconds of what is done for the measurement only
-
-    def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            inside.append(0.0)
-            start = time.perf_counter()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                took = time.perf_counter() - start
-                seconds[name] += took - inside.pop()
-                inside[-1] += took
-
-        return call
-
-    def timed_move(move: Callable[..., Any]) -> Callable[..., Any]:
-        """One kernel combines, measures and applies: what it takes without rows is length and apply."""
-
-        def call(moves: Any, coefficients: torch.Tensor) -> None:
-            nonlocal added
-            took = []
-            for some in (coefficients, *[coefficients[:0]] * _WITHOUT_ROWS):
-                start = time.perf_counter()
-                move(moves, some)
-                took.append(time.perf_counter() - start)
-            without = min(took)  # noise only ever adds to a time
-            seconds["combine"] += took[0] - without
-            seconds["apply"] += without
-            inside[-1] += sum(took)
-            added += sum(took[1:])
-
-        return call
-
+    clock = _Clock(places)
     with ExitStack() as stack:
-        for name, (owner, attribute) in places.items():
-            stack.enter_context(patch.object(owner, attribute, timed(name, getattr(owner, attribute))))
-        if isinstance(optimizer, EFCP):
-            kernels = choose(optimizer.backend, torch.device("cpu"))
-            stack.enter_context(patch.object(kernels, "move", timed_move(kernels.move)))
+        for part, methods in places.items():
+            for owner, name in methods:
+                stack.enter_context(patch.object(owner, name, clock.timed(part, getattr(owner, name))))
         time.sleep(_PAUSE)
         start = time.perf_counter()
         optimizer.step()
-        whole = time.perf_counter() - start - added
-    if seconds:
-        seconds["rest"] = whole - sum(seconds.values())
-    return whole, seconds
+        whole = time.perf_counter() - start
+    if places:
+        clock.seconds["rest"] = whole - sum(clock.seconds.values())
+    return whole, clock.seconds
 
 
-def _places(optimizer: torch.optim.Optimizer) -> dict[str, tuple[Any, str]]:
-    """Where the parts of a step are: an object or a class, and the name of its method."""
+class _Clock:
+    """Adds up the seconds of parts.
+
+    Args:
+        parts: Their names.
+    """
+
+    def __init__(self, parts: Iterable[str]) -> None:
+        self.seconds = dict.fromkeys(parts, 0.0)
+        self._inside = [0.0]  # seconds of the parts inside of each call that is under way
+
+    def timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A function that does the same, and whose time counts for a part.
+
+        What a generator takes is the time until each of its items is there, not what becomes of them in between.
+
+        Args:
+            part: The part.
+            function: The function.
+
+        Returns:
+            The function that is timed.
+        """
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            found = self._run(part, lambda: function(*args, **kwargs))
+            return self._items(part, found) if isinstance(found, Iterator) else found
+
+        return call
+
+    def _run(self, part: str, work: Callable[[], Any]) -> Any:
+        self._inside.append(0.0)
+        start = time.perf_counter()
+        try:
+            return work()
+        finally:
+            took = time.perf_counter() - start
+            self.seconds[part] += took - self._inside.pop()
+            self._inside[-1] += took
+
+    def _items(self, part: str, items: Iterator[Any]) -> Iterator[Any]:
+        end = object()
+        while (item := self._run(part, lambda: next(items, end))) is not end:
+            yield item
+
+
+def _places(optimizer: torch.optim.Optimizer) -> dict[str, list[tuple[Any, str]]]:
+    """The parts that a step has, in the order of `PARTS`, and where: objects or classes, and names of methods."""
     if isinstance(optimizer, AsPublished):
-        methods = ("accumulate", "dots", "solve", "combine", "apply")
-        return dict(zip(PARTS, ((optimizer, name) for name in methods), strict=True))
-    if isinstance(optimizer, EFCP):
-        places: dict[str, tuple[Any, str]] = {
-            "accumulate_topk": (hf_efcp.optimizer, "push"),
-            "dots": (type(optimizer._layout.window), "dots"),
-            "solve": (type(optimizer._preconditioner), "plan"),
-            "apply": (Mover, "move"),  # lengths too, and all but sparse windows combine in here
-        }
-        if isinstance(optimizer._layout.window, SparseWindow):
-            places["combine"] = (choose(optimizer.backend, torch.device("cpu")), "combine")
-        return places
-    return {}
+        methods = {"compress": "accumulate", "dots": "dots", "solve": "solve", "combine": "combine", "apply": "apply"}
+        return {part: [(optimizer, name)] for part, name in methods.items()}
+    if not isinstance(optimizer, EFCP):
+        return {}
+    window, settings = type(optimizer._layout.window), optimizer.param_groups[0]
+    in_metric, dense = settings["metric"] != "none", settings["precondition"] != "row"
+    places: dict[str, list[tuple[Any, str]]] = {
+        "metric": [(Metric, name) for name in ("observe", "whiten", "momentum") if in_metric],
+        "compress": [(hf_efcp.optimizer, "push")],
+        "dots": [(window, "dots")] if optimizer._preconditioner.uses_gram else [],
+        "project": [(window, "project")] if dense else [],
+        "solve": [(EFCP, "_plan")],
+        "combine": [(window, "combine")],
+        "apply": [(choose(optimizer.backend, torch.device("cpu")), "apply")],
+    }
+    return {part: methods for part, methods in places.items() if methods}
 
 
 def stream(tensors: Iterable[torch.Tensor]) -> tuple[float, int]:

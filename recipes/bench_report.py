@@ -110,8 +110,8 @@ class Report:
             targets.append(Target(f"{label}: (dots + combine) / reading the window twice", work, 2.2, "x"))
         limit = max(0.06, 2.5 * self.accumulator_seconds)
         for label, result in ((SPARSE_1024, large), (SPARSE_256, small)):
-            seconds = None if result is None else result.parts["accumulate_topk"]
-            targets.append(Target(f"{label}: accumulate + Top-k", seconds, limit, " s"))
+            seconds = None if result is None else result.parts["compress"]
+            targets.append(Target(f"{label}: compress", seconds, limit, " s"))
         reference = self.training.get(ADAMW)
         for label, most in ((SPARSE_1024, 1.20), (SPARSE_256, 1.07)):
             whole = self.training[label]["whole"] / reference["whole"] if reference and label in self.training else None
@@ -163,7 +163,7 @@ class Report:
 
     def _steps(self) -> list[str]:
         adamw = next((result.seconds for result in self.results if result.label == ADAMW), None)
-        heading = ("optimizer", "step, s", "accumulate + Top-k", "dots", "solve", "combine", "length + apply", "rest")
+        heading = ("optimizer", "step, s", *PARTS, "rest")
         rows = []
         for result in self.results:
             parts = [_seconds(result.parts.get(part)) for part in (*PARTS, "rest")]
@@ -187,12 +187,12 @@ class Report:
         ]
 
     def _memory(self) -> list[str]:
-        parts = ("indices", "values", "error", "momentum", "gram", "total")
+        parts = ("indices", "values", "error", "momentum", "metric", "gram", "total")
         rows = [
             (result.label, *(f"{result.memory[part] / self.parameters:.2f}" for part in parts))
             for result in self.results
         ]
-        return table(("optimizer", "indices", "values", "error", "moments", "Gram matrix", "all"), rows)
+        return table(("optimizer", "indices", "values", "error", "moments", "metric", "Gram matrix", "all"), rows)
 
     def _floor(self) -> list[str]:
         if not self.in_cache:

@@ -2,14 +2,14 @@
 
     python recipes/benchmark_step.py
     python recipes/benchmark_step.py --only "AdamW|1024" --train_repeats 0
-    python recipes/benchmark_step.py --contender "small: sparse_mfac num_grads=64,update_scale=none" lowrank_ggt
+    python recipes/benchmark_step.py --contender "small: sparse_mfac num_grads=64,metric=none" lowrank_ggt
     python recipes/benchmark_step.py --sweep
 
 The model is the demo extra's MiniLM (22.7 M parameters). First the step alone, on random gradients, by part; among the
 contenders is the algorithm as it was published, in plain torch. Then whole training steps. Windows are filled by
 writing random rows into the state, which takes seconds where a thousand steps would take an hour. The contenders take
 turns, and medians are reported, beside the time of reading the window twice, which is the floor of what a step over
-that window can cost. `--sweep` doubles the parameters, the window and the density instead.
+that window can cost. `--sweep` doubles the parameters, the window and the density of sparse M-FAC instead.
 
 results.json, results.md and results.png, or sweep.json and so on, are written to `--output_dir`.
 """
@@ -24,7 +24,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_cases import ADAMW, DEFAULTS, SPARSE_256, SPARSE_1024, Contender, available_memory, parse_contender
+from bench_cases import (
+    ADAMW,
+    DEFAULTS,
+    LEAN,
+    LOW_RANK,
+    SPARSE_256,
+    SPARSE_1024,
+    Contender,
+    available_memory,
+    parse_contender,
+)
 from bench_figures import plot_report, plot_sweeps
 from bench_measure import cold_first_step, machine
 from bench_report import describe
@@ -56,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    trained = "|".join(map(re.escape, (ADAMW, SPARSE_256, SPARSE_1024)))
+    trained = "|".join(map(re.escape, (ADAMW, LOW_RANK, LEAN, SPARSE_256, SPARSE_1024)))
     add = parser.add_argument
     add(
         "--contender",

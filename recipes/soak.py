@@ -1,7 +1,7 @@
 """Thousands of steps on a small model: does memory stay flat?
 
     python recipes/soak.py
-    python recipes/soak.py --optim lowrank_mfac --optim_args num_grads=64,rank=2 --steps 5000 --output_dir outputs/soak
+    python recipes/soak.py --optim sparse_mfac --optim_args num_grads=64,metric=none --steps 5000
 
 A small BERT is trained on a toy task, with a checkpoint saved and loaded again every few hundred steps. Resident memory
 is sampled all the while, and the largest sample after the warm-up is compared with the first.
@@ -29,8 +29,8 @@ VOCAB, LENGTH, BATCH = 512, 16, 8
 def main() -> None:
     """Run, print a line per sample, and write the numbers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--optim", choices=list(OPTIMIZERS), default="sparse_mfac")
-    parser.add_argument("--optim_args", default="num_grads=64", help="as in training arguments")
+    parser.add_argument("--optim", choices=list(OPTIMIZERS), default="lowrank_mfac")
+    parser.add_argument("--optim_args", default="", help="as in training arguments")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--warmup", type=int, default=200, help="steps before memory counts: windows fill, pools grow")
     parser.add_argument("--every", type=int, default=100, help="steps between samples")

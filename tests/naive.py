@@ -39,13 +39,15 @@ class Naive:
         num_grads: Capacity of the window.
         momentum: Heavy ball on the update.
         dense_gradient: The matrix is applied to the gradient instead of the row.
-        rms: Root mean square of an update, tensor by tensor; None leaves it its length.
+        metric: "adam" or "factored" for AdamW's metric.
+        moment: In a metric, decay of the first moment, to which the matrix is then applied.
+        layers: A matrix for each parameter.
         **matrix: What the matrix needs.
     """
 
     def __init__(
         self, thetas, *, lr, num_grads, density=1.0, block_size=4096, value_dtype=torch.float32, momentum=0.0,
-        weight_decay=0.0, l2=False, dense_gradient=False, rms=None, **matrix,
+        weight_decay=0.0, l2=False, dense_gradient=False, metric=None, moment=0.0, layers=False, **matrix,
     ):  # fmt: skip
         self.shapes = [theta.shape for theta in thetas]
         self.thetas = [theta.detach().to(torch.float64).reshape(-1).clone() for theta in thetas]
@@ -56,8 +58,9 @@ class Naive:
         self.weight_decay = weight_decay if isinstance(weight_decay, list) else [weight_decay] * count
         self.num_grads, self.momentum, self.matrix = num_grads, momentum, matrix
         self.density, self.block_size, self.value_dtype = density, block_size, value_dtype
-        self.l2, self.dense_gradient, self.rms = l2, dense_gradient, rms
-        self.lengths = [[] for _ in thetas]
+        self.l2, self.dense_gradient, self.layers = l2, dense_gradient, layers
+        self.metric, self.moment = metric, moment
+        self.seen = [[] for _ in thetas]  # gradients of each parameter, in a metric
         self.rows = []
 
     def compress(self, accumulator):
@@ -95,7 +98,10 @@ class Naive:
             g = torch.zeros(sizes[i]) if gradient is None else gradient.detach().float().reshape(-1)
             if self.l2:
                 g = (g.double() + self.weight_decay[i] * self.thetas[i]).float()
-            dense.append(g.double())
+            if self.metric and gradient is not None:
+                self.seen[i].append(g.double())
+                g = (g.double() * self.whitening(i)).float()
+            dense.append(g.double() if gradient is None or not self.moment else self.first_moment(i))
             # float32, as documented: which entries are kept and how they round hangs on the last bit.
             kept = torch.zeros_like(self.thetas[i])  # without a gradient nothing is pushed and the error stays
             accumulators.append(kept if gradient is None else (self.errors[i].float() + g).double())
@@ -108,34 +114,42 @@ class Naive:
                 self.errors[i] = accumulators[i] - rows[i]
         self.rows = [*self.rows, torch.cat(rows)][-self.num_grads :]
         x = torch.cat(dense) if self.dense_gradient else self.preconditioned()
-        update = self.update(x)
-        for i, (gradient, part, own) in enumerate(zip(gradients, update.split(sizes), x.split(sizes), strict=True)):
+        for i, (gradient, part) in enumerate(zip(gradients, self.update_of_all(x, sizes), strict=True)):
             if gradient is None:
                 continue
-            if self.rms is not None:
-                # What the matrix's rounding leaves of zero is zero.
-                part = part if part.norm() > 1e-12 * update.norm() else 0 * part
-                part = self.sized(i, part, dense[i], own)
+            if self.metric:
+                part = part * self.whitening(i)
             self.velocity[i] = self.momentum * self.velocity[i] + part
             if not self.l2:
                 self.thetas[i] *= 1 - self.lr[i] * self.weight_decay[i]
             self.thetas[i] -= self.lr[i] * self.velocity[i]
 
-    def sized(self, i, update, gradient, preconditioned):
-        """The update with the wanted root mean square, times the row's length over that of gradients; long rows cut."""
-        length, norm = float(gradient.norm()), float(update.norm())
-        if length:
-            self.lengths[i].append(length)
-        if norm == 0.0 or not self.lengths[i]:
-            return 0.0 * update
-        weights = [0.999**age for age in reversed(range(len(self.lengths[i])))]
-        mean = sum(w * x * x for w, x in zip(weights, self.lengths[i], strict=True)) / sum(weights)
-        rms = self.rms * min(float(preconditioned.norm()) / math.sqrt(mean), math.sqrt(1000))
-        update = update * rms * math.sqrt(update.numel()) / norm
-        shape = self.shapes[i]
-        for row in update.view(shape[0], -1) if len(shape) > 1 else []:
-            row *= min(1.0, 3 * rms * math.sqrt(row.numel()) / max(float(row.norm()), 1e-300))
-        return update
+    def update_of_all(self, x, sizes):
+        """The update of each parameter, by one matrix or, with `layers`, by one for each."""
+        if not self.layers:
+            return self.update(x).split(sizes)
+        rows, parts = self.rows, []
+        for start, size in zip(itertools.accumulate(sizes, initial=0), sizes, strict=False):
+            self.rows = [row[start : start + size] for row in rows]
+            parts.append(self.update(x[start : start + size]))
+        self.rows = rows
+        return parts
+
+    def whitening(self, i):
+        """`D^-1/2` of a parameter: AdamW's second moment, from all gradients so far, with its bias correction."""
+        weights = [0.001 * 0.999**age for age in reversed(range(len(self.seen[i])))]
+        v = sum(w * g * g for w, g in zip(weights, self.seen[i], strict=True)) / (1 - 0.999 ** len(weights))
+        if self.metric == "factored" and len(self.shapes[i]) > 1:
+            whole = v.view(self.shapes[i][0], -1)
+            v = (torch.outer(whole.mean(dim=1), whole.mean(dim=0)) / whole.mean()).view(-1)
+        return torch.where(v > 0, 1 / torch.sqrt(torch.sqrt(v) + 1e-8), 0.0)
+
+    def first_moment(self, i):
+        """`D^-1/2 m_hat`."""
+        beta, m = self.moment, 0.0
+        for g in self.seen[i]:
+            m = beta * m + (1 - beta) * g
+        return m / (1 - beta ** len(self.seen[i])) * self.whitening(i)
 
     def parameters(self):
         """The parameters in their shapes."""
@@ -143,24 +157,31 @@ class Naive:
 
 
 class NaiveMFAC(Naive):
-    """`(lambda I + (1/m) sum_i g_i g_i^T)^-1 x`; `present=True` divides by the number of rows."""
+    """`(lambda I + (1/m) sum_i g_i g_i^T)^-1 x`; in a metric times lambda, so that what was not seen stays as it is."""
 
     def update(self, x):
-        count = len(self.rows) if self.matrix.get("present") else self.num_grads
+        count = self.num_grads
         damp = self.matrix.get("damp", 0.0)
         mean = sum(float(g @ g) for g in self.rows) / len(self.rows)
         damp += self.matrix.get("relative_damp", 0.0) * mean / count
         fisher = damp * torch.eye(x.numel(), dtype=torch.float64)
         for g in self.rows:
             fisher += torch.outer(g, g) / count
-        return torch.linalg.solve(fisher, x)
+        if self.metric and damp == 0.0:
+            return x  # relative to rows that are all zero
+        return torch.linalg.solve(fisher, damp * x if self.metric else x)
 
 
 class NaiveGGT(Naive):
-    """`((sum_i w_i^2 g_i g_i^T)^(1/2) + eps I)^-1 x`, or of the momentum over the rows."""
+    """`((sum_i w_i^2 g_i g_i^T)^(1/2) + eps I)^-1 x`, or of the momentum over the rows.
+
+    In a metric `(I + sum_i w_i^2 g_i g_i^T / eps^2)^(-1/2) x`.
+    """
 
     def preconditioned(self):
         beta1 = self.matrix.get("beta1", 0.0)
+        if not beta1:
+            return self.rows[-1]
         return sum((1 - beta1) * beta1**age * g for age, g in enumerate(reversed(self.rows)))
 
     def update(self, x):
@@ -171,6 +192,8 @@ class NaiveGGT(Naive):
         for age, g in enumerate(reversed(self.rows)):
             second += beta2 ** (2 * age) * torch.outer(g, g)
         spectrum, vectors = torch.linalg.eigh(second)
+        if self.metric:
+            return x if eps == 0.0 else vectors @ ((vectors.T @ x) / torch.sqrt(1 + spectrum.clamp(min=0) / eps**2))
         # Rounding of zero has a root of 1e-8 of the largest: the vector has nothing there, unless it is dense.
         spectrum = torch.where(spectrum > 1e-13 * spectrum[-1], spectrum, 0.0)
         return vectors @ ((vectors.T @ x) / (spectrum.sqrt() + eps))

@@ -5,7 +5,7 @@ from functools import partial
 import hf_efcp
 
 DenseGGT, DenseMFAC, LowRankGGT, LowRankMFAC, MicroAdam, SparseAdaGrad, SparseGGT, SparseMFAC = (
-    partial(getattr(hf_efcp, name), update_scale="none")
+    partial(getattr(hf_efcp, name), metric="none")
     for name in (
         *("DenseGGT", "DenseMFAC", "LowRankGGT", "LowRankMFAC", "MicroAdam", "SparseAdaGrad", "SparseGGT"),
         "SparseMFAC",

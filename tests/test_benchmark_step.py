@@ -1,6 +1,7 @@
 """The benchmark of a step: an honest baseline, windows that are valid, bytes and parts that are counted right."""
 
 import json
+import pydoc
 import re
 import sys
 import time
@@ -9,11 +10,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from naive import NaiveMFAC
 from problems import Regression, flat, set_gradients
 from tokenizers import Tokenizer, models
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from hf_efcp import SparseMFAC, create_optimizer
+from hf_efcp import create_optimizer
 from hf_efcp.factory import parse_optim_args
 
 ROOT = Path(__file__).parents[1]
@@ -49,27 +51,33 @@ def plenty():
 # The published algorithm
 
 
-@pytest.mark.parametrize("num_grads", [4, 16])  # the window wraps, or does not
-def test_the_published_algorithm_makes_the_updates_of_global_top_k(recipe, num_grads):
+@pytest.mark.parametrize("num_grads", [5, 16])  # the window wraps, or does not
+def test_the_published_algorithm_makes_the_updates_of_brute_force(recipe, num_grads):
     problem = Regression(seed=3)
-    theirs, ours = problem.parameters(), problem.parameters()
+    theirs = problem.parameters()
     settings = dict(lr=0.02, num_grads=num_grads, density=0.15, damp=1e-3)
     published = recipe.bench_baselines.AsPublished(theirs, **settings)
-    sparse = SparseMFAC(ours, selection="global", value_dtype=torch.float32, update_scale="none", **settings)
+    whole, blocks = (NaiveMFAC(theirs, block_size=size, **settings) for size in (None, 4096))
+    off = {whole: [], blocks: []}
     for step in range(12):
-        before_theirs, before_ours = flat(theirs), flat(ours)
-        for params in (theirs, ours):
-            set_gradients(params, problem.gradients(ours, step))
+        before = flat(theirs)
+        gradients = problem.gradients(theirs, step)
+        set_gradients(theirs, gradients)
         published.step()
-        sparse.step()
-        moved, expected = flat(theirs) - before_theirs, flat(ours) - before_ours
-        assert expected.norm() > 1e-3
-        assert (moved - expected).norm() < 1e-4 * expected.norm()
-    rows = min(num_grads, 12)
-    gram = sparse.state[ours[0]]["gram"][:rows, :rows]
-    assert torch.allclose(published.gram[:rows, :rows], gram, rtol=1e-5, atol=1e-6 * float(gram.max()))
-    errors = sparse.state[ours[0]]["error"]
-    assert torch.allclose(published.error, errors, atol=1e-6)
+        moved = flat(theirs) - before
+        assert moved.norm() > 1e-3
+        for naive in off:
+            start = flat(naive.thetas)
+            naive.step(gradients)
+            expected = flat(naive.thetas) - start
+            off[naive].append((moved - expected).norm() / expected.norm())
+    assert max(off[whole]) < 1e-4
+    assert min(off[blocks]) > 0.1  # Top-k in each parameter, which is another algorithm
+    order = [i % num_grads for i in range(12)][-num_grads:]  # of the rows, oldest first
+    rows = torch.stack(whole.rows)
+    gram = rows @ rows.T
+    assert torch.allclose(published.gram[order][:, order], gram, rtol=1e-5, atol=1e-6 * float(gram.max()))
+    assert torch.equal(published.error.to(torch.float64), flat(whole.errors))
 
 
 def test_the_published_window_is_filled_with_distinct_unordered_places(recipe):
@@ -106,11 +114,7 @@ def test_the_published_window_shrinks_to_the_memory_there_is_and_its_time_grows_
     parts = result.parts
     assert result.seconds == pytest.approx(sum(parts.values()), rel=0.2)
     measured = (
-        parts["accumulate_topk"]
-        + parts["solve"]
-        + parts["apply"]
-        + parts["rest"]
-        + (parts["dots"] + parts["combine"]) / 8
+        parts["compress"] + parts["solve"] + parts["apply"] + parts["rest"] + (parts["dots"] + parts["combine"]) / 8
     )
     assert sum(result.repeats) / 2 == pytest.approx(measured, rel=1e-6)
     assert "memory had room for 8 rows" in "\n".join(report._extrapolations())
@@ -122,16 +126,16 @@ def test_the_published_window_shrinks_to_the_memory_there_is_and_its_time_grows_
 @pytest.mark.parametrize(
     "text",
     [
-        "sparse_mfac num_grads=9,density=0.05,block_size=64",
+        "sparse_mfac num_grads=9,density=0.05,block_size=64,metric=none",
         "sparse_mfac num_grads=9,density=0.3,block_size=500,value_dtype=float32",
-        "sparse_mfac num_grads=9,density=0.05,selection=global",
-        "sparse_mfac num_grads=9,exclude=^1$",
-        "sparse_ggt num_grads=9,density=0.05",
+        "sparse_mfac num_grads=9,exclude=^1$,metric=none",
+        "sparse_ggt num_grads=9,density=0.05,metric=none",
         "microadam num_grads=9,density=0.05",
         "sparse_adagrad",
         "lowrank_mfac num_grads=9,rank=2",
-        "lowrank_ggt num_grads=9",
-        "dense_mfac num_grads=9",
+        "lowrank_mfac num_grads=9,rank=2,metric=factored,precondition=gradient",
+        "lowrank_ggt num_grads=9,metric=none",
+        "dense_mfac num_grads=9,scope=model",
     ],
 )
 def test_filled_windows_are_valid(recipe, text):
@@ -143,7 +147,8 @@ def test_filled_windows_are_valid(recipe, text):
         contender.optimizer, module(), lr=0.0, **parse_optim_args(contender.optimizer, contender.options)
     )
     again.load_state_dict(optimizer.state_dict())  # which checks shapes, dtypes and indices
-    capacity = optimizer.param_groups[0]["num_grads"]
+    group = optimizer.param_groups[0]
+    capacity = group["num_grads"]
     for param, state in optimizer.state.items():
         if "indices" in state and param.numel() >= 300:
             assert state["indices"].to(torch.int64).unique().numel() > 1
@@ -153,8 +158,10 @@ def test_filled_windows_are_valid(recipe, text):
             assert state["pushed"] == capacity
     for _ in range(capacity + 2):
         optimizer.step()
-        for state in optimizer.state.values():
-            if "gram" in state:  # with the least dampening, the solve is a Cholesky decomposition
+        for param, state in optimizer.state.items():
+            # Nine rows of a few entries, as layers may have, cannot be orthogonal.
+            if "gram" in state and (group["scope"] == "model" or param.numel() >= 300):
+                # With the least dampening, the solve is a Cholesky decomposition.
                 damped = state["gram"] + 1e-5 * capacity * torch.eye(capacity, dtype=torch.float64)
                 assert torch.linalg.cholesky_ex(damped)[1] == 0
     assert torch.equal(before, flat(model.parameters()))
@@ -163,7 +170,7 @@ def test_filled_windows_are_valid(recipe, text):
 def test_rows_are_ascending_and_as_long_as_the_first(recipe):
     model = torch.nn.ParameterList([torch.zeros(50, 100)])
     model[0].grad = torch.randn(50, 100, generator=torch.Generator().manual_seed(0))
-    contender = recipe.bench_cases.parse_contender("sparse_mfac num_grads=6,density=0.1,block_size=1000")
+    contender = recipe.bench_cases.parse_contender("sparse_mfac num_grads=6,density=0.1,block_size=1000,metric=none")
     optimizer = recipe.bench_cases.build(contender, model, 0, plenty)
     state = optimizer.state[model[0]]
     indices = state["indices"].to(torch.int64).view(5, 6, 100)
@@ -226,21 +233,56 @@ def test_streaming_counts_every_byte_twice(recipe):
 
 
 @pytest.mark.parametrize(
-    "text", ["sparse_mfac num_grads=9", "lowrank_ggt num_grads=9", "microadam", "published num_grads=9"]
+    ("text", "without"),
+    [
+        ("lowrank_mfac num_grads=9", set()),
+        ("sparse_mfac num_grads=9,precondition=row", {"project"}),
+        ("dense_mfac num_grads=9,metric=none,precondition=gradient", {"metric"}),
+        ("lowrank_ggt num_grads=9,metric=none", {"metric", "project"}),
+        ("microadam", {"metric", "project", "dots"}),
+        ("published num_grads=9", {"metric", "project"}),
+    ],
 )
-def test_the_parts_of_a_step_add_up_and_nothing_stays_patched(recipe, text):
+def test_the_parts_of_a_step_add_up_and_nothing_stays_patched(recipe, text, without):
     optimizer = recipe.bench_cases.build(recipe.bench_cases.parse_contender(text), module(), 0, plenty)
     optimizer.step()
     places = recipe.bench_measure._places(optimizer)
-    names = set(recipe.bench_measure.PARTS)
-    assert set(places) == (names - {"combine"} if text.startswith("lowrank") else names)
-    methods = [getattr(owner, name) for owner, name in places.values()]
+    assert list(places) == [part for part in recipe.bench_measure.PARTS if part not in without]
+    methods = [getattr(owner, name) for pairs in places.values() for owner, name in pairs]
     whole, parts = recipe.bench_measure.timed_step(optimizer)
+    assert list(parts) == [*places, "rest"]
     assert sum(parts.values()) == pytest.approx(whole)
-    # Adam's moments need no inner products.
-    assert all((parts[name] > 0.0) == (name != "dots" or text != "microadam") for name in places)
-    assert parts["rest"] >= 0.0
-    assert [getattr(owner, name) for owner, name in places.values()] == methods
+    assert all(seconds > 0.0 for seconds in parts.values())
+    assert [getattr(owner, name) for pairs in places.values() for owner, name in pairs] == methods
+
+
+@pytest.mark.parametrize(
+    ("text", "function", "part"),
+    [
+        ("sparse_mfac num_grads=9", "hf_efcp.kernels.cpu.combine", "combine"),  # while the update is applied
+        ("lowrank_mfac num_grads=9", "hf_efcp.lowrank._weighted_product", "combine"),
+        ("lowrank_mfac num_grads=9", "hf_efcp.kernels.cpu.whiten", "metric"),  # in all of the parts around it
+        ("lowrank_mfac num_grads=9", "hf_efcp.kernels.cpu.apply", "apply"),
+        ("lowrank_mfac num_grads=9", "torch.linalg.qr", "compress"),
+        ("lowrank_mfac num_grads=9", "torch.linalg.cholesky_ex", "solve"),
+        ("dense_mfac num_grads=9,metric=none", "torch.linalg.cholesky_ex", "solve"),
+    ],
+)
+def test_time_counts_for_the_part_that_took_it(recipe, text, function, part, monkeypatch):
+    optimizer = recipe.bench_cases.build(recipe.bench_cases.parse_contender(text), module(), 0, plenty)
+    optimizer.step()
+    original, slept = pydoc.locate(function), []
+
+    def slow(*args, **kwargs):
+        time.sleep(0.05)
+        slept.append(0.05)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(function, slow)
+    _, parts = recipe.bench_measure.timed_step(optimizer)
+    assert slept
+    assert parts[part] >= sum(slept)
+    assert parts["rest"] > 0.0  # what counts twice is taken from the rest
 
 
 def test_optimizers_of_other_libraries_have_no_parts(recipe):
@@ -290,6 +332,21 @@ def test_contenders_are_read(recipe):
         recipe.bench_baselines.parse_options("fused")
 
 
+def test_the_default_contenders_can_be_built(recipe):
+    """Whatever cannot is left out of a run, for lack of memory or of GaLore; options that are wrong would be too."""
+    cases = recipe.bench_cases
+    contenders = [contender for contender in cases.DEFAULTS if contender.optimizer != "galore"]
+    built, left_out = recipe.bench_steps.build_all(contenders, module(), 0)
+    assert set(built) == {contender.label for contender in contenders}
+    assert left_out == {}
+    default, lean = built[cases.LOW_RANK].param_groups[0], built[cases.LEAN].param_groups[0]
+    assert (default["metric"], default["precondition"], default["num_grads"]) == ("adam", "momentum", 16)
+    assert (lean["metric"], lean["precondition"]) == ("factored", "gradient")
+    assert cases.state_memory(built[cases.LEAN])["metric"] < cases.state_memory(built[cases.LOW_RANK])["metric"]
+    for label in (cases.SPARSE_256, cases.SPARSE_1024, cases.SMALLEST):
+        assert built[label].param_groups[0]["metric"] == "none"
+
+
 def test_what_cannot_be_built_is_left_out_or_an_error(recipe, monkeypatch):
     cases, steps = recipe.bench_cases, recipe.bench_steps
     wrong = [
@@ -322,8 +379,8 @@ def test_the_benchmark_from_end_to_end(recipe, tiny_model, tmp_path, capsys):
             "--contender",
             "mine: lowrank_mfac num_grads=4",
         ),
-        f"{cases.SPARSE_256}: sparse_mfac num_grads=16,block_size=256",
-        f"{cases.SPARSE_1024}: sparse_mfac num_grads=32",
+        f"{cases.SPARSE_256}: sparse_mfac num_grads=16,block_size=256,metric=none",
+        f"{cases.SPARSE_1024}: sparse_mfac num_grads=32,metric=none",
         f"{cases.PUBLISHED}: published num_grads=32,density=0.1",
     ])
     saved = json.loads((tmp_path / "out" / "results.json").read_text())
@@ -331,9 +388,11 @@ def test_the_benchmark_from_end_to_end(recipe, tiny_model, tmp_path, capsys):
     assert labels == [cases.ADAMW, cases.SPARSE_256, cases.SPARSE_1024, cases.PUBLISHED, "mine"]
     adamw, small, large, published, mine = saved["results"]
     assert [len(result["repeats"]) for result in saved["results"]] == [2] * 5
-    assert small["options"] == "num_grads=16,block_size=256"
+    assert small["options"] == "num_grads=16,block_size=256,metric=none"
     assert large["stream_bytes"] == 2 * (large["memory"]["indices"] + large["memory"]["values"])
     assert adamw["stream_bytes"] == 0
+    assert ("metric" in mine["parts"], "metric" in large["parts"]) == (True, False)
+    assert mine["memory"]["metric"] == 4 * saved["parameters"]
     assert mine["bytes_per_parameter"] == pytest.approx(mine["memory"]["total"] / saved["parameters"])
     assert saved["peak_method"] in ("VmHWM", "sampled")
     assert {"cpu", "threads", "torch", "numba", "seed"} <= saved["machine"].keys()
@@ -399,15 +458,15 @@ def test_the_limits_follow_the_machine_and_the_state(recipe):
     report = recipe.bench_report
 
     def result(label, total, peak):
-        memory = {"indices": 0, "values": 0, "error": 0, "momentum": 0, "gram": 10, "total": total}
-        parts = {"accumulate_topk": 0.05, "dots": 0.2, "solve": 0.1, "combine": 0.3, "apply": 0.1, "rest": 0.0}
+        memory = {"indices": 0, "values": 0, "error": 0, "momentum": 0, "metric": 0, "gram": 10, "total": total}
+        parts = {"compress": 0.05, "dots": 0.2, "solve": 0.1, "combine": 0.3, "apply": 0.1, "rest": 0.0}
         return report.Result(label, "sparse_mfac", "", 1.0, parts, [1.0], 0.25, 8, memory, 1.0, peak)
 
     labels = recipe.bench_cases
     results = [result(labels.SPARSE_1024, 1000 << 20, 40 << 20), result(labels.SMALLEST, 110, 0)]
     targets = report.Report({}, 20, 0.1, "VmHWM", results).targets()
     by_what = {target.what: target for target in targets}
-    assert by_what[f"{labels.SPARSE_1024}: accumulate + Top-k"].limit == 0.25
+    assert by_what[f"{labels.SPARSE_1024}: compress"].limit == 0.25
     peak = by_what[f"{labels.SPARSE_1024}: resident memory, peak of a step"]
     assert (peak.measured, peak.limit, peak.reached) == (40.0, 50.0, True)
     work = by_what[f"{labels.SPARSE_1024}: (dots + combine) / reading the window twice"]

@@ -17,11 +17,11 @@ from torch import nn
 from transformers import HfArgumentParser
 from variants import VARIANTS, names, taken
 
-import hf_efcp
 from hf_efcp import (
     EFCP,
     EFCPTrainer,
     EFCPTrainingArguments,
+    LowRankMFAC,
     SparseAdaGrad,
     SparseMFAC,
     create_optimizer,
@@ -197,17 +197,22 @@ def test_excluded_parameters_count_and_frozen_ones_do_not():
 
 def test_a_budget_that_is_too_small_says_what_is_needed():
     params = [nn.Parameter(torch.zeros(4096)), nn.Parameter(torch.zeros(4))]
-    # One row: 41 + 1 entries of 4 bytes, and 8 of the Gram matrix; 16 bytes for what is known of each tensor's length.
+    # One row: 41 + 1 entries of 4 bytes, and 8 of each Gram matrix. A byte an entry and 4 for 64 of them are the error.
     message = (
-        "memory_budget='4B/param' is 16,400 bytes for 4,100 parameters, but a window of one gradient takes 16,608: 176 "
-        "for the row, and 16,432 whatever num_grads is (error 16,400, momentum 32). Raise the budget, or lower what "
-        "the optimizer has of these: density or rank, momentum, error_dtype (torch.int8 or torch.uint4), value_dtype "
-        "(torch.int8)"
+        "memory_budget='4B/param' is 16,400 bytes for 4,100 parameters, but a window of one gradient takes 29,144: 184 "
+        "for the row, and 28,960 whatever num_grads is (error 4,360, momentum 8,200, metric 16,400). Raise the budget, "
+        "or lower what the optimizer has of these: "
     )
     with pytest.raises(ValueError, match=re.escape(message)):
         SparseMFAC(params, memory_budget="4B/param")
-    assert largest_window(params, memory_budget=16_608) == 1
-    assert largest_window(params, memory_budget="4B/param", error_dtype=torch.int8) > 1
+    assert largest_window(params, SparseMFAC, memory_budget=29_144) == 1
+    settings = {"precondition": "gradient", "metric_dtype": torch.int8}
+    assert largest_window(params, SparseMFAC, memory_budget="4B/param", **settings) > 1
+    # Without a metric: one Gram matrix, and the error in float32.
+    with pytest.raises(ValueError, match=r"takes 16,576: 176 for the row, and 16,400 whatever .* \(error 16,400\)\."):
+        SparseMFAC(params, memory_budget="4B/param", metric="none")
+    settings = {"metric": "none", "error_dtype": torch.int8}
+    assert largest_window(params, SparseMFAC, memory_budget="4B/param", **settings) > 1
 
 
 def test_nothing_to_fit_is_an_error():
@@ -216,9 +221,9 @@ def test_nothing_to_fit_is_an_error():
         SparseMFAC([{"params": [param], "preconditioned": False}], memory_budget="8B/param")
     with pytest.raises(ValueError, match="none of them requires a gradient: give num_grads"):
         SparseMFAC([param.requires_grad_(False)], memory_budget="1GB")
-    with pytest.raises(TypeError, match=r"SparseAdaGrad.*'memory_budget'"):
+    with pytest.raises(ValueError, match="SparseAdaGrad keeps one row: leave it out"):
         largest_window([nn.Parameter(torch.zeros(10))], SparseAdaGrad, memory_budget="8B/param")
-    with pytest.raises(TypeError, match="sparse_adagrad has no argument 'memory_budget'; valid ones: density"):
+    with pytest.raises(ValueError, match="SparseAdaGrad keeps one row: leave it out"):
         create_optimizer("sparse_adagrad", nn.Linear(2, 2), memory_budget="8B/param")
 
 
@@ -232,7 +237,7 @@ def test_sharded_parameters_are_refused():
         param = nn.Parameter(distribute_tensor(whole.detach(), init_device_mesh("cpu", (1,)), [Shard(0)]))
         with pytest.raises(ValueError, match="call hf_efcp.largest_window before fully_shard, and give the num_grads"):
             SparseMFAC([param], memory_budget="80B/param")
-        assert SparseMFAC([param], num_grads=largest_window([whole], memory_budget="80B/param"))
+        assert SparseMFAC([param], num_grads=largest_window([whole], SparseMFAC, memory_budget="80B/param"))
     finally:
         torch.distributed.destroy_process_group()
 
@@ -253,8 +258,6 @@ def test_by_name_and_in_optim_args(caplog):
     for text in ("8b/param", "", "0"):
         with pytest.raises(ValueError, match='optim_args: memory_budget must be "8B/param" .*valid keys of optim_args'):
             parse_optim_args("sparse_mfac", f"memory_budget={text}")
-    with pytest.raises(ValueError, match="unknown key 'memory_budget'"):
-        parse_optim_args("sparse_adagrad", "memory_budget=8B/param")
 
 
 @pytest.mark.parametrize("value", ["1B/param", "8B/param", "2GiB", "300000000"])
@@ -285,32 +288,47 @@ def test_trainer_takes_the_same_window(tmp_path):
 
 def test_the_plan_prints_as_a_table():
     params = [nn.Parameter(torch.zeros(1000, 1000))]
-    plan = estimate_memory(params, memory_budget="8B/param")
-    assert plan.num_grads == largest_window(params, memory_budget="8B/param") == 97
+    plan = estimate_memory(params, SparseMFAC, memory_budget="8B/param")
+    assert plan.num_grads == largest_window(params, SparseMFAC, memory_budget="8B/param") == 23
     assert type(plan["total"]) is int
-    assert plan == SparseMFAC(params, num_grads=97).planned_memory()
+    assert plan == SparseMFAC(params, num_grads=23).planned_memory()
     # 244 blocks keep 41 entries each, the tail of 576 keeps 6: 40,040 bytes a row.
     table = """\
-SparseMFAC: num_grads=97, 1,000,000 trainable parameters
+SparseMFAC: num_grads=23, 1,000,000 trainable parameters
                                      bytes  B/param
-indices                          1,941,940     1.94
-values                           1,941,940     1.94
-error                            4,000,000     4.00
-momentum                                16     0.00
-gram                                75,272     0.08
-total, as in checkpoints         7,959,168     7.96
+indices                            460,460     0.46
+values                             460,460     0.46
+error                            1,062,500     1.06
+momentum                         2,000,000     2.00
+metric                           4,000,000     4.00
+gram                                 4,232     0.00
+total, as in checkpoints         7,987,652     7.99
 AdamW, for comparison            8,000,004     8.00"""
     assert str(plan) == table
     assert "B/param" in str(copy.deepcopy(plan))
     assert json.loads(json.dumps(plan)) == plan
 
 
-def test_a_bert_takes_no_time():
+def test_the_recommended_optimizer_is_the_default():
+    params = [nn.Parameter(torch.zeros(768, 3072)), nn.Parameter(torch.zeros(768))]
+    plan = estimate_memory(params)
+    assert plan == estimate_memory(params, LowRankMFAC) == LowRankMFAC(params).planned_memory()
+    assert (plan.title, plan.num_grads) == ("LowRankMFAC", 16)
+    assert largest_window(params, memory_budget=plan["total"]) == 16
+    assert largest_window(params, memory_budget=plan["total"] - 1) == 15
+
+
+@pytest.mark.parametrize(
+    ("cls", "settings", "least"), [(LowRankMFAC, {}, 50), (SparseMFAC, {}, 20), (SparseMFAC, {"metric": "none"}, 90)]
+)
+def test_a_bert_takes_no_time(cls, settings, least):
     shapes = [(768, 768), (768,)] * 48 + [(3072, 768), (3072,), (768, 3072), (768,)] * 12 + [(768,)] * 50
     shapes += [(30522, 768), (512, 768)]
     params = [nn.Parameter(torch.empty(shape, device="meta")) for shape in shapes]
     start = time.perf_counter()
-    window = largest_window(params, memory_budget="8B/param")
+    window = largest_window(params, cls, memory_budget="8B/param", **settings)
     assert time.perf_counter() - start < 1.0
-    assert window > 90
-    assert hf_efcp.estimate_memory(params, num_grads=window)["total"] <= 8 * sum(param.numel() for param in params)
+    assert window > least
+    most = 8 * sum(param.numel() for param in params)
+    totals = [estimate_memory(params, cls, num_grads=m, **settings)["total"] for m in (window, window + 1)]
+    assert totals[0] <= most < totals[1]

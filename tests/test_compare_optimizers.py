@@ -16,6 +16,7 @@ import yaml
 from tiny import WORDS, save_tiny_bert
 
 from hf_efcp import OPTIMIZERS
+from hf_efcp.factory import parse_optim_args
 from hf_efcp.glue import TASKS
 
 ROOT = Path(__file__).parents[1]
@@ -129,8 +130,8 @@ def test_every_comparison_binds_and_states_what_matters(recipe, path):
     assert str(plan.output_dir).startswith("outputs/")
     assert plan.comparison.search_seed in plan.comparison.seeds
     assert len(plan.contenders) + len(plan.skipped) == len(written["optimizers"])
-    # As many learning rates for each; the step size's comparison has windows beside that, at one of them.
-    assert len({len(contender.learning_rates) for contender in plan.contenders} - {1}) <= 1
+    # As many learning rates for each.
+    assert len({len(contender.learning_rates) for contender in plan.contenders}) == 1
     for contender in plan.contenders:
         assert contender.args.max_grad_norm == float(written["max_grad_norm"])
         assert contender.args.logging_nan_inf_filter is False
@@ -144,9 +145,13 @@ def test_the_variants_are_all_compared_and_dense_ones_at_an_equal_window(recipe)
     assert {name for name, _ in optimizers} == {*OPTIMIZERS, "adamw_torch"}
     for kind in ("mfac", "ggt"):
         assert {f"dense_{kind}", f"sparse_{kind}", f"lowrank_{kind}"} <= {
-            name for name, options in optimizers if options and "num_grads=32,update_scale=none" in options
+            name for name, options in optimizers if options and "num_grads=32,metric=none" in options
         }
-    assert ("sparse_mfac", "update_scale=none,damp=1e-5") in optimizers
+    assert ("sparse_mfac", "num_grads=256,metric=none,damp=1e-5") in optimizers
+    for name, options in optimizers:
+        if name in OPTIMIZERS:  # by the paper's rules, all of them
+            built = OPTIMIZERS[name]([torch.nn.Parameter(torch.zeros(1))], **parse_optim_args(name, options))
+            assert built.defaults["metric"] == "none"
     assert plan.comparison.search_seed in plan.comparison.seeds
     assert {len(contender.learning_rates) for contender in plan.contenders} == {2}
 
@@ -239,7 +244,7 @@ def test_the_key_holds_what_decides_the_result_and_nothing_else(recipe, write_co
     efcp, adamw = keys()
     assert efcp["optimizer"] == "sparse_mfac"
     assert (efcp["options"]["num_grads"], efcp["options"]["density"]) == (16, 0.05)
-    assert efcp["options"]["relative_damp"] == 0.01  # a default, which may change
+    assert efcp["options"]["relative_damp"] == 1.0  # a default, which may change
     assert (adamw["optimizer"], adamw["options"]) == ("adamw_torch", {})
     arguments = {"max_steps": 40, "per_device_train_batch_size": 16, "warmup_steps": 0.1, "use_cpu": True}
     assert efcp["arguments"] == adamw["arguments"] == arguments

@@ -4,6 +4,7 @@ import importlib
 import json
 import random
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -41,19 +42,19 @@ def surroundings(tmp_path, monkeypatch):
 
 
 def flat(script, *types):
-    """How to read the YAML of a script that trains once: the dataclasses that its keys are the fields of."""
+    """How to read the YAML and flags of a script that trains once: what its dataclasses have for fields."""
 
-    def bind(path):
+    def bind(path, *flags):
         module = importlib.import_module(script)
         classes = tuple(getattr(module, name) for name in types)
-        instances = importlib.import_module("cli").parse_arguments(classes, [str(path)], module.DEFAULTS)
+        instances = importlib.import_module("cli").parse_arguments(classes, [str(path), *flags], module.DEFAULTS)
         return [args for args in instances if isinstance(args, EFCPTrainingArguments)]
 
     return bind
 
 
-def comparison(path):
-    plan = importlib.import_module("plan").read_plan([str(path)])
+def comparison(path, *flags):
+    plan = importlib.import_module("plan").read_plan([str(path), *flags])
     assert len(plan.contenders) + len(plan.skipped) == len(written(path)["optimizers"])
     return [contender.args for contender in plan.contenders]
 
@@ -118,6 +119,18 @@ def test_every_config_binds_and_states_what_matters(path):
             assert args.learning_rate == float(written(path)["learning_rate"])
 
 
+@pytest.mark.parametrize("path", CONFIGS, ids=name_of)
+def test_every_command_of_the_head_binds(path):
+    """Also those with flags of their own, which go together with what the file says."""
+    head = re.sub(r"\\\n#", "", path.read_text(encoding="utf-8").split("\n\n")[0])
+    commands = re.findall(r"^# .*python recipes/(\w+)\.py (.*)$", head, re.MULTILINE)
+    assert commands
+    for script, rest in commands:
+        place, *flags = shlex.split(rest)
+        assert ROOT / place == path
+        assert SCRIPTS[script](path, *flags)
+
+
 def test_the_configs_are_found():
     names = {name_of(path) for path in CONFIGS}
     assert {"quickstart.yaml", "compare_variants.yaml", "published/efcp_bert_base.yaml"} <= names
@@ -134,12 +147,15 @@ def test_the_configs_of_the_tasks_differ_in_what_they_must_only(task):
     equal = {"model_name_or_path", "optim", "max_seq_length", "lr_scheduler_type", "warmup_steps", "max_grad_norm"}
     equal |= {"weight_decay", "per_device_train_batch_size", "per_device_eval_batch_size", "seed"}
     assert {key: config[key] for key in equal} == {key: other[key] for key in equal}
+    # The recommended optimizer as it is.
+    assert (config["optim"], config["learning_rate"]) == ("lowrank_mfac", "1e-4")
+    assert "optim_args" not in config
 
 
 @pytest.mark.parametrize("size", ["tiny", "mini"])
 def test_published_settings_of_mfac(size):
     config = written(FOLDER / "published" / f"mfac_bert_{size}.yaml")
-    assert {"num_grads=1024", "damp=1e-6", "update_scale=none"} <= set(config["optim_args"].split(","))
+    assert {"num_grads=1024", "damp=1e-6", "metric=none"} == set(config["optim_args"].split(","))
     assert (config["optim"], config["learning_rate"], config["weight_decay"]) == ("dense_mfac", "1e-4", "0.0")
     assert (config["per_device_train_batch_size"], config["num_train_epochs"]) == ("32", "5")
     shape = {"tiny": "L-2_H-128_A-2", "mini": "L-4_H-256_A-4"}[size]
@@ -148,7 +164,7 @@ def test_published_settings_of_mfac(size):
 
 def test_published_settings_of_efcp():
     config = written(FOLDER / "published" / "efcp_bert_base.yaml")
-    assert {"num_grads=1024", "density=0.01", "damp=5e-5", "update_scale=none"} <= set(config["optim_args"].split(","))
+    assert {"num_grads=1024", "density=0.01", "damp=5e-5", "metric=none"} == set(config["optim_args"].split(","))
     assert (config["optim"], config["learning_rate"], config["num_train_epochs"]) == ("sparse_mfac", "2e-5", "3")
 
 

@@ -8,7 +8,6 @@ import torch
 from problems import Regression, flat, set_gradients
 from variants import build, exact, names, papers_names, taken
 
-from hf_efcp import step_size
 from hf_efcp.kernels import cpu
 
 pytestmark = pytest.mark.parametrize("name", names())
@@ -132,20 +131,17 @@ def test_a_parameter_without_a_gradient_keeps_value_and_error(name):
     problem, params, optimizer = trained(name, weight_decay=0.1)
     set_gradients(params, [None, *problem.gradients(params, 9)[1:]])
     value, state = params[0].detach().clone(), optimizer.state[params[0]]
-    size = params[0].numel() if optimizer._layout.compressor.joint else None  # the first of one long vector
-    errors = {key: tensor[:size].clone() for key, tensor in state.items() if key.startswith("error")}
+    errors = {key: tensor.clone() for key, tensor in state.items() if key.startswith("error")}
     other = params[1].detach().clone()
     optimizer.step()
     assert torch.equal(params[0], value)
-    assert_same(errors, {key: state[key][:size] for key in errors})
+    assert_same(errors, {key: state[key] for key in errors})
     assert not torch.equal(params[1], other)
 
 
 def test_frozen_parameters_cost_nothing_and_may_thaw(name):
     """Thawed later, or added later, is as if the parameter had been there without a gradient."""
     problem = Regression(seed=12)
-    if build(name, problem.parameters())._layout.compressor.joint:
-        pytest.skip("global Top-k fixes its parameters at the first step: see test_family.py")
 
     def run(late, **changes):
         params = problem.parameters()
@@ -227,10 +223,7 @@ def test_odd_shapes_and_strides(name):
     assert [(new != old).any().item() for new, old in zip(odd, before, strict=True)] == [True, True, True, False, True]
 
 
-@pytest.mark.parametrize("large", [False, True], ids=["measured", "known"])
-def test_bits_do_not_depend_on_the_number_of_threads(name, large, monkeypatch):
-    """Also where the Gram matrix tells the length of an update."""
-    monkeypatch.setattr(step_size, "knows_length", lambda shape: large)
+def test_bits_do_not_depend_on_the_number_of_threads(name, monkeypatch):
     monkeypatch.setattr(cpu, "_LIGHT", 1 << 15)  # several ranges of what is light, too
     generator = torch.Generator().manual_seed(1)
     start = torch.randn(700, 300, generator=generator)

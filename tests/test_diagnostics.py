@@ -7,7 +7,7 @@ import torch
 from naive import NaiveGGT, NaiveMFAC
 from problems import Regression, flat, set_gradients
 from test_contract import assert_same
-from variants import build, exact, names
+from variants import build, exact, names, papers_names
 
 from hf_efcp import EFCP, DenseMFAC, LowRankMFAC, MicroAdam, SparseAdaGrad, SparseGGT, SparseMFAC
 from hf_efcp.compressors import Identity
@@ -39,7 +39,7 @@ def nearest(values, q):
 def test_a_step_by_hand(weight_decay):
     """AdaGrad's first step is the sign of the gradient."""
     param = parameter(1.0, -2.0, 3.0, 0.5)
-    optimizer = SparseAdaGrad([param], lr=0.125, density=1.0, weight_decay=weight_decay, update_scale="none")
+    optimizer = SparseAdaGrad([param], lr=0.125, density=1.0, weight_decay=weight_decay, metric="none")
     values = measured(optimizer, [param], [torch.tensor([3.0, -4.0, 0.0, 12.0])])
     expected = {
         "gradient_norm": 13.0,
@@ -68,9 +68,7 @@ def test_rotation_and_scaling_are_those_of_the_explicit_matrix(cls, naive_cls, m
     rates = [0.02, 0.01, 0.02, 0.0]
     common = dict(num_grads=4, density=0.3, block_size=16, momentum=0.5, value_dtype=torch.float32)
     groups = [{"params": [param], "lr": lr} for param, lr in zip(params, rates, strict=True)]
-    optimizer = cls(
-        groups, lr=1.0, weight_decay=0.1, decoupled_weight_decay=not l2, update_scale="none", **common, **matrix
-    )
+    optimizer = cls(groups, lr=1.0, weight_decay=0.1, decoupled_weight_decay=not l2, metric="none", **common, **matrix)
     naive = naive_cls(params, lr=rates, weight_decay=[0.1] * 4, l2=l2, **common, **matrix)
     for step in range(7):
         gradients = problem.gradients(params, step)
@@ -103,7 +101,7 @@ def test_weight_decay_is_no_update_in_any_dtype(dtype):
     """One entry of eight is moved by the row; decay alone moves the others, and rounds them."""
     start = torch.linspace(0.31, 0.97, 8).to(dtype)
     param = torch.nn.Parameter(start.clone())
-    optimizer = SparseAdaGrad([param], lr=0.125, density=0.125, weight_decay=0.37, update_scale="none")
+    optimizer = SparseAdaGrad([param], lr=0.125, density=0.125, weight_decay=0.37, metric="none")
     gradient = torch.arange(1.0, 9.0)
     values = measured(optimizer, [param], [gradient])
     assert (param != start).all()
@@ -158,7 +156,7 @@ def test_a_step_that_is_skipped_has_no_gradient_and_no_update():
 
 def test_an_overflow_that_the_scaler_skips_and_the_unscaled_gradient():
     param = parameter(1.0, 2.0)
-    optimizer = SparseMFAC([param], lr=0.1, num_grads=2, density=1.0, weight_decay=0.5)
+    optimizer = SparseMFAC([param], lr=0.1, num_grads=2, density=1.0, weight_decay=0.5, metric="none")
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     found = []
     for spoiled in (True, False):
@@ -219,7 +217,7 @@ def errors(optimizer, params):
     return flat([state["error"] for state in states if "error" in state])
 
 
-@pytest.mark.parametrize("name", [name for name in names() if not name.startswith("dense")])
+@pytest.mark.parametrize("name", [name for name in papers_names() if not name.startswith("dense")])
 def test_the_share_is_that_of_the_accumulator(name):
     """`|e| / |e_old + g|`, which the step never shows, to the rounding of the rows."""
     problem = Regression(seed=1)
@@ -281,7 +279,7 @@ def test_effective_rank(gram, expected):
 
 def test_the_gram_matrix_is_oldest_first():
     param = torch.nn.Parameter(torch.zeros(6))
-    optimizer = DenseMFAC([param], lr=0.1, num_grads=3)
+    optimizer = DenseMFAC([param], lr=0.1, num_grads=3, metric="none")
     rows = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
     for step, row in enumerate(rows):
         values = measured(optimizer, [param], [row])
@@ -298,7 +296,7 @@ def test_the_gram_matrix_is_oldest_first():
 
 def test_layers_have_a_matrix_each():
     first, second, late = (torch.nn.Parameter(torch.zeros(4, 3)) for _ in range(3))
-    settings = dict(lr=0.1, num_grads=3, rank=3, scope="layer", value_dtype=torch.float32)
+    settings = dict(lr=0.1, num_grads=3, rank=3, scope="layer", value_dtype=torch.float32, metric="none")
     optimizer = LowRankMFAC([first, second, late], **settings)
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(5, 2, 4, 3, generator=generator)
@@ -318,7 +316,7 @@ def test_layers_have_a_matrix_each():
 def test_what_has_no_gram_matrix():
     param = parameter(1.0)
     with pytest.raises(ValueError, match="no Gram matrix before the first step"):
-        gram_matrix(DenseMFAC([param], lr=0.1))
+        gram_matrix(DenseMFAC([param], lr=0.1, scope="model"))
     with pytest.raises(ValueError, match="AdaGradSum is a diagonal rule, which has no Gram matrix"):
         gram_matrix(SparseAdaGrad([param]))
     assert "effective_rank" not in measured(SparseAdaGrad([param]), [param], [torch.ones(1)])

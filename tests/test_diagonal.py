@@ -187,10 +187,8 @@ def test_bad_values_are_refused():
         with pytest.raises(ValueError, match=message):
             cls([param], **options)
     for rule in (AdamMoments(), AdaGradSum()):
-        with pytest.raises(ValueError, match=f'"gradient" needs a full matrix; {type(rule).__name__} has none'):
+        with pytest.raises(ValueError, match=f"{type(rule).__name__} is made of the window's rows, got .*'gradient'"):
             EFCP([param], 0.1, compressor=TopK(), preconditioner=rule, num_grads=3, precondition="gradient")
-        with pytest.raises(TypeError, match=f"{type(rule).__name__} cannot precondition the dense gradient"):
-            rule.plan_outside(None, None, None)
 
 
 def test_settings_of_a_rule_may_change_between_steps():

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import logging
 import re
+from typing import get_args
 
 import pytest
 import torch
@@ -10,9 +11,10 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from hf_efcp import OPTIMIZERS, SparseMFAC, create_optimizer
-from hf_efcp.factory import _PARSERS, _settings, default_lr, parse_optim_args
+from hf_efcp.factory import _settings, default_lr, parse_optim_args
 
-SETTINGS = "num_grads, density, damp, relative_damp, selection, block_size, value_dtype, error_dtype"  # and more
+# And more: the optimizer's own come first, and then what all take.
+SETTINGS = "num_grads, density, damp, relative_damp, block_size, value_dtype, metric, beta1, momentum"
 
 
 def names_of(model: nn.Module, group: dict) -> list[str]:
@@ -47,8 +49,9 @@ def test_arguments_reach_the_optimizer():
 
 
 def test_without_lr_the_optimizer_takes_its_own():
-    assert default_lr("sparse_mfac") == 5e-5
-    assert {g["lr"] for g in create_optimizer("sparse_mfac", tiny_bert()).param_groups} == {5e-5}
+    for name, expected in (("sparse_mfac", 1e-4), ("sparse-adagrad", 1e-2)):
+        assert default_lr(name) == expected
+        assert {g["lr"] for g in create_optimizer(name, tiny_bert()).param_groups} == {expected}
 
 
 def test_any_module_is_stepped_and_frozen_parameters_stay_out():
@@ -91,7 +94,7 @@ def test_excluded_parameters_are_stepped_as_adamw_and_the_others_are_not():
         step(model, make(model), steps=5)
         return {name: p.detach() - before[name] for name, p in model.named_parameters()}
 
-    settings = {"lr": 1e-2, "weight_decay": 0.1, "num_grads": 4, "density": 0.5}
+    settings = {"lr": 1e-2, "weight_decay": 0.1, "num_grads": 4, "density": 0.5, "scope": "model"}
     ours = updates(lambda m: create_optimizer("sparse_mfac", m, exclude="^1", exclude_lr=1e-3, **settings))
     alone = updates(lambda m: create_optimizer("sparse_mfac", m[0], **settings))
 
@@ -113,7 +116,7 @@ def test_the_log_says_what_is_preconditioned_and_at_which_rate(caplog):
     with caplog.at_level(logging.INFO, "hf_efcp"):
         create_optimizer("sparse_mfac", nn.Sequential(nn.Linear(40, 50), nn.Linear(50, 2)), exclude="^1")
     assert caplog.messages == [
-        "sparse_mfac: 2,050 parameters preconditioned at lr 5e-05",
+        "sparse_mfac: 2,050 parameters preconditioned at lr 0.0001",
         "sparse_mfac: 102 parameters in 2 tensors excluded, stepped as AdamW at lr 5e-05",
     ]
 
@@ -190,7 +193,17 @@ def test_a_pattern_may_hold_commas_inside_brackets(pattern):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_argument_of_every_optimizer_can_be_given_as_text(name):
-    assert set(_settings(name).values()) <= set(_PARSERS)
+    examples = {bool: "true", int: "3", float: "0.5", torch.dtype: "float16", str: "8B/param"}
+    text, types = [], {}
+    for key, annotation in _settings(name).items():
+        kinds = get_args(annotation) or (annotation,)
+        # Of a budget, which may also be an int of bytes, the text stays.
+        kind = str if str in kinds else next(kind for kind in examples if kind in kinds)
+        text.append(f"{key}={examples[kind]}")
+        types[key] = kind
+    parsed = parse_optim_args(name, ",".join(text))
+    assert {key: type(value) for key, value in parsed.items()} == types
+    assert {"momentum", "nonfinite", "backend"} <= set(types)  # of the options that all take
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """What Trainer offers beside the optimizer: schedules, groups, clipping, reports, compiling, adapters."""
 
+import math
 import shutil
 
 import pytest
@@ -13,7 +14,7 @@ from hf_efcp import EFCPTrainer
 
 SPARSE = {"optim": "sparse_mfac", "optim_args": "num_grads=4,density=0.2,block_size=256", "learning_rate": 1e-3}
 # Rows that do not hang on which entries are the largest, which the last bit may decide.
-DENSE = {**SPARSE, "optim_args": "num_grads=4,density=1,value_dtype=float32,damp=1e-3,update_scale=none"}
+DENSE = {**SPARSE, "optim_args": "num_grads=4,density=1,value_dtype=float32,damp=1e-3,metric=none"}
 
 
 def distance(left, right):
@@ -114,8 +115,10 @@ def test_the_window_advances_once_per_optimizer_step(tmp_path):
 
 @pytest.mark.parametrize("limit", [0.0, 0.05])
 def test_the_clipped_gradient_enters_the_window(tmp_path, limit):
+    """By the paper's rule, whose rows are gradients as they are."""
     model, gradients = tiny_bert(), Gradients()
-    args = arguments(tmp_path, max_steps=1, max_grad_norm=limit, **SPARSE)
+    options = {**SPARSE, "optim_args": SPARSE["optim_args"] + ",metric=none"}
+    args = arguments(tmp_path, max_steps=1, max_grad_norm=limit, **options)
     optimizer = run(args, model, toy_rows(8), gradients).optimizer.optimizer
     (gradient,) = gradients.seen
     assert (gradient.norm() <= 0.0501) == (limit > 0.0)
@@ -229,7 +232,10 @@ def test_only_adapters_and_the_head_have_state_and_move(tmp_path):
     assert owners == trainable
     size = sum(param.numel() for param in model.parameters() if param.requires_grad)
     assert size == 2 * 2 * 2 * 4 * 32 + 2 * 32 + 2
-    assert optimizer.memory()["error"] == 4 * size
+    # A byte an entry, and a float32 scale for 64 of them.
+    scales = sum(math.ceil(param.numel() / 64) for param in model.parameters() if param.requires_grad)
+    assert optimizer.memory()["error"] == size + 4 * scales
+    assert optimizer.memory()["metric"] == 4 * size
     assert steps.pushed == [1, 2, 3, 4, 5, 6]
 
 

@@ -31,13 +31,17 @@ SETTINGS = {
     "low rank": (LowRankMFAC, dict(lr=0.03, num_grads=5, damp=1e-3, rank=1, momentum=0.5)),
     "4-bit error": (MicroAdam, dict(lr=0.02, num_grads=5, density=0.2, block_size=16)),
     "ggt": (SparseGGT, dict(lr=0.1, num_grads=5, eps=1e-3, density=0.1, block_size=16)),
-    "lengths": (SparseMFAC, dict(lr=0.01, num_grads=5, density=1.0, value_dtype=torch.float32, update_scale="tensor")),
-    "lengths of momenta": (
+    "metric": (DenseMFAC, dict(lr=0.01, num_grads=5, metric="adam", momentum_dtype=torch.float32)),
+    "metric of the model": (
         SparseGGT,
-        dict(lr=0.01, num_grads=5, density=1.0, value_dtype=torch.float32, beta1=0.5, update_scale="tensor"),
+        dict(
+            lr=0.01, num_grads=5, density=1.0, value_dtype=torch.float32, metric="adam", precondition="gradient",
+            scope="model", error_dtype=torch.float32,
+        ),
     ),
-}
-RESUMED = ("dense", "sparse", "int8", "wide indices", "low rank", "4-bit error", "lengths")
+    "metric in few bits": (LowRankMFAC, dict(lr=0.01, num_grads=5, rank=1, metric="adam", metric_dtype=torch.int8)),
+}  # fmt: skip
+RESUMED = ("dense", "sparse", "int8", "wide indices", "low rank", "4-bit error", "metric in few bits")
 
 
 def network():
@@ -86,8 +90,8 @@ def sharded_run(rank, name, ranks):
     planned = optimizer.planned_memory()
     train(model, optimizer, range(STEPS), rank, ranks)
     grams = [state["gram"] for state in optimizer.state.values() if "gram" in state]
-    assert len(grams) == 1
-    return whole(model), grams[0], optimizer.memory(), planned
+    assert len(grams) == (1 if optimizer._structure["scope"] == "model" else len(list(model.parameters())))
+    return whole(model), torch.stack(grams), optimizer.memory(), planned
 
 
 def moved(ends, start):
@@ -161,17 +165,14 @@ def refused_run(rank):
     messages = []
     model = shard(network())
     plain = nn.Parameter(torch.ones(3))
-    for optimizer in (
-        SparseMFAC(model.parameters(), selection="global"),
-        SparseMFAC([*model.parameters(), plain]),
-    ):
-        x, y = batch(0)
-        nn.functional.mse_loss(model(x), y).backward()
-        plain.grad = torch.ones(3)
-        try:
-            optimizer.step()
-        except ValueError as error:
-            messages.append(str(error))
+    optimizer = SparseMFAC([*model.parameters(), plain])
+    x, y = batch(0)
+    nn.functional.mse_loss(model(x), y).backward()
+    plain.grad = torch.ones(3)
+    try:
+        optimizer.step()
+    except ValueError as error:
+        messages.append(str(error))
     flattened = FullyShardedDataParallel(nn.Linear(8, 8), use_orig_params=True, device_id=torch.device("cpu"))
     optimizer = SparseMFAC(flattened.parameters())
     flattened(torch.ones(2, 8)).sum().backward()
@@ -195,7 +196,7 @@ def refused_run(rank):
 
 def everything(rank, ranks, folder):
     """All runs in one pair of processes: starting them is what takes the time."""
-    compared = ("dense", "sparse at density 1", "sparse", "ggt", "lengths", "lengths of momenta")
+    compared = ("dense", "sparse at density 1", "sparse", "ggt", "metric", "metric of the model")
     results = {name: sharded_run(rank, name, ranks) for name in compared}
     if ranks == 2:
         for name in RESUMED:
@@ -220,7 +221,7 @@ def two(ranks_and_results):
     return results
 
 
-@pytest.mark.parametrize("name", ["dense", "sparse at density 1", "lengths", "lengths of momenta"])
+@pytest.mark.parametrize("name", ["dense", "sparse at density 1", "metric", "metric of the model"])
 def test_what_compression_does_not_cut_equals_the_unsharded_run(name, ranks_and_results):
     ranks, results = ranks_and_results
     cls, settings = SETTINGS[name]
@@ -287,8 +288,7 @@ def test_all_ranks_refuse_or_skip_together(two):
 
 def test_what_cannot_work_on_shards_is_refused(two):
     for result in two:
-        whole_needed, mixed, flattened, gathered = result["refused"]
-        assert "global Top-k needs whole parameters" in whole_needed
+        mixed, flattened, gathered = result["refused"]
         assert "some parameters are sharded and others are not" in mixed
         assert "the parameters were flattened by FSDP version 1" in flattened
         assert "is whole, but the parameter is sharded" in gathered

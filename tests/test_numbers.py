@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from problems import Regression, flat, set_gradients
 from test_contract import assert_same, snapshot
 from test_state import through_a_file
-from variants import build, exact, names, papers_names, taken
+from variants import build, exact, in_metric, names, papers_names, taken
 
 from hf_efcp.compressors import TopK
 from hf_efcp.kernels import reference
@@ -90,7 +90,7 @@ def test_gradients_of_any_size_leave_finite_numbers_and_lose_nothing(name, kinds
         in_all += flat(gradients)
         sizes += float(flat(gradients).norm())
         stored += rows(optimizer, step % optimizer.param_groups[0]["num_grads"])[0]
-    if "huge" not in kinds:
+    if "huge" not in kinds and not in_metric(name):  # in a metric they add up to what was whitened
         lost = (stored + errors(optimizer) - in_all).norm()
         assert lost <= len(kinds) * (2**-20 * sizes + 100 * smallest)
     if set(kinds) == {"zero"}:
@@ -112,7 +112,7 @@ def directions(step):
 
 
 @pytest.mark.parametrize("backend", ["reference", "numba"])
-@pytest.mark.parametrize("name", ["sparse_mfac_float32", "sparse_mfac_global", "dense_mfac"])
+@pytest.mark.parametrize("name", ["sparse_mfac_float32", "dense_mfac"])
 @pytest.mark.parametrize("density", [1.0, 0.3])
 def test_no_dampening_is_the_pseudo_inverse_of_the_window(name, density, backend):
     """Twelve steps over a window of five, of rank one to three; what is stored decides, compressed or not."""
@@ -221,7 +221,7 @@ def test_what_fits_depends_on_the_parameter_and_the_learning_rate(dtype, momentu
             assert params[1][2].item() == pytest.approx(1 - lr * 20000, rel=1e-2)
 
 
-@pytest.mark.parametrize("name", [name for name in papers_names() if taken(name, precondition="row")])
+@pytest.mark.parametrize("name", [name for name in papers_names() if name not in ("microadam", "sparse_adagrad")])
 @pytest.mark.parametrize("precondition", ["row", "gradient"])
 def test_the_length_of_an_update_is_known_before_it_exists(name, precondition):
     params = parameters()
@@ -229,7 +229,7 @@ def test_the_length_of_an_update_is_known_before_it_exists(name, precondition):
     optimizer = build(name, params, lr=1.0, **changes)
     lengths = []
     check = optimizer._check_length
-    optimizer._check_length = lambda planned: (lengths.append(planned.length), check(planned))
+    optimizer._check_length = lambda sites, length: (lengths.append(length), check(sites, length))
     for step in range(9):
         before, lengths[:] = flat(params), []
         set_gradients(params, noise("normal", step))
@@ -242,7 +242,7 @@ def test_the_length_of_an_update_is_known_before_it_exists(name, precondition):
 # The Gram matrix in the long run
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("sparse_mfac_global", "dense_mfac", "lowrank_ggt")]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("dense_mfac", "lowrank_ggt")]
 
 
 @pytest.mark.parametrize("name", ["sparse_mfac", "lowrank_mfac", *SLOW])

@@ -89,8 +89,8 @@ def test_the_quickstart_is_the_recipe_that_was_measured(parse):
         128,
         "packaged-minilm",
     )
-    assert (args.optim, args.optim_args) == ("sparse_mfac", "num_grads=256,density=0.01")
-    assert (args.learning_rate, args.warmup_steps, args.max_grad_norm) == (5e-5, 0.1, 1.0)
+    assert (args.optim, args.optim_args) == ("lowrank_mfac", None)
+    assert (args.learning_rate, args.warmup_steps, args.max_grad_norm) == (1e-4, 0.1, 1.0)
     assert (args.num_train_epochs, args.per_device_train_batch_size, args.save_strategy) == (1, 32, "no")
     assert baseline.baseline is None
 

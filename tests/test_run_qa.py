@@ -146,7 +146,7 @@ def test_the_config_binds_and_is_the_published_one(parse):
     assert f"python recipes/run_qa.py {CONFIG.relative_to(ROOT)}" in text
     assert (data.dataset_name, model.model_name_or_path) == (SQUAD, "google-bert/bert-base-uncased")
     assert (data.max_seq_length, data.doc_stride, data.null_score_diff_threshold) == (384, 128, 0.0)
-    published = "num_grads=1024,density=0.01,damp=5e-5,update_scale=none"
+    published = "num_grads=1024,density=0.01,damp=5e-5,metric=none"
     assert (args.optim, args.optim_args) == ("sparse_mfac", published)
     assert (args.learning_rate, args.num_train_epochs, args.per_device_train_batch_size) == (3e-5, 2, 12)
     assert "max_grad_norm" in yaml.load(text, Loader=yaml.BaseLoader)

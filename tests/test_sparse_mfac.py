@@ -194,7 +194,14 @@ def test_small_windows_take_the_bytes_that_are_announced():
     assert optimizer.state[param]["scales"].dtype == torch.bfloat16
     assert optimizer.state[param]["scales"].shape == (8 * groups,)
     error = param.numel() // 2 + 4 * -(-param.numel() // 64)
-    memory = {"indices": 8 * kept, "values": 8 * kept + 2 * 8 * groups, "error": error, "momentum": 0, "gram": 8 * 64}
+    memory = {
+        "indices": 8 * kept,
+        "values": 8 * kept + 2 * 8 * groups,
+        "error": error,
+        "momentum": 0,
+        "metric": 0,
+        "gram": 8 * 64,
+    }
     assert optimizer.memory() == {**memory, "total": sum(memory.values())}
     assert estimate_memory([param], SparseMFAC, **settings) == optimizer.memory()
 

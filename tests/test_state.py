@@ -1,7 +1,6 @@
 """State: saved and loaded to the bit, refused when it does not fit, conserved, and of the size that was announced."""
 
 import copy
-import inspect
 import io
 
 import pytest
@@ -12,8 +11,10 @@ from naive import top_k
 from papers import SparseMFAC
 from problems import Regression, flat, set_gradients
 from test_contract import assert_same, train, trained
-from variants import VARIANTS, build, names
+from variants import VARIANTS, build, in_metric, names
+from variants import arguments as arguments_of
 
+import hf_efcp
 from hf_efcp import estimate_memory
 
 
@@ -127,7 +128,11 @@ def test_other_dtypes_shapes_and_optimizers_are_refused():
     refuse(build("sparse_mfac", fresh()), adamw.state_dict(), "another optimizer: its groups lack block_size, damp")
     newer = copy.deepcopy(good)
     newer["param_groups"][0]["efcp_format"] += 1
-    refuse(build("sparse_mfac", fresh()), newer, "state in format 3, this version of hf_efcp reads format 2")
+    refuse(
+        build("sparse_mfac", fresh()),
+        newer,
+        "state in format 4, this version of hf_efcp reads format 3: go on with the version",
+    )
     groups = [{"params": fresh(), "preconditioned": False}]
     refuse(build("sparse_mfac", groups), good, "made with preconditioned=True")
 
@@ -208,7 +213,7 @@ def rows_of(optimizer, param):
 def test_memory_is_what_was_announced(name):
     cls, defaults = VARIANTS[name]
     for changes in ({}, {"momentum": 0.9}, {"num_grads": 9}, {"block_size": 7}):
-        if not changes.keys() <= inspect.signature(cls).parameters.keys():
+        if not changes.keys() <= arguments_of(cls):
             continue
         arguments = {**defaults, **changes}
         problem = Regression(width=90)
@@ -221,7 +226,7 @@ def test_memory_is_what_was_announced(name):
         optimizer.step()
         memory = optimizer.memory()
         assert memory == announced
-        assert list(memory) == ["indices", "values", "error", "momentum", "gram", "total"]
+        assert list(memory) == ["indices", "values", "error", "momentum", "metric", "gram", "total"]
         assert all(type(value) is int for value in memory.values())
         tensors = [v for s in optimizer.state_dict()["state"].values() for v in s.values() if torch.is_tensor(v)]
         assert memory["total"] == sum(t.numel() * t.element_size() for t in tensors)
@@ -230,23 +235,26 @@ def test_memory_is_what_was_announced(name):
             assert memory["error"] == 0
         elif optimizer._structure["error_dtype"] == "float32":
             assert memory["error"] == 4 * entries
-        grams = 3 if arguments.get("scope") == "layer" else 1
+        grams = 3 if optimizer._structure["scope"] == "layer" else 1
         expected = 8 * grams * arguments["num_grads"] ** 2 if optimizer._preconditioner.uses_gram else 0
         assert memory["gram"] == expected
         buffers = ("momentum" in changes) + ("sum" in optimizer.state[params[0]])
-        lengths = 16 * (len(params) - 1) if arguments.get("update_scale") != "none" else 0
-        assert memory["momentum"] == 4 * entries * buffers + lengths
+        if not in_metric(name):
+            assert memory["momentum"] == 4 * entries * buffers
+            assert memory["metric"] == 0
 
 
 def test_memory_of_groups_and_models():
     model = torch.nn.Linear(4096, 2)
-    assert estimate_memory(model)["indices"] == 256 * (2 * 41 + 1) * 2
+    assert estimate_memory(model, hf_efcp.SparseMFAC)["indices"] == 16 * (2 * 41 + 1) * 2
+    assert estimate_memory(model)["values"] == 16 * 2 * (2 * 4096 + 2)  # both matrices have full rank: kept whole
     assert estimate_memory(model) == estimate_memory(model.named_parameters())
     groups = [{"params": [model.weight]}, {"params": [model.bias], "preconditioned": False}]
-    estimate = estimate_memory(groups, num_grads=8)
-    assert estimate["momentum"] == 2 * 2 * 4 + 4 + 16  # AdamW's of the bias, and what is known of the weight's length
+    estimate = estimate_memory(groups, hf_efcp.SparseMFAC, num_grads=8)
+    assert estimate["momentum"] == 2 * 2 * 4 + 4 + 2 * 4096 * 2  # AdamW's of the bias, and in bfloat16 of the weight
+    assert estimate["metric"] == 2 * 4096 * 4
     assert set(groups[0]) == {"params"}
-    optimizer = SparseMFAC(groups, num_grads=8, update_scale="tensor")
+    optimizer = hf_efcp.SparseMFAC(groups, num_grads=8)
     set_gradients([model.weight, model.bias], [torch.ones(2, 4096), torch.ones(2)])
     optimizer.step()
     assert optimizer.memory() == estimate

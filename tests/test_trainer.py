@@ -27,13 +27,15 @@ from hf_efcp import EFCP, EFCPTrainer, SparseMFAC
 from hf_efcp.compressors import TopK
 from hf_efcp.preconditioners import MFAC
 
-# The paper's lengths: a length per tensor makes steps of what is rounding only, the gradient of a key's bias.
+# The paper's rule: AdamW's metric makes steps of what is rounding only, the gradient of a key's bias.
 SPARSE = {
     "optim": "sparse_mfac",
-    "optim_args": "num_grads=4,density=0.2,block_size=256,update_scale=none,damp=1e-3",
+    "optim_args": "num_grads=4,density=0.2,block_size=256,metric=none,damp=1e-3",
     "lr_scheduler_type": "constant",
     "learning_rate": 1e-3,
 }
+# The head's two rows have opposite gradients: which entry of a pair Top-k keeps is up to the last bit.
+WITHOUT_TIES = {**SPARSE, "optim_args": SPARSE["optim_args"] + ",exclude=classifier"}
 ONE_BATCH = {"per_device_train_batch_size": 16}
 ACCUMULATED = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}
 
@@ -50,7 +52,7 @@ def test_accumulated_batches_give_the_gradient_and_the_step_of_one_batch(tmp_pat
     def run(**batches: int) -> tuple[list[torch.Tensor], dict[str, torch.Tensor], float]:
         model = tiny_bert()
         before = parameters(model)
-        args = arguments(tmp_path, max_steps=max_steps, max_grad_norm=0.0, **SPARSE, **batches)
+        args = arguments(tmp_path, max_steps=max_steps, max_grad_norm=0.0, **WITHOUT_TIES, **batches)
         _, gradients = train(args, model, toy_rows(64))
         after = parameters(model)
         return gradients, after, distance(after, before)
@@ -166,7 +168,7 @@ def _one_of_two_processes(rank: int, port: int, folder: str) -> None:
         per_device_train_batch_size=4,
         gradient_accumulation_steps=2,
         ddp_find_unused_parameters=False,
-        **SPARSE,
+        **WITHOUT_TIES,
     )
     trainer, gradients = train(args, tiny_bert(), toy_rows(64))
     assert args.world_size == 2
@@ -190,7 +192,7 @@ def test_two_processes_take_the_step_of_one_and_stay_equal(tmp_path):
     model = tiny_bert()
     before = parameters(model)
     trainer, gradients = train(
-        arguments(tmp_path, max_steps=3, max_grad_norm=0.0, **SPARSE, **ONE_BATCH), model, toy_rows(64)
+        arguments(tmp_path, max_steps=3, max_grad_norm=0.0, **WITHOUT_TIES, **ONE_BATCH), model, toy_rows(64)
     )
     moved = distance(parameters(model), before)
     assert moved > 0.01
@@ -206,7 +208,7 @@ def test_the_arguments_decide_the_optimizer(tmp_path):
     args = arguments(
         tmp_path,
         optim="sparse-mfac",
-        optim_args="num_grads=5,density=0.5,value_dtype=float32,exclude=embeddings,exclude_lr=1e-4",
+        optim_args="num_grads=5,density=0.5,value_dtype=float32,exclude=embeddings,exclude_lr=2e-5",
         weight_decay=0.1,
     )
     optimizer = EFCPTrainer(model=tiny_bert(), args=args).create_optimizer()
@@ -214,7 +216,7 @@ def test_the_arguments_decide_the_optimizer(tmp_path):
     settings = [(g["num_grads"], g["density"], g["value_dtype"]) for g in optimizer.param_groups]
     assert settings == [(5, 0.5, "float32")] * 4
     found = [(g["preconditioned"], g["lr"], g["weight_decay"]) for g in optimizer.param_groups]
-    assert found == [(True, 5e-5, 0.1), (True, 5e-5, 0.0), (False, 1e-4, 0.1), (False, 1e-4, 0.0)]
+    assert found == [(True, 1e-4, 0.1), (True, 1e-4, 0.0), (False, 2e-5, 0.1), (False, 2e-5, 0.0)]
 
 
 def test_excluded_parameters_train_and_the_scheduler_scales_both_rates(tmp_path):
@@ -290,10 +292,12 @@ def test_the_plain_trainer_takes_the_class(tmp_path):
     assert all(not torch.equal(after[name], before[name]) for name in before)
 
 
-def test_the_model_learns(tmp_path):
-    args = arguments(
-        tmp_path, num_train_epochs=6, learning_rate=2e-3, optim="sparse_mfac", optim_args="num_grads=32,density=0.1"
-    )
+@pytest.mark.parametrize(
+    ("optim", "options"),
+    [("lowrank_mfac", None), ("sparse_mfac", "num_grads=32,density=0.1"), ("lowrank_ggt", "metric=factored")],
+)
+def test_the_model_learns(tmp_path, optim, options):
+    args = arguments(tmp_path, num_train_epochs=6, learning_rate=2e-3, optim=optim, optim_args=options)
     model, rows = tiny_bert(), toy_rows(128)
     start = EFCPTrainer(model=model, args=args, eval_dataset=rows).evaluate()["eval_loss"]
     trainer, _ = train(args, model, rows)
@@ -374,11 +378,19 @@ def test_the_checkpoint_holds_the_window_with_its_dtypes(tmp_path, dtype):
         }
         assert len(window) == len(parameters(model)) - 1
         for state in window:
-            tensors = {name: state[name].dtype for name in ("indices", "values", "error", "momentum")}
-            assert list(tensors.values()) == [torch.uint16, torch.bfloat16, torch.float32, torch.float32]
-        (gram,) = [state["gram"] for state in window if "gram" in state]
-        assert (gram.dtype, gram.shape) == (torch.float64, (3, 3))
-        assert bool((gram.diagonal() > 0).all())
+            assert {name: value.dtype for name, value in state.items() if torch.is_tensor(value)} == {
+                "indices": torch.uint16,
+                "values": torch.bfloat16,
+                "error": torch.int8,
+                "error_scale": torch.float32,
+                "first_moment": torch.bfloat16,
+                "second_moment": torch.float32,
+                "momentum": torch.float32,
+                "gram": torch.float64,
+            }
+            assert state["gram"].shape == (3, 3)
+            assert bool((state["gram"].diagonal() > 0).all())
+            assert (state["pushed"], state["gradients"]) == (8, 8)
     for position, state in stored["state"].items():
         for name, value in state.items():
             torch.testing.assert_close(optimizer.state_dict()["state"][position][name], value, rtol=0, atol=0)

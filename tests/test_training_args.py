@@ -29,7 +29,7 @@ def as_tuple(args: EFCPTrainingArguments) -> tuple:
 @pytest.mark.parametrize("name", ["sparse_mfac", "sparse-mfac"])
 def test_our_names(name):
     args = sparse(optim=name)
-    assert as_tuple(args) == ("sparse_mfac", 5e-5, OPTIONS, 0.1)
+    assert as_tuple(args) == ("sparse_mfac", 1e-4, OPTIONS, 0.1)
     assert type(args.optim) is str
 
 
@@ -56,7 +56,7 @@ def test_an_unknown_name_is_an_error_that_lists_ours_and_the_stock_ones():
         sparse().set_optimizer("mfac")
 
 
-@pytest.mark.parametrize(("optim", "expected"), [("sparse_mfac", 5e-5), ("sgd", 5e-5)])
+@pytest.mark.parametrize(("optim", "expected"), [("sparse_mfac", 1e-4), ("sparse_adagrad", 1e-2), ("sgd", 5e-5)])
 def test_a_learning_rate_not_given_is_the_optimizers_and_the_log_says_so(optim, expected, caplog):
     with caplog.at_level(logging.INFO, "hf_efcp"):
         args = EFCPTrainingArguments(output_dir="out", optim=optim, use_cpu=True)
@@ -81,6 +81,8 @@ def test_a_learning_rate_that_is_given_stays(optim, given, caplog):
         ("density=2", "density"),
         ("num_grads=0", "num_grads"),
         ("damp=-1", "damp"),
+        ("damp=1,relative_damp=1", "damp=1.0 and relative_damp=1.0 both choose the dampening"),
+        ("metric=rms", "metric must be one of 'none', 'adam', 'factored', got 'rms'"),
         ("backend=fast", "backend"),
         ("exclude_lr=-1", "lr must be a finite number"),
         ("value_dtype=int64", "int64"),
@@ -130,7 +132,7 @@ def test_copies_are_equal(copy, optim):
 
 def test_to_dict_holds_plain_values():
     found = sparse().to_dict()
-    assert (found["optim"], found["learning_rate"], found["optim_args"]) == ("sparse_mfac", 5e-5, OPTIONS)
+    assert (found["optim"], found["learning_rate"], found["optim_args"]) == ("sparse_mfac", 1e-4, OPTIONS)
     assert type(found["optim"]) is str
     assert json.loads(sparse().to_json_string())["optim"] == "sparse_mfac"
 
@@ -145,7 +147,7 @@ def test_torch_save_and_load_as_trainer_does():
 def test_replace_can_ask_for_the_new_optimizers_rate():
     args = EFCPTrainingArguments(output_dir="out", use_cpu=True)
     assert dataclasses.replace(args, optim="sparse_mfac").learning_rate == 5e-5
-    assert dataclasses.replace(args, optim="sparse_mfac", learning_rate=None).learning_rate == 5e-5
+    assert dataclasses.replace(args, optim="sparse_mfac", learning_rate=None).learning_rate == 1e-4
 
 
 def test_command_line():
@@ -162,7 +164,7 @@ def test_command_line():
     ]
     parser = HfArgumentParser(EFCPTrainingArguments)
     (args,) = parser.parse_args_into_dataclasses(flags)
-    assert as_tuple(args) == ("sparse_mfac", 5e-5, OPTIONS, 0.1)
+    assert as_tuple(args) == ("sparse_mfac", 1e-4, OPTIONS, 0.1)
     (args,) = parser.parse_args_into_dataclasses([*flags, "--learning_rate", "2e-5"])
     assert as_tuple(args) == ("sparse_mfac", 2e-5, OPTIONS, 0.1)
     assert "sparse_mfac" in parser.format_help()
@@ -178,7 +180,7 @@ def test_json_file(tmp_path):
 def test_set_optimizer():
     args = EFCPTrainingArguments(output_dir="out", use_cpu=True)
     assert args.set_optimizer("sparse-mfac", weight_decay=0.1, args="num_grads=3") is args
-    assert as_tuple(args) == ("sparse_mfac", 5e-5, "num_grads=3", 0.1)
+    assert as_tuple(args) == ("sparse_mfac", 1e-4, "num_grads=3", 0.1)
     assert as_tuple(args.set_optimizer("sparse_mfac", 0.25, 0.2)) == ("sparse_mfac", 0.25, None, 0.2)
     args.set_optimizer("adamw_torch", beta1=0.8)
     assert (args.optim, args.learning_rate, args.adam_beta1) == (OptimizerNames.ADAMW_TORCH, 5e-5, 0.8)
@@ -187,6 +189,6 @@ def test_set_optimizer():
 
 def test_set_training_does_not_bring_adams_rate():
     args = sparse().set_training(batch_size=16)
-    assert (args.learning_rate, args.per_device_train_batch_size) == (5e-5, 16)
+    assert (args.learning_rate, args.per_device_train_batch_size) == (1e-4, 16)
     assert sparse().set_training(0.25).learning_rate == 0.25
     assert EFCPTrainingArguments(output_dir="out", use_cpu=True).set_training().learning_rate == 5e-5

@@ -1,6 +1,7 @@
 """Every optimizer of the package with small settings: what the contract suites run over."""
 
 import inspect
+from typing import get_args, get_type_hints
 
 import torch
 
@@ -17,7 +18,10 @@ PAPERS = {
         SparseMFAC,
         dict(lr=0.02, num_grads=5, density=0.2, damp=1e-3, block_size=16, value_dtype=torch.int8),
     ),
-    "sparse_mfac_global": (SparseMFAC, dict(lr=0.02, num_grads=5, density=0.1, damp=1e-3, selection="global")),
+    "sparse_mfac_layers": (
+        SparseMFAC,
+        dict(lr=0.02, num_grads=5, density=0.2, damp=1e-3, block_size=16, scope="layer"),
+    ),
     "sparse_ggt": (SparseGGT, dict(lr=0.1, num_grads=5, density=0.2, eps=1e-3, beta1=0.5, beta2=0.9, block_size=16)),
     "dense_mfac": (DenseMFAC, dict(lr=0.02, num_grads=5, damp=1e-3)),
     "dense_ggt": (DenseGGT, dict(lr=0.1, num_grads=5, eps=1e-3)),
@@ -30,12 +34,25 @@ PAPERS = {
     "sparse_adagrad": (SparseAdaGrad, dict(lr=0.1, density=0.2, block_size=16)),
     "microadam": (MicroAdam, dict(lr=0.02, num_grads=5, density=0.2, block_size=16)),
 }
-# The paper's lengths, and with "tensor" AdamW's for some that differ in how the update comes about.
-VARIANTS = {name: (cls, {**settings, "update_scale": "none"}) for name, (cls, settings) in PAPERS.items()}
-for name in ("sparse_mfac", "sparse_mfac_global", "lowrank_ggt", "microadam"):
-    cls, settings = PAPERS[name]
-    VARIANTS[f"{name}_tensor"] = (cls, {**settings, "lr": 0.01})
-VARIANTS["dense_mfac_relative"] = (DenseMFAC, dict(lr=0.01, num_grads=5, relative_damp=0.1))
+# In AdamW's metric: the defaults, and what differs in how state is kept or the update comes about.
+IN_METRIC = {
+    "lowrank_mfac_metric": (LowRankMFAC, dict(rank=2)),
+    "lowrank_mfac_metric_exact": (
+        LowRankMFAC,
+        dict(rank=2, error_dtype=torch.float32, momentum_dtype=torch.float32, value_dtype=torch.float32),
+    ),
+    "lowrank_mfac_metric_int8": (LowRankMFAC, dict(rank=1, metric_dtype=torch.int8, precondition="gradient")),
+    "lowrank_mfac_metric_factored": (LowRankMFAC, dict(rank=2, metric="factored", precondition="gradient")),
+    "lowrank_ggt_metric": (LowRankGGT, dict(rank=2, beta2=0.9, metric_dtype=torch.bfloat16, scope="model")),
+    "sparse_mfac_metric": (SparseMFAC, dict(density=0.2, block_size=16, precondition="row", scope="model")),
+    "sparse_ggt_metric": (SparseGGT, dict(density=0.2, block_size=16)),
+    "dense_mfac_metric": (DenseMFAC, dict(momentum=0.5)),
+}
+VARIANTS = {
+    name: (cls, settings if cls in (SparseAdaGrad, MicroAdam) else {**settings, "metric": "none"})
+    for name, (cls, settings) in PAPERS.items()
+}
+VARIANTS |= {name: (cls, {"lr": 0.01, "num_grads": 5, **settings}) for name, (cls, settings) in IN_METRIC.items()}
 
 
 def build(name, params, **changes):
@@ -44,15 +61,31 @@ def build(name, params, **changes):
     return cls(params, **{**settings, **changes})
 
 
+def arguments(cls):
+    """The names of all that a class takes, those of its `**options` included."""
+    found = set()
+    for name, parameter in inspect.signature(cls, eval_str=True).parameters.items():
+        options = parameter.kind is parameter.VAR_KEYWORD
+        found |= get_type_hints(get_args(parameter.annotation)[0]).keys() if options else {name}
+    return found
+
+
 def taken(name, **changes):
     """Those of some changes that the variant's class has arguments for."""
-    arguments = inspect.signature(VARIANTS[name][0]).parameters
-    return {key: value for key, value in changes.items() if key in arguments}
+    known = arguments(VARIANTS[name][0])
+    if VARIANTS[name][0] in (DenseMFAC, DenseGGT):
+        known -= {"error_dtype"}  # they keep no error
+    return {key: value for key, value in changes.items() if key in known}
 
 
 def exact(name):
     """Changes after which nothing depends on the positions of the parameters, as rounding and random starts do."""
-    return taken(name, error_dtype=torch.float32, rank=100)
+    changes = taken(name, error_dtype=torch.float32, rank=100)
+    if in_metric(name):
+        changes |= {"momentum_dtype": torch.float32}
+        if VARIANTS[name][1].get("metric") != "factored":
+            changes |= {"metric_dtype": torch.float32}
+    return changes
 
 
 def names():
@@ -60,9 +93,14 @@ def names():
     return sorted(VARIANTS)
 
 
+def in_metric(name):
+    """Whether it works in AdamW's metric."""
+    return name in IN_METRIC
+
+
 def papers_names():
     """Those whose updates have the paper's lengths."""
-    return [name for name in names() if VARIANTS[name][1].get("update_scale") == "none"]
+    return sorted(PAPERS)
 
 
 def sparse_names():

@@ -11,7 +11,7 @@ import importlib
 import warnings
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple, Protocol, cast
+from typing import Protocol, cast
 
 import torch
 
@@ -19,35 +19,9 @@ from ..blocks import Part
 
 BACKENDS = ("auto", "reference", "numba")
 BUCKET = 64  # consecutive entries of a quantised error that share a scale
+# Whitened entries saturate here, so that products of whole rows fit float32.
+WHITENED = 2.0**48
 _MODULES = {"reference": "reference", "numba": "cpu"}
-
-
-class Move(NamedTuple):
-    """A parameter, or a range of whole blocks and whole rows of one, and how its update reaches it.
-
-    Args:
-        parts: What the window stores for it.
-        theta: The parameter, `(n,)`, float32, contiguous; updated.
-        velocity: `v`, `(n,)`, float32, contiguous, updated; None for no momentum.
-        columns: Entries of a row; of a vector, or where rows have no limit, `n`.
-        factor: What the update is multiplied by; None for what makes it `length` long.
-        length: `|u|`, where there is no factor.
-        limit: Length that no row may exceed; infinite for none.
-        lr: Learning rate.
-        keep: What weight decay leaves of the parameter.
-        momentum: Heavy-ball factor.
-    """
-
-    parts: Sequence[Part]
-    theta: torch.Tensor
-    velocity: torch.Tensor | None
-    columns: int
-    factor: float | None
-    length: float
-    limit: float
-    lr: float
-    keep: float
-    momentum: float
 
 
 class Kernels(Protocol):
@@ -105,26 +79,31 @@ class Kernels(Protocol):
     def round_to_bfloat16(self, error: torch.Tensor, stored: torch.Tensor, key: int, start: int = 0) -> None:
         """`stored = error` in expectation: stochastic rounding to bfloat16."""
 
-    def row_squares(self, flat: torch.Tensor, start: int, columns: int, out: torch.Tensor) -> None:
-        """`out[r] += sum of squares` of row r's entries in a slab that begins at `start` of the parameter."""
+    def observe(self, moments: torch.Tensor, gradient: torch.Tensor, beta2: float) -> None:
+        """`v <- beta2 v + (1 - beta2) g^2`: AdamW's second moment."""
+
+    def whiten(
+        self,
+        x: torch.Tensor,
+        moments: torch.Tensor,
+        factor: float,
+        correction: float,
+        eps: float,
+        out: torch.Tensor,
+    ) -> None:
+        """`out = factor x / sqrt(correction sqrt(v) + eps)`, 0 where v is."""
 
     def apply(
         self,
         theta: torch.Tensor,
         update: torch.Tensor,
-        start: int,
-        columns: int,
-        factors: torch.Tensor,
         *,
         lr: float,
         keep: float,
         velocity: torch.Tensor | None = None,
         momentum: float = 0.0,
     ) -> None:
-        """`v <- momentum v + factors[r] u`, `theta <- keep theta - lr v` in such a slab; `update` is spoilt."""
-
-    def move(self, moves: Sequence[Move], coefficients: torch.Tensor) -> None:
-        """`combine`, `row_squares` and `apply` in one: `u = G^T c` at its length, applied."""
+        """`v <- momentum v + u`, `theta <- keep theta - lr v`."""
 
 
 def choose(backend: str, device: torch.device) -> Kernels:

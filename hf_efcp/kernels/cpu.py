@@ -24,13 +24,14 @@ from numba.np.numpy_support import carray
 
 from ..blocks import Part, sharing
 from ..noise import MULTIPLIERS
-from . import BUCKET, Move, pool, tables
-from .lengths import SHORTEST
+from . import BUCKET, WHITENED, pool, tables
 
 NAME = "numba"
 
 _LARGEST = np.float32(torch.finfo(torch.bfloat16).max)  # see reference.py
 _SMALLEST = np.float32(torch.finfo(torch.float32).tiny)
+_FLOAT32_MAX = np.float32(torch.finfo(torch.float32).max)
+_WHITENED = np.float32(WHITENED)
 _FIRST, _SECOND = (np.uint32(multiplier) for multiplier in MULTIPLIERS)
 _RANGE = 1 << 16  # entries of the dense vector in one task; partial sums are kept per task
 _LIGHT = 1 << 18  # the same for what takes so little time that waking a thread would take longer
@@ -53,11 +54,13 @@ _SHIFT, _SPAN = np.uint64(40), np.uint64(1 << 40)  # see `_add_found`
 
 
 def _jit(function: Callable[..., Any]) -> Callable[..., Any]:
-    """What Python calls, from any thread."""
+    """What Python calls, from any thread. Dividing by zero gives infinity: Python's error would cost the vectors."""
+    options: dict[str, Any] = {"nogil": True, "fastmath": _FASTMATH, "error_model": "numpy"}
     try:
-        return njit(nogil=True, cache=True, fastmath=_FASTMATH)(function)
+        compiled: Callable[..., Any] = njit(cache=True, **options)(function)
     except RuntimeError:  # no directory that the cache could be written to
-        return njit(nogil=True, fastmath=_FASTMATH)(function)
+        compiled = njit(**options)(function)
+    return compiled
 
 
 def _inner(function: Callable[..., Any]) -> Any:
@@ -848,42 +851,32 @@ def _round_to_bfloat16(error, stored, key, where, begin, end):
         rounded[i] = np.int32(_bits_of_float(min(max(x[i], -_LARGEST), _LARGEST)) + noise) >> np.int32(16)
 
 
-@_inner
-def _row_squares(flat, start, columns, begin, end, out):
-    first = start // columns
-    for row in range(first + begin, first + end):
-        x = flat[max(row * columns - start, 0) : min((row + 1) * columns - start, flat.shape[0])]
-        total = 0.0
-        for i in range(x.shape[0]):
-            total += np.float64(x[i]) * np.float64(x[i])
-        out[row] += total
-
-
-@_inner
-def _apply(theta, update, start, columns, factors, velocity, momentum, keep, lr, begin, end):
-    while begin < end:
-        row = (start + begin) // columns
-        stop = min(end, (row + 1) * columns - start)
-        factor = factors[row]
-        if velocity.shape[0]:
-            for i in range(begin, stop):
-                v = momentum * velocity[i] + factor * update[i]
-                velocity[i] = v
-                theta[i] = keep * theta[i] - lr * v
-        else:
-            for i in range(begin, stop):
-                theta[i] = keep * theta[i] - lr * (factor * update[i])
-        begin = stop
+@_jit
+def _observe(moments, gradient, kept, new, begin, end):
+    v, g = moments[begin:end], gradient[begin:end]
+    for i in range(v.shape[0]):
+        v[i] = min(kept * v[i] + new * (g[i] * g[i]), _FLOAT32_MAX)
 
 
 @_jit
-def _row_squares_of_slab(flat, start, columns, begin, end, out):
-    _row_squares(flat, start, columns, begin, end, out)
+def _whiten(vector, moments, factor, correction, eps, begin, end, total):
+    x, v, out = vector[begin:end], moments[begin:end], total[begin:end]
+    for i in range(x.shape[0]):
+        root = np.float32(1.0) / np.sqrt(np.sqrt(v[i]) * correction + eps)
+        y = min(max(factor * x[i] * root, -_WHITENED), _WHITENED)
+        out[i] = y if v[i] > np.float32(0.0) else np.float32(0.0)
 
 
 @_jit
-def _apply_slab(theta, update, start, columns, factors, velocity, momentum, keep, lr, begin, end):
-    _apply(theta, update, start, columns, factors, velocity, momentum, keep, lr, begin, end)
+def _apply(theta, update, velocity, momentum, keep, lr, begin, end):
+    if velocity.shape[0]:
+        for i in range(begin, end):
+            v = momentum * velocity[i] + update[i]
+            velocity[i] = v
+            theta[i] = keep * theta[i] - lr * v
+    else:
+        for i in range(begin, end):
+            theta[i] = keep * theta[i] - lr * update[i]
 
 
 @_inner
@@ -904,7 +897,10 @@ def _squares_of_all(vectors, tasks, counter, partial):
         task = tasks[number]
         vector = vectors[task.row]
         x = carray(_pointer(vector.at), (vector.entries,), np.float32)[task.begin : task.end]
-        _row_squares(x, 0, x.shape[0], 0, 1, partial[number : number + 1])
+        total = 0.0
+        for i in range(x.shape[0]):
+            total += np.float64(x[i]) * np.float64(x[i])
+        partial[number] = total
         number = _next(counter)
 
 
@@ -934,50 +930,6 @@ def _dots_of_all(parts, tasks, counter, index_like, value_like, scale_like, newe
         index, value, scale = _stored(part, index_like, value_like, scale_like)
         share, kept, length, sums = part.share, part.kept, part.length, partial[number]
         _dots(index, value, scale, share, kept, newest, rows, length, begin, end, sums, room)
-        number = _next(counter)
-
-
-@_inner
-def _find_factors(update, columns, factor, length, limit, squares, factors):
-    """Write what the rows of an update are multiplied by."""
-    rows = update.shape[0] // columns
-    if np.isnan(factor) or limit < np.inf:
-        for row in range(rows):
-            squares[row] = 0.0
-        _row_squares(update, 0, columns, 0, rows, squares)
-    if np.isnan(factor):
-        total = 0.0
-        for row in range(rows):
-            total += squares[row]
-        norm = np.sqrt(total)
-        factor = length / max(norm, SHORTEST) if norm > 0.0 else 0.0
-    for row in range(rows):
-        longest = factor
-        if limit < np.inf and squares[row] > 0.0:
-            longest = min(limit / np.sqrt(squares[row]), factor)
-        factors[row] = np.float32(longest)
-
-
-@_jit
-def _move_all(moves, order, counter, parts, index_like, value_like, scale_like, c, base, update, of_rows, room):
-    squares, factors = of_rows
-    number: Any = _next(counter)
-    while number < order.shape[0]:
-        move = moves[order[number]]
-        u = update[: move.entries]
-        start = 0
-        for row in range(move.first, move.last):
-            part = parts[row]
-            index, value, scale = _stored(part, index_like, value_like, scale_like)
-            share, kept, blocks = part.share, part.kept, part.blocks
-            out = u[start : start + blocks * part.length]
-            _combine(index, value, scale, share, kept, c, base, 0.0, False, 0, blocks, out, room)
-            start += blocks * part.length
-        theta = carray(_pointer(move.theta), (move.entries,), np.float32)
-        velocity = carray(_pointer(move.velocity), (move.entries if move.velocity else 0,), np.float32)
-        _find_factors(u, move.columns, move.factor, move.length, move.limit, squares, factors)
-        momentum, keep, lr = np.float32(move.momentum), np.float32(move.keep), np.float32(move.lr)
-        _apply(theta, u, 0, move.columns, factors, velocity, momentum, keep, lr, 0, move.entries)
         number = _next(counter)
 
 
@@ -1106,23 +1058,24 @@ def round_to_bfloat16(error: torch.Tensor, stored: torch.Tensor, key: int, start
     pool.run(lambda _, begin, end: _round_to_bfloat16(x, rounded, bits, start, begin, end), len(x), _RANGE)
 
 
-def row_squares(flat: torch.Tensor, start: int, columns: int, out: torch.Tensor) -> None:
-    """See `reference.row_squares`; a row is one thread's, so that its bits depend on nothing else."""
-    x, total = _array(flat), _array(out)
-    rows = _rows(len(x), start, columns)
-    pool.run(
-        lambda _, begin, end: _row_squares_of_slab(x, start, columns, begin, end, total),
-        rows,
-        max(1, _LIGHT // columns),
-    )
+def observe(moments: torch.Tensor, gradient: torch.Tensor, beta2: float) -> None:
+    """See `reference.observe`."""
+    v, g, kept, new = _array(moments), _array(gradient), np.float32(beta2), np.float32(1.0 - beta2)
+    pool.run(lambda _, begin, end: _observe(v, g, kept, new, begin, end), len(v), _LIGHT)
+
+
+def whiten(
+    x: torch.Tensor, moments: torch.Tensor, factor: float, correction: float, eps: float, out: torch.Tensor
+) -> None:
+    """See `reference.whiten`; in one pass."""
+    vector, v, total = _array(x), _array(moments), _array(out)
+    numbers = np.float32(factor), np.float32(correction), np.float32(eps)
+    pool.run(lambda _, begin, end: _whiten(vector, v, *numbers, begin, end, total), len(v), _LIGHT)
 
 
 def apply(
     theta: torch.Tensor,
     update: torch.Tensor,
-    start: int,
-    columns: int,
-    factors: torch.Tensor,
     *,
     lr: float,
     keep: float,
@@ -1130,35 +1083,10 @@ def apply(
     momentum: float = 0.0,
 ) -> None:
     """See `reference.apply`; in one pass, and multiplied and added without rounding between."""
-    x, u, factor = _array(theta), _array(update), _array(factors)
+    x, u = _array(theta), _array(update)
     v = np.empty(0, np.float32) if velocity is None else _array(velocity)
     numbers = np.float32(momentum), np.float32(keep), np.float32(lr)
-    pool.run(lambda _, begin, end: _apply_slab(x, u, start, columns, factor, v, *numbers, begin, end), len(x), _LIGHT)
-
-
-def move(moves: Sequence[Move], coefficients: torch.Tensor) -> None:
-    """See `reference.move`; each is one thread's, whose room for an update nobody else sees."""
-    if not moves:
-        return
-    table, counter, c = tables.of_moves(moves), np.zeros(1, np.int64), _array(coefficients)
-    parts = [part for one in moves for part in one.parts]
-    stored = tables.of_parts(parts), *_like(parts[0])
-    # The longest first, so that no thread begins with one when the others have nothing left to do.
-    order = np.argsort(-table["entries"], kind="stable")
-    entries, rows = int(table["entries"].max()), int((table["entries"] // table["columns"]).max())
-    length, short = _longest(parts), _short(parts)
-
-    def work() -> None:
-        update, of_rows = np.empty(entries, np.float32), (np.empty(rows), np.empty(rows, np.float32))
-        room = np.empty(length), np.empty(len(c)), np.empty(len(c) * short)
-        _move_all(table, order, counter, *stored, c, _NO_BASE, update, of_rows, room)
-
-    pool.together(work, len(moves))
-
-
-def _rows(entries: int, start: int, columns: int) -> int:
-    """Rows that a slab has entries of."""
-    return -(-(start + entries) // columns) - start // columns
+    pool.run(lambda _, begin, end: _apply(x, u, v, *numbers, begin, end), len(x), _LIGHT)
 
 
 def _levels(stored: torch.Tensor) -> int:

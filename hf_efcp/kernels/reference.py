@@ -6,14 +6,13 @@ however large the window is.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from ..blocks import Part, sharing
 from ..noise import MASK, mix
-from . import BUCKET, Move, lengths, widest
+from . import BUCKET, WHITENED, widest
 
 NAME = "reference"
 
@@ -255,97 +254,63 @@ def round_to_bfloat16(error: torch.Tensor, stored: torch.Tensor, key: int, start
         stored[span] = bits.to(torch.int16).view(torch.bfloat16)
 
 
-def row_squares(flat: torch.Tensor, start: int, columns: int, out: torch.Tensor) -> None:
-    """Add the squares of a slab's entries to the sums of their rows: `out[r] += sum of squares`.
+def observe(moments: torch.Tensor, gradient: torch.Tensor, beta2: float) -> None:
+    """AdamW's second moment: `v <- beta2 v + (1 - beta2) g^2`, saturating where float32 ends.
 
     Args:
-        flat: The slab, `(n,)`, float32; it need not begin or end with a row.
-        start: Its first entry's place in the flattened parameter.
-        columns: Entries of a row.
-        out: Sums of all rows of the parameter, float64 (float32 where the device has no float64); updated.
+        moments: `v`, `(n,)`, float32; updated.
+        gradient: `g`, `(n,)`, float32.
+        beta2: Decay.
     """
-    for rows, part in _by_row(flat, start, columns):
-        out[rows] += part.to(out.dtype).square().sum(dim=1)
+    for part in _chunks(len(moments), 1):
+        g = gradient[part]
+        moments[part].mul_(beta2).addcmul_(g, g, value=1.0 - beta2).clamp_(max=torch.finfo(torch.float32).max)
+
+
+def whiten(
+    x: torch.Tensor, moments: torch.Tensor, factor: float, correction: float, eps: float, out: torch.Tensor
+) -> None:
+    """`out = factor D^-1/2 x`, `D = correction sqrt(v) + eps`; 0 where `v` is 0, and no entry beyond `WHITENED`.
+
+    Args:
+        x: `(n,)`, float32.
+        moments: `v`, `(n,)`, float32.
+        factor: A number.
+        correction: `1 / sqrt(1 - beta2^t)`.
+        eps: As AdamW's.
+        out: `(n,)`, float32; overwritten. May be `x`.
+    """
+    for part in _chunks(len(x), 1):
+        v = moments[part]
+        root = v.sqrt().mul_(correction).add_(eps).rsqrt_()
+        whitened = (factor * x[part] * root).clamp_(-WHITENED, WHITENED)
+        out[part] = torch.where(v > 0.0, whitened, 0.0)
 
 
 def apply(
     theta: torch.Tensor,
     update: torch.Tensor,
-    start: int,
-    columns: int,
-    factors: torch.Tensor,
     *,
     lr: float,
     keep: float,
     velocity: torch.Tensor | None = None,
     momentum: float = 0.0,
 ) -> None:
-    """Move a slab of a parameter: `v <- momentum v + factors[r] u`, `theta <- keep theta - lr v`.
+    """Move a slab of a parameter: `v <- momentum v + u`, `theta <- keep theta - lr v`.
 
     Args:
-        theta: The slab, `(n,)`, float32; it need not begin or end with a row. Updated.
-        update: `u`, `(n,)`, float32; spoilt.
-        start: As in `row_squares`.
-        columns: As in `row_squares`.
-        factors: Of all rows of the parameter, float32.
+        theta: The slab, `(n,)`, float32; updated.
+        update: `u`, `(n,)`, float32.
         lr: Learning rate.
         keep: What weight decay leaves of the parameter.
         velocity: `v`, `(n,)`, float32; updated. None for no momentum.
         momentum: Heavy-ball factor.
     """
-    for rows, part in _by_row(update, start, columns):
-        part.mul_(factors[rows, None])
     if velocity is not None:
         update = velocity.mul_(momentum).add_(update)
     if keep != 1.0:
         theta.mul_(keep)
     theta.add_(update, alpha=-lr)
-
-
-def move(moves: Sequence[Move], coefficients: torch.Tensor) -> None:
-    """Update parameters: `u = G^T c`, multiplied row by row, then as in `apply`.
-
-    A row `r` is multiplied by `factor`, or by `length / |u|` where no factor is known, and by no more than what makes
-    it `limit` long.
-
-    Args:
-        moves: Of parameters, or of ranges of them; they have no entry in common.
-        coefficients: `c`, `(rows,)`, float64, for the first `rows` rows of the window.
-    """
-    for one in moves:
-        update = torch.empty_like(one.theta)
-        for part in one.parts:
-            piece = part.piece
-            combine(part.indices, part.values, coefficients, piece.of(update), scales=part.scales)
-        rows = torch.zeros(len(update) // one.columns, dtype=widest(update.device), device=update.device)
-        row_squares(update, 0, one.columns, rows)
-        factor = lengths.factor(one.length, math.sqrt(float(rows.sum()))) if one.factor is None else one.factor
-        factors = lengths.factors(rows, one.limit, factor)
-        apply(
-            one.theta,
-            update,
-            0,
-            one.columns,
-            factors,
-            lr=one.lr,
-            keep=one.keep,
-            velocity=one.velocity,
-            momentum=one.momentum,
-        )
-
-
-def _by_row(flat: torch.Tensor, start: int, columns: int) -> Iterator[tuple[slice, torch.Tensor]]:
-    """A slab as rows, which it need not begin and end with: which rows, and their entries, `(rows, entries)`."""
-    first, head = start // columns, min(-start % columns, len(flat))
-    if head:
-        yield slice(first, first + 1), flat[:head].view(1, head)
-        first += 1
-    whole = (len(flat) - head) // columns
-    if whole:
-        yield slice(first, first + whole), flat[head : head + whole * columns].view(whole, columns)
-    tail = len(flat) - head - whole * columns
-    if tail:
-        yield slice(first + whole, first + whole + 1), flat[len(flat) - tail :].view(1, tail)
 
 
 def _noise(start: int, count: int, key: int, device: torch.device) -> torch.Tensor:

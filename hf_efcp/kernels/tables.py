@@ -13,7 +13,6 @@ import numpy as np
 import torch
 
 from ..blocks import Part, sharing
-from . import Move
 
 # A part: addresses, entries from block to block, and how it is cut. The address of scales is 0 where there are none.
 _PART = np.dtype([
@@ -27,11 +26,6 @@ _PART = np.dtype([
 _VECTOR = np.dtype([("at", np.int64), ("entries", np.int64)])
 # A task: a row of another table, and which of its blocks or entries.
 _TASK = np.dtype([("row", np.int64), ("begin", np.int64), ("end", np.int64)])
-# A move: its parts in a table of them, addresses (0 for no velocity), and its numbers (NaN for no factor).
-_MOVE = np.dtype([
-    *((name, np.int64) for name in ("first", "last", "theta", "velocity", "entries", "columns")),
-    *((name, np.float64) for name in ("factor", "length", "limit", "lr", "keep", "momentum")),
-])
 
 Table = np.ndarray[Any, Any]
 
@@ -75,35 +69,6 @@ def of_vectors(vectors: Sequence[torch.Tensor]) -> Table:
         The table.
     """
     return np.array([(vector.data_ptr(), vector.numel()) for vector in vectors], _VECTOR)
-
-
-def of_moves(moves: Sequence[Move]) -> Table:
-    """A row for each move, `(moves,)`; its parts are numbered through all moves.
-
-    Args:
-        moves: Their tensors are contiguous.
-
-    Returns:
-        The table.
-    """
-    rows, last = [], 0
-    for one in moves:
-        first, last = last, last + len(one.parts)
-        rows.append((
-            first,
-            last,
-            one.theta.data_ptr(),
-            0 if one.velocity is None else one.velocity.data_ptr(),
-            one.theta.numel(),
-            one.columns,
-            float("nan") if one.factor is None else one.factor,
-            one.length,
-            one.limit,
-            one.lr,
-            one.keep,
-            one.momentum,
-        ))
-    return np.array(rows, _MOVE)
 
 
 def tasks(sizes: Sequence[int], steps: Sequence[int]) -> Table:

@@ -1,0 +1,280 @@
+"""The metric in which gradients are compared: AdamW's second moment, or none.
+
+With `D = diag(sqrt(v_hat) + eps)`, `v` as in AdamW, rows enter the window as `D^-1/2 g`, and the update is
+
+    u = D^-1/2 f(R^T R) D^-1/2 x,    f(0) = 1,
+
+so that without a matrix (`f = 1`) `u` is AdamW's for the momentum `x = m_hat`, and RMSprop's for the gradient `x = g`.
+The matrix can only turn and shorten what AdamW would do, and learning rates are AdamW's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from . import noise
+from .errors import error_store
+from .kernels import Kernels
+from .windows import State
+
+METRICS = ("none", "adam", "factored")
+METRIC_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
+MOMENTUM_DTYPES = (torch.float32, torch.bfloat16)
+
+_SLAB = 1 << 20  # entries that exist in float32 at a time where they are stored in fewer bits
+_LARGEST = torch.finfo(torch.float32).max
+_CHANNELS = 4  # buffers of a parameter whose noise has to differ
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """A float32 vector of a parameter's size that is kept between steps in some dtype, rounded stochastically.
+
+    Args:
+        name: Its name in the state.
+        dtype: How it is kept: float32, bfloat16 or int8.
+        channel: Tells its noise from that of the parameter's other buffers, 1 to 3.
+    """
+
+    name: str
+    dtype: torch.dtype
+    channel: int
+
+    def allocate(self, shape: torch.Size, device: torch.device | str) -> State:
+        """Tensors of zeros.
+
+        Args:
+            shape: Shape of the parameter.
+            device: Where; "meta" gives shapes without memory.
+
+        Returns:
+            `{name: ...}`, and for int8 `{name + "_scale": ...}` as well.
+        """
+        fresh = error_store(self.dtype).allocate(shape, device)
+        return {key.replace("error", self.name): tensor for key, tensor in fresh.items()}
+
+    def slabs(self, numel: int) -> Iterator[slice]:
+        """Where the vector is cut: nowhere in float32, which is updated in place."""
+        step = max(1, numel) if error_store(self.dtype).in_place else _SLAB
+        return (slice(start, min(start + step, numel)) for start in range(0, numel, step))
+
+    def load(self, state: State, slab: slice, kernels: Kernels) -> torch.Tensor:
+        """A slab in float32: what is stored, or a copy.
+
+        Args:
+            state: The parameter's tensors.
+            slab: Where, from `slabs`.
+            kernels: The backend.
+
+        Returns:
+            `(n,)`, float32.
+        """
+        return error_store(self.dtype).load(self._stored(state), slab, kernels)
+
+    def save(self, state: State, values: torch.Tensor, slab: slice, step: int, position: int, kernels: Kernels) -> None:
+        """Keep what `load` returned and was updated.
+
+        Args:
+            state: The parameter's tensors; updated.
+            values: The slab.
+            slab: Where.
+            step: Number of the step, for the noise.
+            position: Position of the parameter, for the noise.
+            kernels: The backend.
+        """
+        channel = noise.mix(step * _CHANNELS + self.channel & noise.MASK)
+        error_store(self.dtype).save(self._stored(state), values, slab, channel, position, kernels)
+
+    def _stored(self, state: State) -> State:
+        return {key: state[key.replace("error", self.name)] for key in ("error", "error_scale") if
+                key.replace("error", self.name) in state}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Metric:
+    """AdamW's second moment as a metric, and AdamW's first moment if that is what is preconditioned.
+
+    Args:
+        kind: "adam" for a second moment of every entry, "factored" for means over rows and columns (Adafactor, Shazeer
+            & Stern, arXiv 1804.04235): `v_ij = r_i c_j / mean(r)`, near 0 bytes. Vectors are kept whole.
+        dtype: How the second moment is kept: float32, bfloat16, or int8 (levels of its root, 17 / 16 bytes). Ignored
+            where it is factored.
+        beta1: Decay of the first moment, in [0, 1); 0 keeps none, and the gradient is preconditioned.
+        beta2: Decay of the second moment, in [0, 1).
+        eps: What is added to the root of the second moment, positive.
+        momentum_dtype: How the first moment is kept: float32 or bfloat16.
+
+    Raises:
+        ValueError: A value outside its range.
+    """
+
+    kind: str = "adam"
+    dtype: torch.dtype = torch.float32
+    beta1: float = 0.0
+    beta2: float = 0.999
+    eps: float = 1e-8
+    momentum_dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        for name, beta in (("beta1", self.beta1), ("metric_beta2", self.beta2)):
+            if not 0.0 <= beta < 1.0:
+                raise ValueError(f"{name} must be in [0, 1), got {beta}")
+        if not (math.isfinite(self.eps) and self.eps > 0.0):
+            raise ValueError(f"metric_eps must be a finite positive number, got {self.eps}")
+        for name, dtype, dtypes in (
+            ("metric_dtype", self.dtype, METRIC_DTYPES),
+            ("momentum_dtype", self.momentum_dtype, MOMENTUM_DTYPES),
+        ):
+            if dtype not in dtypes:
+                raise ValueError(f"{name} must be one of {', '.join(map(str, dtypes))}, got {dtype}")
+
+    @property
+    def _second(self) -> Buffer:
+        return Buffer("second_moment", self.dtype, 1)
+
+    @property
+    def _first(self) -> Buffer:
+        return Buffer("first_moment", self.momentum_dtype, 2)
+
+    def allocate(self, shape: torch.Size, device: torch.device | str) -> State:
+        """Moments of zeros.
+
+        Args:
+            shape: Shape of the parameter.
+            device: Where; "meta" gives shapes without memory.
+
+        Returns:
+            Plain tensors by name.
+        """
+        first = self._first.allocate(shape, device) if self.beta1 else {}
+        if not self._is_factored(shape):
+            return first | self._second.allocate(shape, device)
+        rows, columns = _matrix(shape)
+        sides = (("second_moment_rows", rows), ("second_moment_columns", columns))
+        return first | {name: torch.zeros(size, dtype=torch.float32, device=device) for name, size in sides}
+
+    def observe(self, state: State, gradient: torch.Tensor, step: int, position: int, kernels: Kernels) -> None:
+        """`v <- beta2 v + (1 - beta2) g^2`, `m <- beta1 m + (1 - beta1) g`.
+
+        Args:
+            state: The parameter's tensors; updated.
+            gradient: `g`, float32, contiguous.
+            step: Gradients that the parameter has had, this one included.
+            position: Position of the parameter.
+            kernels: The backend.
+        """
+        g = gradient.view(-1)
+        if self.beta1:
+            for slab in self._first.slabs(len(g)):
+                m = self._first.load(state, slab, kernels)
+                m.lerp_(g[slab], 1.0 - self.beta1)
+                self._first.save(state, m, slab, step, position, kernels)
+        if self._is_factored(gradient.shape):
+            self._observe_factored(state, gradient)
+            return
+        for slab in self._second.slabs(len(g)):
+            v = self._load_second(state, slab, kernels)
+            kernels.observe(v, g[slab], self.beta2)
+            stored = v.sqrt_() if self.dtype == torch.int8 else v
+            self._second.save(state, stored, slab, step, position, kernels)
+
+    def whiten(
+        self,
+        state: State,
+        shape: torch.Size,
+        x: torch.Tensor,
+        step: int,
+        kernels: Kernels,
+        *,
+        start: int = 0,
+        factor: float = 1.0,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """`factor D^-1/2 x`; 0 where the second moment is, for an entry that never had a gradient does not move.
+
+        Args:
+            state: The parameter's tensors.
+            shape: Shape of the parameter.
+            x: A slab of the flattened parameter, `(n,)`, float32.
+            step: Gradients that the parameter has had.
+            kernels: The backend.
+            start: Where the slab begins.
+            factor: A number.
+            out: Where to write; may be `x`. None for a new tensor.
+
+        Returns:
+            `(n,)`, float32.
+        """
+        out = torch.empty_like(x) if out is None else out
+        correction = 1.0 / math.sqrt(1.0 - self.beta2**step)
+        for begin, v in self._second_moments(state, shape, start, len(x), kernels):
+            span = slice(begin, begin + len(v))
+            kernels.whiten(x[span], v, factor, correction, self.eps, out[span])
+        return out
+
+    def momentum(self, state: State, shape: torch.Size, step: int, kernels: Kernels) -> torch.Tensor:
+        """`D^-1/2 m_hat`, `m_hat = m / (1 - beta1^step)`.
+
+        Args:
+            state: The parameter's tensors.
+            shape: Shape of the parameter.
+            step: Gradients that the parameter has had.
+            kernels: The backend.
+
+        Returns:
+            `(numel,)`, float32.
+        """
+        out = torch.empty(shape.numel(), dtype=torch.float32, device=state["first_moment"].device)
+        factor = 1.0 / (1.0 - self.beta1**step)
+        for slab in self._first.slabs(len(out)):
+            m = self._first.load(state, slab, kernels)
+            self.whiten(state, shape, m, step, kernels, start=slab.start, factor=factor, out=out[slab])
+        return out
+
+    def _is_factored(self, shape: torch.Size) -> bool:
+        return self.kind == "factored" and len(shape) > 1 and shape.numel() > 0
+
+    def _observe_factored(self, state: State, gradient: torch.Tensor) -> None:
+        rows, columns = _matrix(gradient.shape)
+        g, step = gradient.view(rows, columns), max(1, _SLAB // columns)
+        total = torch.zeros_like(state["second_moment_columns"])
+        mean = state["second_moment_rows"].mul_(self.beta2)
+        for start in range(0, rows, step):
+            squares = g[start : start + step].square()
+            total += squares.sum(dim=0)
+            mean[start : start + step].add_(squares.mean(dim=1), alpha=1.0 - self.beta2).clamp_(max=_LARGEST)
+        state["second_moment_columns"].mul_(self.beta2).add_(total / rows, alpha=1.0 - self.beta2).clamp_(max=_LARGEST)
+
+    def _load_second(self, state: State, slab: slice, kernels: Kernels) -> torch.Tensor:
+        v = self._second.load(state, slab, kernels)
+        return v.square_() if self.dtype == torch.int8 else v
+
+    def _second_moments(
+        self, state: State, shape: torch.Size, start: int, count: int, kernels: Kernels
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """`v` of `count` entries from `start`: where each part begins behind `start`, and the part in float32."""
+        if not self._is_factored(shape):
+            for slab in self._second.slabs(shape.numel()):
+                begin, end = max(slab.start, start), min(slab.stop, start + count)
+                if begin < end:
+                    v = self._load_second(state, slab, kernels)
+                    yield begin - start, v[begin - slab.start : end - slab.start]
+            return
+        rows, columns = _matrix(shape)
+        step = max(1, _SLAB // columns)
+        r, c = state["second_moment_rows"], state["second_moment_columns"]
+        # The mean of both is the mean of g^2. Multiplied so that neither product leaves float32.
+        scaled = c / c.mean().clamp(min=torch.finfo(torch.float32).tiny)
+        for first in range(start // columns, -(-(start + count) // columns), step):
+            last = min(first + step, -(-(start + count) // columns), rows)
+            v = torch.outer(r[first:last], scaled).view(-1)
+            begin, end = max(first * columns, start), min(last * columns, start + count)
+            yield begin - start, v[begin - first * columns : end - first * columns]
+
+
+def _matrix(shape: torch.Size) -> tuple[int, int]:
+    return shape[0], shape[1:].numel()

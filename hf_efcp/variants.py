@@ -1,0 +1,467 @@
+"""The named optimizers: a compressor, a preconditioner, and defaults that were measured together."""
+
+from __future__ import annotations
+
+from typing import Any, TypedDict, Unpack
+
+import torch
+from torch.optim.optimizer import ParamsT
+
+from .budget import Default
+from .compressors import Identity, TopK
+from .diagonal import AdaGradSum, AdamMoments
+from .errors import UINT4
+from .lowrank import LowRank
+from .optimizer import EFCP
+from .preconditioners import GGT, MFAC
+
+
+class Options(TypedDict, total=False):
+    """What every named optimizer takes beside its own arguments; `EFCP` says what each of them is.
+
+    What is not given depends on the metric. With "adam": `precondition="momentum"`, `beta1=0.9` (0 for any other
+    `precondition`), `scope="layer"`, errors in int8 and the momentum in bfloat16. With "none", the paper's rule:
+    `precondition="row"`, `scope="model"`, errors in float32.
+    """
+
+    momentum: float
+    weight_decay: float
+    decoupled_weight_decay: bool
+    precondition: str
+    scope: str
+    metric_dtype: torch.dtype
+    metric_beta2: float
+    metric_eps: float
+    momentum_dtype: torch.dtype
+    error_dtype: torch.dtype
+    nonfinite: str
+    backend: str
+    memory_budget: int | str | None
+
+
+class DiagonalOptions(Options, total=False):
+    """Those of the optimizers without a matrix, which take "none" only."""
+
+    metric: str
+
+
+class SparseMFAC(EFCP):
+    """M-FAC over a window of Top-k gradients with error feedback: EFCP's sparse variant (arXiv 2306.06098).
+
+    With `metric="none"` this is the paper's rule, `u = (lambda I + (1/m) sum_i row_i row_i^T)^-1 row_t`, whose length
+    is about `m / |row|`, at most `0.5 sqrt(m / lambda)`: a learning rate then belongs to one `num_grads`, one `damp`
+    and one gradient clipping. 5e-4 is a good one at `num_grads=256, damp=1e-5`, clipping at 1.0 and a warm-up of 10 %
+    of the steps (the error starts empty, so early rows are small and early updates large).
+
+    In AdamW's metric entries are alike in size, and Top-k keeps little of them: `LowRankMFAC` did better there.
+
+    Bytes per parameter, beside metric, momentum and error (4, 2 and 17 / 16 at the defaults): `num_grads * density *
+    (index + value)` for the window, 0.64 at the defaults.
+
+    Args:
+        params: Parameters or groups.
+        lr: Learning rate: AdamW's, unless `metric` is "none".
+        num_grads: Capacity `m` of the window, in gradients.
+        density: Fraction `k / d` of each block that enters the window, in (0, 1].
+        damp: Dampening `lambda` in the units of a squared gradient, as in the paper, at least 0. None, the default,
+            takes `relative_damp`; giving both is an error.
+        relative_damp: Dampening without `damp`: `m lambda` as a fraction of the mean `|row|^2` in the window, at least
+            0. None, the default, is 1, or 0.01 where `metric` is "none".
+        block_size: Entries `B_d` of a Top-k block, 1 to 65,536.
+        value_dtype: How the window stores values: float32, bfloat16, or int8 with a bfloat16 scale for each row and
+            4,096 entries of the parameters.
+        metric: "adam", AdamW's metric; "factored", the same near 0 bytes; or "none", the paper's rule.
+        beta1: Decay of the first moment that `precondition="momentum"` keeps, in (0, 1).
+        **options: See `Options`.
+
+    Raises:
+        ValueError: A value outside its range, or a budget that no window fits.
+        TypeError: `num_grads` or `block_size` is not an int, or a parameter has a dtype that is not supported.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-4,
+        *,
+        num_grads: int = Default(16),
+        density: float = 0.01,
+        damp: float | None = None,
+        relative_damp: float | None = None,
+        block_size: int = 4096,
+        value_dtype: torch.dtype = torch.bfloat16,
+        metric: str = "adam",
+        beta1: float | None = None,
+        **options: Unpack[Options],
+    ) -> None:
+        compressor = TopK(density, block_size, value_dtype)
+        settings = _in_metric(metric, beta1, options)
+        rule = MFAC(**_dampening("damp", damp, relative_damp, metric))
+        super().__init__(params, lr, compressor=compressor, preconditioner=rule, num_grads=num_grads, **settings)
+
+
+class LowRankMFAC(EFCP):
+    """M-FAC over a window of low-rank gradients with error feedback: EFCP's low-rank variant (arXiv 2306.06098).
+
+    Every matrix of a row is `P Q^T` of rank `rank`; see `LowRank` for the compression and `EFCP` for the step. The
+    defaults are AdamW's metric and momentum, `u = D^-1/2 (I + F / mu)^-1 D^-1/2 m_hat` with a matrix for each tensor,
+    `F = sum_i row_i row_i^T` and `mu` the mean `|row|^2`.
+
+    Bytes per parameter, beside metric, momentum and error (4, 2 and 17 / 16 at the defaults): `num_grads * rank *
+    (1 / rows + 1 / cols) * 2` for the window of a `(rows, cols)` matrix, and `8 num_grads^2` in all for each Gram
+    matrix. A step costs `2 num_grads * rank` operations per parameter for each of three products.
+
+    Args:
+        params: Parameters or groups.
+        lr: Learning rate: AdamW's, unless `metric` is "none".
+        num_grads: Capacity `m` of the window, in gradients.
+        rank: Rank `rho` of a row, at least 1.
+        damp: As for `SparseMFAC`.
+        relative_damp: As for `SparseMFAC`.
+        value_dtype: How the window stores factors, float32 or bfloat16.
+        seed: Of the vectors that the compression starts from, at least 0.
+        metric: "adam", AdamW's metric; "factored", the same near 0 bytes; or "none", the paper's rule.
+        beta1: Decay of the first moment that `precondition="momentum"` keeps, in (0, 1).
+        **options: See `Options`.
+
+    Raises:
+        ValueError: A value outside its range, or a budget that no window fits.
+        TypeError: `num_grads`, `rank` or `seed` is not an int, or a parameter has a dtype that is not supported.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-4,
+        *,
+        num_grads: int = Default(16),
+        rank: int = 4,
+        damp: float | None = None,
+        relative_damp: float | None = None,
+        value_dtype: torch.dtype = torch.bfloat16,
+        seed: int = 0,
+        metric: str = "adam",
+        beta1: float | None = None,
+        **options: Unpack[Options],
+    ) -> None:
+        compressor = LowRank(rank, value_dtype, seed)
+        settings = _in_metric(metric, beta1, options)
+        rule = MFAC(**_dampening("damp", damp, relative_damp, metric))
+        super().__init__(params, lr, compressor=compressor, preconditioner=rule, num_grads=num_grads, **settings)
+
+
+class DenseMFAC(EFCP):
+    """M-FAC as published (arXiv 2107.03356), over a window of whole gradients: what compression is judged against.
+
+    Bytes per parameter: `4 num_grads` for the window, and what metric and momentum take.
+
+    Args:
+        params: Parameters or groups.
+        lr: Learning rate: AdamW's, unless `metric` is "none".
+        num_grads: Capacity `m` of the window, in gradients.
+        damp: As for `SparseMFAC`.
+        relative_damp: As for `SparseMFAC`.
+        metric: "adam", AdamW's metric; "factored", the same near 0 bytes; or "none", the paper's rule.
+        beta1: Decay of the first moment that `precondition="momentum"` keeps, in (0, 1).
+        **options: See `Options`.
+
+    Raises:
+        ValueError: A value outside its range, or a budget that no window fits.
+        TypeError: `num_grads` is not an int, or a parameter has a dtype that is not supported.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-4,
+        *,
+        num_grads: int = Default(16),
+        damp: float | None = None,
+        relative_damp: float | None = None,
+        metric: str = "adam",
+        beta1: float | None = None,
+        **options: Unpack[Options],
+    ) -> None:
+        _refuse_error(type(self), options)
+        settings = _in_metric(metric, beta1, options)
+        rule = MFAC(**_dampening("damp", damp, relative_damp, metric))
+        super().__init__(params, lr, compressor=Identity(), preconditioner=rule, num_grads=num_grads, **settings)
+
+
+class SparseGGT(EFCP):
+    """Full-matrix AdaGrad over a window of Top-k gradients with error feedback (arXiv 2306.06098, 1806.02958).
+
+    With `metric="none"`, `u = ((sum_i beta2^(2 age_i) row_i row_i^T)^(1/2) + eps I)^-1 row_t`. A model's update is then
+    at most 1 long, and about that for rows that differ and are much longer than `eps`: the learning rate is the
+    distance that a step moves all parameters together, of the order of 0.1, not of 1e-4. A row shorter than 1e-6 of the
+    longest in the window makes no update.
+
+    In AdamW's metric `f(mu) = (1 + mu / eps^2)^(-1/2)`, with M-FAC's way of shortening nothing that was not seen.
+
+    Bytes per parameter: as `SparseMFAC`.
+
+    Args:
+        params: Parameters or groups.
+        lr: Learning rate: AdamW's, unless `metric` is "none".
+        num_grads: Capacity `m` of the window, in gradients.
+        density: Fraction `k / d` of each block that enters the window, in (0, 1].
+        eps: `eps` in the units of a gradient, as in the paper, positive. None, the default, takes `relative_eps`;
+            giving both is an error.
+        relative_eps: `eps` without `eps`: a fraction of the root mean square of `|row|` in the window, positive. None,
+            the default, is 1, or 1e-4 where `metric` is "none".
+        beta2: Decay of a row's weight with its age, in (0, 1].
+        block_size: Entries `B_d` of a Top-k block, 1 to 65,536.
+        value_dtype: How the window stores values: float32, bfloat16, or int8 with a bfloat16 scale for each row and
+            4,096 entries of the parameters.
+        metric: "adam", AdamW's metric; "factored", the same near 0 bytes; or "none", the paper's rule.
+        beta1: Decay of the first moment: of the gradient in a metric; of the window's rows without one, at most
+        `beta2`. **options: See `Options`.
+
+    Raises:
+        ValueError: A value outside its range, or a budget that no window fits.
+        TypeError: `num_grads` or `block_size` is not an int, or a parameter has a dtype that is not supported.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-4,
+        *,
+        num_grads: int = Default(16),
+        density: float = 0.01,
+        eps: float | None = None,
+        relative_eps: float | None = None,
+        beta2: float = 1.0,
+        block_size: int = 4096,
+        value_dtype: torch.dtype = torch.bfloat16,
+        metric: str = "adam",
+        beta1: float | None = None,
+        **options: Unpack[Options],
+    ) -> None:
+        compressor = TopK(density, block_size, value_dtype)
+        rule, settings = _ggt(eps, relative_eps, beta2, metric, beta1, options)
+        super().__init__(params, lr, compressor=compressor, preconditioner=rule, num_grads=num_grads, **settings)
+
+
+class LowRankGGT(EFCP):
+    """Full-matrix AdaGrad over a window of low-rank gradients with error feedback (arXiv 2306.06098, 1806.02958).
+
+    See `SparseGGT` for the update and `LowRankMFAC` for the bytes.
+
+    Args:
+        params: Parameters or groups.
+        lr: Learning rate: AdamW's, unless `metric` is "none".
+        num_grads: Capacity `m` of the window, in gradients.
+        rank: Rank `rho` of a row, at least 1.
+        eps: As for `SparseGGT`.
+        relative_eps: As for `SparseGGT`.
+        beta2: Decay of a row's weight with its age, in (0, 1].
+        value_dtype: How the window stores factors, float32 or bfloat16.
+        seed: Of the vectors that the compression starts from, at least 0.
+        metric: "adam", AdamW's metric; "factored", the same near 0 bytes; or "none", the paper's rule.
+        beta1: As for `SparseGGT`.
+        **options: See `Options`.
+
+    Raises:
+        ValueError: A value outside its range, or a budget that no window fits.
+        TypeError: `num_grads`, `rank` or `seed` is not an int, or a parameter has a dtype that is not supported.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-4,
+        *,
+        num_grads: int = Default(16),
+        rank: int = 4,
+        eps: float | None = None,
+        relative_eps: float | None = None,
+        beta2: float = 1.0,
+        value_dtype: torch.dtype = torch.bfloat16,
+        seed: int = 0,
+        metric: str = "adam",
+        beta1: float | None = None,
+        **options: Unpack[Options],
+    ) -> None:
+        compressor = LowRank(rank, value_dtype, seed)
+        rule, settings = _ggt(eps, relative_eps, beta2, metric, beta1, options)
+        super().__init__(params, lr, compressor=compressor, preconditioner=rule, num_grads=num_grads, **settings)
+
+
+class DenseGGT(EFCP):
+    """GGT as published (arXiv 1806.02958), over a window of whole gradients: what compression is judged against.
+
+    See `SparseGGT` for the update. Bytes per parameter: `4 num_grads` for the window, and what metric and momentum
+    take.
+
+    Args:
+        params: Parameters or groups.
+        lr: Learning rate: AdamW's, unless `metric` is "none".
+        num_grads: Capacity `m` of the window, in gradients.
+        eps: As for `SparseGGT`.
+        relative_eps: As for `SparseGGT`.
+        beta2: Decay of a row's weight with its age, in (0, 1].
+        metric: "adam", AdamW's metric; "factored", the same near 0 bytes; or "none", the paper's rule.
+        beta1: As for `SparseGGT`.
+        **options: See `Options`.
+
+    Raises:
+        ValueError: A value outside its range, or a budget that no window fits.
+        TypeError: `num_grads` is not an int, or a parameter has a dtype that is not supported.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-4,
+        *,
+        num_grads: int = Default(16),
+        eps: float | None = None,
+        relative_eps: float | None = None,
+        beta2: float = 1.0,
+        metric: str = "adam",
+        beta1: float | None = None,
+        **options: Unpack[Options],
+    ) -> None:
+        _refuse_error(type(self), options)
+        rule, settings = _ggt(eps, relative_eps, beta2, metric, beta1, options)
+        super().__init__(params, lr, compressor=Identity(), preconditioner=rule, num_grads=num_grads, **settings)
+
+
+class SparseAdaGrad(EFCP):
+    """AdaGrad on Top-k gradients with error feedback: the diagonal of EFCP's theory (arXiv 2306.06098, appendix).
+
+    `s += row_t^2`, `u = row_t / (sqrt(s) + eps)`. The paper's theory analyses this case; as an optimizer it saves
+    nothing over AdaGrad but what would be communicated. It has no matrix: of `Options`, `metric`, `precondition` and
+    `scope` cannot be set, and the window is one row.
+
+    Bytes per parameter: 4 for the sum, 4 for the error, 4 for momentum unless it is 0, and `density * (index + value)`
+    for the one row.
+
+    Args:
+        params: Parameters or groups.
+        lr: Learning rate: AdaGrad's.
+        density: Fraction `k / d` of each block that is kept, in (0, 1].
+        eps: What is added to the root of the sum, positive.
+        block_size: Entries `B_d` of a Top-k block, 1 to 65,536.
+        value_dtype: How the row stores values, float32, bfloat16 or int8 (see `TopK`).
+        **options: See `Options`; `metric` is "none".
+
+    Raises:
+        ValueError: A value outside its range, or an option that it has no use for.
+        TypeError: `block_size` is not an int, or a parameter has a dtype that is not supported.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-2,
+        *,
+        density: float = 0.01,
+        eps: float = 1e-10,
+        block_size: int = 4096,
+        value_dtype: torch.dtype = torch.float32,
+        **options: Unpack[DiagonalOptions],
+    ) -> None:
+        if options.get("memory_budget") is not None:
+            raise ValueError("memory_budget chooses the window, but SparseAdaGrad keeps one row: leave it out")
+        compressor, rule = TopK(density, block_size, value_dtype), AdaGradSum(eps)
+        super().__init__(params, lr, compressor=compressor, preconditioner=rule, num_grads=1, **options)
+
+
+class MicroAdam(EFCP):
+    """Adam whose moments are rebuilt from a short window of Top-k gradients, with error feedback (arXiv 2405.15593).
+
+    `m = (1 - beta1) / (1 - beta1^t) sum_i beta1^age_i row_i`, `v` likewise with `beta2` and the rows squared,
+    `u = m / (sqrt(v) + eps)`. Entries that no row of the window has do not move, so that a step touches at most
+    `num_grads * density` of the entries. Scaling the gradients changes nothing but the weight of `eps`. It has no
+    matrix: of `Options`, `metric`, `precondition` and `scope` cannot be set.
+
+    Bytes per parameter: `num_grads * density * (index + value)` for the window (0.4 at the defaults: 2 + 2 bytes an
+    entry), and 9 / 16 for the error in 4 bits with a float32 scale for every 64 entries. AdamW takes 8.
+
+    Rounding the error to 4 bits is unbiased but is not fed back itself: what was given and what came out are equal in
+    expectation, not to the bit. The rounding depends on the positions of the parameters in the optimizer.
+
+    Args:
+        params: Parameters or groups.
+        lr: Learning rate.
+        num_grads: Capacity `m` of the window, in gradients.
+        density: Fraction `k / d` of each block that enters the window, in (0, 1].
+        beta1: Decay of the first moment, in [0, 1).
+        beta2: Decay of the second moment, in [0, 1).
+        eps: What is added to the root of the second moment, positive.
+        block_size: Entries `B_d` of a Top-k block, 1 to 65,536.
+        value_dtype: How the window stores values, float32, bfloat16 or int8 (see `TopK`).
+        **options: See `Options`; `error_dtype` is `torch.uint4` (4 bits) unless it is given.
+
+    Raises:
+        ValueError: A value outside its range, an option that it has no use for, or a budget that no window fits.
+        TypeError: `num_grads` or `block_size` is not an int, or a parameter has a dtype that is not supported.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-4,
+        *,
+        num_grads: int = Default(10),
+        density: float = 0.01,
+        beta1: float = 0.9,
+        beta2: float = 0.999,
+        eps: float = 1e-8,
+        block_size: int = 4096,
+        value_dtype: torch.dtype = torch.bfloat16,
+        **options: Unpack[DiagonalOptions],
+    ) -> None:
+        compressor, rule = TopK(density, block_size, value_dtype), AdamMoments(beta1, beta2, eps)
+        settings: Any = {"error_dtype": UINT4, **options}
+        super().__init__(params, lr, compressor=compressor, preconditioner=rule, num_grads=num_grads, **settings)
+
+
+# In a metric the sum over the window weighs as much as the identity: the mean of the window. Without one, a fraction.
+_RELATIVE = {"damp": 0.01, "eps": 1e-4}
+
+
+def _dampening(name: str, absolute: float | None, relative: float | None, metric: str) -> dict[str, float]:
+    """The two hyperparameters of a preconditioner that `damp` or `eps` stands for, one of them 0."""
+    if absolute is not None and relative is not None:
+        raise ValueError(
+            f"{name}={absolute} and relative_{name}={relative} both choose the dampening: give {name}, in the units of "
+            f"the gradients, or relative_{name}, a fraction of the window's mean"
+        )
+    if absolute is not None:
+        return {name: absolute, f"relative_{name}": 0.0}
+    default = _RELATIVE[name] if metric == "none" else 1.0
+    return {name: 0.0, f"relative_{name}": default if relative is None else relative}
+
+
+def _refuse_error(cls: type, options: Any) -> None:
+    if "error_dtype" in options:
+        raise ValueError(f"{cls.__name__} compresses nothing, and so keeps no error: leave error_dtype out")
+
+
+def _in_metric(metric: str, beta1: float | None, options: Any) -> dict[str, Any]:
+    """The options of an optimizer with a matrix, with the defaults of its metric."""
+    if metric == "none":
+        return {"metric": metric, "beta1": beta1 or 0.0, **options}
+    precondition = options.get("precondition", "momentum")
+    defaults = {
+        "metric": metric,
+        "precondition": precondition,
+        "beta1": beta1 if beta1 is not None else 0.9 if precondition == "momentum" else 0.0,
+        "scope": "layer",
+        "error_dtype": torch.int8,
+        "momentum_dtype": torch.bfloat16,
+    }
+    return {**defaults, **options}
+
+
+def _ggt(
+    eps: float | None, relative_eps: float | None, beta2: float, metric: str, beta1: float | None, options: Any
+) -> tuple[GGT, dict[str, Any]]:
+    """The preconditioner and the options of a GGT, whose `beta1` is the window's without a metric."""
+    numbers = _dampening("eps", eps, relative_eps, metric)
+    if metric == "none":
+        return GGT(beta1=beta1 or 0.0, beta2=beta2, **numbers), _in_metric(metric, None, options)
+    return GGT(beta2=beta2, **numbers), _in_metric(metric, beta1, options)
