@@ -38,8 +38,8 @@ class Compressor(Protocol):
     __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
     lossless: ClassVar[bool]  # nothing is dropped: there is no error to keep
 
-    def window(self, num_grads: int) -> Window:
-        """The window that stores this compressor's rows."""
+    def window(self, num_grads: int, sums: torch.dtype = torch.float64) -> Window:
+        """The window that stores this compressor's rows, and the dtype that is enough for its sums over rows."""
 
     def allocate(self, shape: torch.Size, device: torch.device | str, position: int) -> State:
         """Tensors of its own that it keeps for the parameter at a position, by their names in the state."""
@@ -78,11 +78,12 @@ class TopK:
         if not 1 <= self.block_size <= MAX_BLOCK_SIZE:
             raise ValueError(f"block_size must be between 1 and {MAX_BLOCK_SIZE}, got {self.block_size}")
 
-    def window(self, num_grads: int) -> SparseWindow:
+    def window(self, num_grads: int, sums: torch.dtype = torch.float64) -> SparseWindow:
         """The window that stores this compressor's rows.
 
         Args:
             num_grads: Its capacity `m`.
+            sums: Not used: its kernels sum in float64.
 
         Returns:
             A window with the same blocks.
@@ -109,16 +110,17 @@ class Identity:
 
     lossless: ClassVar[bool] = True
 
-    def window(self, num_grads: int) -> DenseWindow:
+    def window(self, num_grads: int, sums: torch.dtype = torch.float64) -> DenseWindow:
         """The window that stores the rows.
 
         Args:
             num_grads: Its capacity `m`.
+            sums: Dtype of sums over rows.
 
         Returns:
             A dense window.
         """
-        return DenseWindow(num_grads)
+        return DenseWindow(num_grads, sums)
 
     def allocate(self, shape: torch.Size, device: torch.device | str, position: int) -> State:
         """Nothing."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,7 +10,7 @@ import torch
 
 from .kernels import Kernels
 from .preconditioners import Moment
-from .windows import Slab, State, Window
+from .windows import State, Window
 
 _FLOAT32 = torch.finfo(torch.float32)
 
@@ -19,7 +18,7 @@ _FLOAT32 = torch.finfo(torch.float32)
 class DiagonalPreconditioner:
     """Base of the rules that never see the Gram matrix. A subclass is a frozen dataclass.
 
-    It defines `plan` and `updates`, and `allocate` if it keeps something for a parameter.
+    It defines `plan` and `update`, and `allocate` if it keeps something for a parameter.
     """
 
     uses_gram: ClassVar[bool] = False
@@ -97,32 +96,33 @@ class AdamMoments(DiagonalPreconditioner):
         first, second = ((1.0 - b) / (1.0 - b**moment.steps) * b**ages for b in (self.beta1, self.beta2))
         return first, second
 
-    def updates(
+    def update(
         self,
         plan: tuple[torch.Tensor, torch.Tensor],
         window: Window,
         state: State,
         shape: torch.Size,
+        span: slice,
         kernels: Kernels,
         base: torch.Tensor | None,
-    ) -> Iterator[Slab]:
-        """`u = m / (sqrt(v) + eps)`, slab by slab.
+    ) -> torch.Tensor:
+        """`u = m / (sqrt(v) + eps)` in a span.
 
         Args:
             plan: The coefficients.
             window: The window.
             state: The parameter's tensors.
             shape: Shape of the parameter.
+            span: One of the window's.
             kernels: The backend.
             base: Not used.
 
-        Yields:
-            Where the slab goes in the flattened parameter, and its entries in float32.
+        Returns:
+            `(n,)`, float32.
         """
-        first = window.combine(state, shape, plan[0], kernels)
-        second = window.combine(state, shape, plan[1], kernels, squared=True)
-        for (span, m), (_, v) in zip(first, second, strict=True):
-            yield span, m.div_(_root_(v).add_(self.eps))
+        m = window.combine(state, shape, span, plan[0], kernels)
+        v = window.combine(state, shape, span, plan[1], kernels, squared=True)
+        return m.div_(_root_(v).add_(self.eps))
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,9 @@ class AdaGradSum(DiagonalPreconditioner):
             kernels: The backend.
         """
         total = state["sum"].view(-1)
-        for span, squares in window.combine(state, shape, self.plan(None, moment), kernels, squared=True):
+        newest = self.plan(None, moment)
+        for span in window.spans(state, shape):
+            squares = window.combine(state, shape, span, newest, kernels, squared=True)
             # A square beyond float32 saturates: infinity in the state would be there for ever.
             total[span].add_(squares).clamp_(max=_FLOAT32.max)
 
@@ -184,32 +186,34 @@ class AdaGradSum(DiagonalPreconditioner):
         newest[moment.newest] = 1.0
         return newest
 
-    def updates(
+    def update(
         self,
         plan: torch.Tensor,
         window: Window,
         state: State,
         shape: torch.Size,
+        span: slice,
         kernels: Kernels,
         base: torch.Tensor | None,
-    ) -> Iterator[Slab]:
-        """`u = row / (sqrt(s) + eps)`, slab by slab; `s` has the row already.
+    ) -> torch.Tensor:
+        """`u = row / (sqrt(s) + eps)` in a span; `s` has the row already.
 
         Args:
             plan: The coefficients.
             window: The window.
             state: The parameter's tensors.
             shape: Shape of the parameter.
+            span: One of the window's.
             kernels: The backend.
             base: Not used.
 
-        Yields:
-            Where the slab goes in the flattened parameter, and its entries in float32.
+        Returns:
+            `(n,)`, float32.
         """
-        for span, row in window.combine(state, shape, plan, kernels):
-            root = _root_(state["sum"].view(-1)[span].clone())
-            # As s >= row^2, u is at most 1 without the clamp as well, unless the sum has saturated.
-            yield span, row.div_(root.add_(self.eps)).clamp_(-1.0, 1.0)
+        root = _root_(state["sum"].view(-1)[span].clone())
+        row = window.combine(state, shape, span, plan, kernels)
+        # As s >= row^2, u is at most 1 without the clamp as well, unless the sum has saturated.
+        return row.div_(root.add_(self.eps)).clamp_(-1.0, 1.0)
 
 
 def _root_(squares: torch.Tensor) -> torch.Tensor:

@@ -195,7 +195,8 @@ def _settings(name: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, parameter in inspect.signature(OPTIMIZERS[name], eval_str=True).parameters.items():
         if parameter.kind is parameter.VAR_KEYWORD:
-            found |= get_type_hints(get_args(parameter.annotation)[0])
+            for options in get_args(parameter.annotation):  # none, if it is no Unpack[...]
+                found |= get_type_hints(options)
         else:
             found[key] = parameter.annotation
     return {key: annotation for key, annotation in found.items() if key not in _ELSEWHERE}

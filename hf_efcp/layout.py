@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -25,7 +26,6 @@ class Layout:
 
     Args:
         compressor: Of the gradients.
-        window: Of the compressor's rows.
         errors: How errors are kept.
         preconditioner: What is made of the window.
         num_grads: Capacity `m` of the window.
@@ -34,12 +34,20 @@ class Layout:
     """
 
     compressor: Compressor
-    window: Window
     errors: ErrorStore
     preconditioner: Preconditioner
     num_grads: int
     scope: str
     metric: Metric | None = None
+
+    @cached_property
+    def window(self) -> Window:
+        """The window of the compressor's rows.
+
+        In a metric the update differs from the dense vector by what dampening leaves of the window, so that float32
+        sums are enough. Without one coefficients reach `1 / lambda` and cancel.
+        """
+        return self.compressor.window(self.num_grads, torch.float64 if self.metric is None else torch.float32)
 
     def resized(self, num_grads: int) -> Layout:
         """The same with another window.
@@ -50,7 +58,7 @@ class Layout:
         Returns:
             The layout.
         """
-        return replace(self, window=self.compressor.window(num_grads), num_grads=num_grads)
+        return replace(self, num_grads=num_grads)
 
     def fresh(self, member: Member, device: torch.device | str) -> State:
         """The state of a parameter that was never stepped.

@@ -10,17 +10,18 @@ import numpy as np
 import torch
 
 from .compressors import Job
-from .kernels import Kernels, pool, widest
+from .kernels import Kernels, narrowest, pool, widest
 from .threads import one_thread
-from .windows import DenseWindow, Held, Slab, State, stacked
+from .windows import DenseWindow, Held, State, span_length, stacked
 
 # A row of a window: views of `P^T` and `Q^T`, or of the flat row of a parameter that is kept whole.
 Row = tuple[torch.Tensor, torch.Tensor] | torch.Tensor
 
 # Sizes of the pieces that threads work on. They decide how sums are cut, and so must not depend on the machine.
-_SLAB = 1 << 20  # entries of an update, or of a float64 temporary, that exist at a time
-_TILE_ROWS, _TILE_COLS, _TILE_INNER = 192, 512, 2048  # of the matrix product in `combine`
-_TILE_FACTORS = 256  # vectors of P^T or Q^T
+_SLAB = 1 << 20  # entries of a float64 temporary that exist at a time
+_TILE = 1 << 17  # entries of a matrix that a thread compresses at a time
+_FACTORS = 2048  # vectors of P^T or Q^T that exist in the dtype of sums at a time
+_TILE_FACTORS = 256  # the same, of a thread in `dots`
 
 # The accumulator saturates here, so that float32 products of its rows and columns cannot overflow.
 _LARGEST = 2.0**96
@@ -71,16 +72,17 @@ class LowRank:
         if self.value_dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"value_dtype must be torch.float32 or torch.bfloat16, got {self.value_dtype}")
 
-    def window(self, num_grads: int) -> LowRankWindow:
+    def window(self, num_grads: int, sums: torch.dtype = torch.float64) -> LowRankWindow:
         """The window that stores this compressor's rows.
 
         Args:
             num_grads: Its capacity `m`.
+            sums: Dtype of sums over rows.
 
         Returns:
             A window of factors of the same rank.
         """
-        return LowRankWindow(num_grads, self.rank, self.value_dtype)
+        return LowRankWindow(num_grads, self.rank, self.value_dtype, sums)
 
     def allocate(self, shape: torch.Size, device: torch.device | str, position: int) -> State:
         """The vectors that the first power iteration starts from.
@@ -112,23 +114,43 @@ class LowRank:
             self._compress(gradient, error, row, state)
 
     def _compress(self, gradient: torch.Tensor, error: torch.Tensor | None, row: Row, state: State) -> None:
+        """Threads share the tiles of the matrix's rows; sums over tiles are added in their order."""
         assert error is not None  # low rank is not lossless
-        with one_thread():
+        if isinstance(row, torch.Tensor):
             error.add_(gradient).clamp_(-_LARGEST, _LARGEST)
-            if isinstance(row, torch.Tensor):
-                row.copy_(error.view(-1))
-                error.view(-1).sub_(row)
-                return
-            left, right = row
-            accumulator, start = error.view(left.shape[1], right.shape[1]), state["start"]
-            # Of equal lengths: only directions count, and products of two small numbers would vanish.
-            image = accumulator @ (start / start.abs().amax(dim=1, keepdim=True)).T
-            basis = torch.linalg.qr(image).Q.T
-            projection = basis @ accumulator
-            left.copy_(basis)
-            right.copy_(projection)
-            accumulator.addmm_(left.to(torch.float32).T, right.to(torch.float32), alpha=-1.0)
-            start.copy_(torch.where(projection.any(dim=1, keepdim=True), projection, start))
+            row.copy_(error.view(-1))
+            error.view(-1).sub_(row)
+            return
+        left, right = row
+        A, g, start = error.view(left.shape[1], right.shape[1]), gradient.view(left.shape[1], -1), state["start"]
+        # Of equal lengths: only directions count, and products of two small numbers would vanish.
+        Q = (start / start.abs().amax(dim=1, keepdim=True)).T.contiguous()
+        step = max(1, _TILE // A.shape[1])
+        image = torch.empty(len(A), len(start), dtype=torch.float32, device=A.device)
+
+        def accumulate(index: int, begin: int, end: int) -> None:
+            tile = A[begin:end].add_(g[begin:end]).clamp_(-_LARGEST, _LARGEST)
+            torch.mm(tile, Q, out=image[begin:end])
+
+        pool.run_torch(accumulate, len(A), step, A.device)
+        with one_thread():
+            basis = torch.linalg.qr(image).Q
+        parts = torch.empty(-(-len(A) // step), *start.shape, dtype=torch.float32, device=A.device)
+
+        def project(index: int, begin: int, end: int) -> None:
+            torch.mm(basis[begin:end].T, A[begin:end], out=parts[index])
+
+        pool.run_torch(project, len(A), step, A.device)
+        projection = parts.sum(dim=0)
+        left.copy_(basis.T)
+        right.copy_(projection)
+        P, Q = left.to(torch.float32).T, right.to(torch.float32)
+
+        def subtract(index: int, begin: int, end: int) -> None:
+            A[begin:end].addmm_(P[begin:end], Q, alpha=-1.0)
+
+        pool.run_torch(subtract, len(A), step, A.device)
+        start.copy_(torch.where(projection.any(dim=1, keepdim=True), projection, start))
 
 
 @dataclass(frozen=True)
@@ -140,7 +162,7 @@ class LowRankWindow:
 
         <P_i Q_i^T, P_j Q_j^T> = sum((P_i^T P_j) * (Q_i^T Q_j)),    G^T c = [c_1 P_1 ... c_m P_m] [Q_1 ... Q_m]^T,
 
-    taken in float64 (coefficients reach `1 / lambda` and cancel) and in pieces of a few megabytes.
+    taken in pieces of a few megabytes, and in float64 unless dampening keeps rows from cancelling.
 
     Bytes: `m * rank * (rows + cols) * value`, or `m * numel * value`.
 
@@ -148,11 +170,13 @@ class LowRankWindow:
         num_grads: Capacity `m`.
         rank: Rank of a row.
         value_dtype: How factors and whole rows are stored.
+        sums: Dtype of the sums of `project` and `combine`, as in `DenseWindow`.
     """
 
     num_grads: int
     rank: int
     value_dtype: torch.dtype
+    sums: torch.dtype = torch.float64
 
     def allocate(self, shape: torch.Size, device: torch.device | str) -> State:
         """Tensors for `m` rows of zeros.
@@ -249,17 +273,35 @@ class LowRankWindow:
         pool.run_torch(work, rows, max(1, _TILE_FACTORS // rank), total.device)
         return total.to("cpu", torch.float64)
 
+    def spans(self, state: State, shape: torch.Size) -> list[slice]:
+        """Cuts between the rows of a matrix.
+
+        Args:
+            state: The parameter's tensors.
+            shape: Shape of the parameter.
+
+        Returns:
+            The spans, in order.
+        """
+        size = matrix(shape, self.rank)
+        if size is None:
+            return self._whole.spans(state, shape)
+        height, width = size
+        cuts = _cuts(height, max(1, span_length(state) // width))
+        return [slice(rows.start * width, rows.stop * width) for rows in cuts]
+
     def project(
-        self, state: State, shape: torch.Size, dense: torch.Tensor, rows: int, kernels: Kernels
+        self, state: State, shape: torch.Size, span: slice, dense: torch.Tensor, rows: int, kernels: Kernels
     ) -> torch.Tensor:
-        """`G x`: this parameter's part of the products of a dense vector with the rows.
+        """`G x` for an `x` that is zero outside a span: its part of the products with the rows.
 
         `<P Q^T, X> = sum((P^T X) * Q^T)`.
 
         Args:
             state: The parameter's tensors.
             shape: Shape of the parameter.
-            dense: `x`, in the parameter's shape, float32, contiguous.
+            span: One of `spans`.
+            dense: The span of `x`, `(n,)`, float32, contiguous.
             rows: Number of rows that were ever written.
             kernels: Not used.
 
@@ -267,49 +309,41 @@ class LowRankWindow:
             `(rows,)`, float64, on the CPU.
         """
         if "values" in state:
-            return self._whole.project(state, shape, dense, rows, kernels)
-        left, right = state["left"], state["right"]
-        rank, size, wide = _layout(state)
-        matrix = dense.view(size)
-        total = torch.empty(rows, dtype=wide, device=left.device)
-
-        def work(index: int, begin: int, end: int) -> None:
-            P, Q = left[begin:end].flatten(0, 1), right[begin:end].flatten(0, 1)
-            product = torch.zeros(len(P), dtype=wide, device=P.device)
-            for cols in _cuts(size[1], _TILE_COLS):
-                image = torch.zeros(len(P), cols.stop - cols.start, dtype=wide, device=P.device)
-                for span in _cuts(size[0], _TILE_INNER):
-                    image.addmm_(P[:, span].to(wide), matrix[span, cols].to(wide))
-                product += (image * Q[:, cols]).sum(dim=1)
-            total[begin:end] = product.view(end - begin, -1).sum(dim=1)
-
-        pool.run_torch(work, rows, max(1, _TILE_FACTORS // rank), total.device)
-        return total.to("cpu", torch.float64)
+            return self._whole.project(state, shape, span, dense, rows, kernels)
+        P, Q = self._factors(state, span, rows)
+        X, wide = dense.view(-1, Q.shape[1]), narrowest(self.sums, P.device)
+        total = torch.zeros(len(P), dtype=wide, device=P.device)
+        for some in _cuts(len(P), _FACTORS):
+            image = P[some].to(wide) @ X.to(wide)
+            total[some] = (image * Q[some]).sum(dim=1)
+        return total.to("cpu", torch.float64).view(rows, -1).sum(dim=1)
 
     def combine(
         self,
         state: State,
         shape: torch.Size,
+        span: slice,
         coefficients: torch.Tensor,
         kernels: Kernels,
         *,
         base: torch.Tensor | None = None,
         scale: float = 0.0,
         squared: bool = False,
-    ) -> Iterator[Slab]:
-        """`scale x + G^T c`, slab by slab, so that no temporary of the parameter's size exists.
+    ) -> torch.Tensor:
+        """`scale x + G^T c` in a span, so that no temporary of the parameter's size exists.
 
         Args:
             state: The parameter's tensors.
             shape: Shape of the parameter.
+            span: One of `spans`.
             coefficients: `c`, `(rows,)`, float64.
             kernels: Not used.
-            base: `x`, in the parameter's shape, float32, contiguous; zero without it.
+            base: The span of `x`, `(n,)`, float32, contiguous; zero without it.
             scale: Factor of `base`.
             squared: Refused.
 
         Returns:
-            Where each slab goes in the flattened parameter, and its entries in float32.
+            `(n,)`, float32.
 
         Raises:
             TypeError: `squared` is asked for: the squares of a low-rank row are not of low rank.
@@ -320,25 +354,26 @@ class LowRankWindow:
                 "the compressor, or MFAC or GGT as the preconditioner"
             )
         if "values" in state:
-            return self._whole.combine(state, shape, coefficients, kernels, base=base, scale=scale)
-        return self._combine(state, coefficients, base, scale)
+            return self._whole.combine(state, shape, span, coefficients, kernels, base=base, scale=scale)
+        P, Q = self._factors(state, span, len(coefficients))
+        wide = narrowest(self.sums, P.device)
+        c = coefficients.to(P.device, wide).repeat_interleave(self.rank)[:, None]
+        total = torch.zeros(P.shape[1], Q.shape[1], dtype=wide, device=P.device)
+        if base is not None:
+            torch.mul(base.view(total.shape), scale, out=total)
+        for some in _cuts(len(P), _FACTORS):
+            total.addmm_((c[some] * P[some]).T, Q[some].to(wide))
+        return total.to(torch.float32).view(-1)
 
-    @staticmethod
-    def _combine(state: State, coefficients: torch.Tensor, base: torch.Tensor | None, scale: float) -> Iterator[Slab]:
-        rank, (height, width), wide = _layout(state)
-        device = state["left"].device
-        P, Q = (state[name][: len(coefficients)].flatten(0, 1) for name in ("left", "right"))
-        c = coefficients.to(device, wide).repeat_interleave(rank)[:, None]
-        for slab in _cuts(height, max(1, _SLAB // width)):
-            out = torch.empty(slab.stop - slab.start, width, dtype=torch.float32, device=device)
-            x = None if base is None else base.view(height, width)[slab]
-            _weighted_product(P[:, slab], c, Q, x, scale, out)
-            yield slice(slab.start * width, slab.stop * width), out.view(-1)
+    def _factors(self, state: State, span: slice, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """All written vectors of `P^T`, in the rows of a span, and all of `Q^T`."""
+        left, right = (state[name][:rows].flatten(0, 1) for name in ("left", "right"))
+        return left[:, span.start // right.shape[1] : span.stop // right.shape[1]], right
 
     @property
     def _whole(self) -> DenseWindow:
         """Reads the rows of a parameter that is kept whole."""
-        return DenseWindow(self.num_grads)
+        return DenseWindow(self.num_grads, self.sums)
 
 
 def matrix(shape: torch.Size, rank: int) -> tuple[int, int] | None:
@@ -369,25 +404,6 @@ def _inner(side: torch.Tensor, newest: torch.Tensor, wide: torch.dtype) -> torch
     for span in _cuts(side.shape[1], max(1, _SLAB // len(side))):
         total.addmm_(side[:, span].to(wide), newest[:, span].to(wide).T)
     return total
-
-
-def _weighted_product(
-    P: torch.Tensor, c: torch.Tensor, Q: torch.Tensor, x: torch.Tensor | None, scale: float, out: torch.Tensor
-) -> None:
-    """`out = scale x + (c P)^T Q`, tile by tile, summed in the dtype of c."""
-    tiles = [(rows, cols) for rows in _cuts(out.shape[0], _TILE_ROWS) for cols in _cuts(out.shape[1], _TILE_COLS)]
-
-    def work(index: int, begin: int, end: int) -> None:
-        rows, cols = tiles[index]
-        size = (rows.stop - rows.start, cols.stop - cols.start)
-        total = torch.zeros(size, dtype=c.dtype, device=c.device)
-        for part in _cuts(len(c), _TILE_INNER):
-            total.addmm_((c[part] * P[part, rows]).T, Q[part, cols].to(c.dtype))
-        if x is not None:
-            total += scale * x[rows, cols].to(c.dtype)
-        out[rows, cols] = total
-
-    pool.run_torch(work, len(tiles), 1, c.device)
 
 
 def _cuts(length: int, step: int) -> list[slice]:

@@ -18,14 +18,14 @@ import torch
 
 from . import noise
 from .errors import error_store
-from .kernels import Kernels
+from .kernels import BUCKET, Kernels
 from .windows import State
 
 METRICS = ("none", "adam", "factored")
 METRIC_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
 MOMENTUM_DTYPES = (torch.float32, torch.bfloat16)
 
-_SLAB = 1 << 20  # entries that exist in float32 at a time where they are stored in fewer bits
+_SLAB = 1 << 17  # entries of squares that exist at a time
 _LARGEST = torch.finfo(torch.float32).max
 _CHANNELS = 4  # buffers of a parameter whose noise has to differ
 
@@ -57,17 +57,12 @@ class Buffer:
         fresh = error_store(self.dtype).allocate(shape, device)
         return {key.replace("error", self.name): tensor for key, tensor in fresh.items()}
 
-    def slabs(self, numel: int) -> Iterator[slice]:
-        """Where the vector is cut: nowhere in float32, which is updated in place."""
-        step = max(1, numel) if error_store(self.dtype).in_place else _SLAB
-        return (slice(start, min(start + step, numel)) for start in range(0, numel, step))
-
     def load(self, state: State, slab: slice, kernels: Kernels) -> torch.Tensor:
         """A slab in float32: what is stored, or a copy.
 
         Args:
             state: The parameter's tensors.
-            slab: Where, from `slabs`.
+            slab: Where; in int8 whole buckets.
             kernels: The backend.
 
         Returns:
@@ -151,36 +146,41 @@ class Metric:
             Plain tensors by name.
         """
         first = self._first.allocate(shape, device) if self.beta1 else {}
-        if not self._is_factored(shape):
+        if not self.is_factored(shape):
             return first | self._second.allocate(shape, device)
         rows, columns = _matrix(shape)
         sides = (("second_moment_rows", rows), ("second_moment_columns", columns))
         return first | {name: torch.zeros(size, dtype=torch.float32, device=device) for name, size in sides}
 
-    def observe(self, state: State, gradient: torch.Tensor, step: int, position: int, kernels: Kernels) -> None:
-        """`v <- beta2 v + (1 - beta2) g^2`, `m <- beta1 m + (1 - beta1) g`.
+    def observe(
+        self,
+        state: State,
+        shape: torch.Size,
+        span: slice,
+        gradient: torch.Tensor,
+        step: int,
+        position: int,
+        kernels: Kernels,
+    ) -> None:
+        """`m <- beta1 m + (1 - beta1) g`, `v <- beta2 v + (1 - beta2) g^2` in a span; see `observe_factored` as well.
 
         Args:
             state: The parameter's tensors; updated.
-            gradient: `g`, float32, contiguous.
+            shape: Shape of the parameter.
+            span: Of the flattened parameter, whole buckets.
+            gradient: The span of `g`, `(n,)`, float32, contiguous.
             step: Gradients that the parameter has had, this one included.
             position: Position of the parameter.
             kernels: The backend.
         """
-        g = gradient.view(-1)
         if self.beta1:
-            for slab in self._first.slabs(len(g)):
-                m = self._first.load(state, slab, kernels)
-                m.lerp_(g[slab], 1.0 - self.beta1)
-                self._first.save(state, m, slab, step, position, kernels)
-        if self._is_factored(gradient.shape):
-            self._observe_factored(state, gradient)
-            return
-        for slab in self._second.slabs(len(g)):
-            v = self._load_second(state, slab, kernels)
-            kernels.observe(v, g[slab], self.beta2)
-            stored = v.sqrt_() if self.dtype == torch.int8 else v
-            self._second.save(state, stored, slab, step, position, kernels)
+            m = self._first.load(state, span, kernels)
+            m.lerp_(gradient, 1.0 - self.beta1)
+            self._first.save(state, m, span, step, position, kernels)
+        if not self.is_factored(shape):
+            v = self._load_second(state, span, kernels)
+            kernels.observe(v, gradient, self.beta2)
+            self._second.save(state, v.sqrt_() if self.dtype == torch.int8 else v, span, step, position, kernels)
 
     def whiten(
         self,
@@ -216,29 +216,34 @@ class Metric:
             kernels.whiten(x[span], v, factor, correction, self.eps, out[span])
         return out
 
-    def momentum(self, state: State, shape: torch.Size, step: int, kernels: Kernels) -> torch.Tensor:
-        """`D^-1/2 m_hat`, `m_hat = m / (1 - beta1^step)`.
+    def momentum(self, state: State, shape: torch.Size, span: slice, step: int, kernels: Kernels) -> torch.Tensor:
+        """`D^-1/2 m_hat` in a span, `m_hat = m / (1 - beta1^step)`.
 
         Args:
             state: The parameter's tensors.
             shape: Shape of the parameter.
+            span: Of the flattened parameter.
             step: Gradients that the parameter has had.
             kernels: The backend.
 
         Returns:
-            `(numel,)`, float32.
+            `(n,)`, float32.
         """
-        out = torch.empty(shape.numel(), dtype=torch.float32, device=state["first_moment"].device)
-        factor = 1.0 / (1.0 - self.beta1**step)
-        for slab in self._first.slabs(len(out)):
-            m = self._first.load(state, slab, kernels)
-            self.whiten(state, shape, m, step, kernels, start=slab.start, factor=factor, out=out[slab])
-        return out
+        m, factor = self._first.load(state, span, kernels), 1.0 / (1.0 - self.beta1**step)
+        out = torch.empty_like(m) if self.momentum_dtype == torch.float32 else m
+        return self.whiten(state, shape, m, step, kernels, start=span.start, factor=factor, out=out)
 
-    def _is_factored(self, shape: torch.Size) -> bool:
+    def is_factored(self, shape: torch.Size) -> bool:
+        """Whether a parameter of a shape has means over rows and columns only."""
         return self.kind == "factored" and len(shape) > 1 and shape.numel() > 0
 
-    def _observe_factored(self, state: State, gradient: torch.Tensor) -> None:
+    def observe_factored(self, state: State, gradient: torch.Tensor) -> None:
+        """`v` of a parameter that is factored: the means of `g^2` over rows and columns.
+
+        Args:
+            state: The parameter's tensors; updated.
+            gradient: `g`, in the parameter's shape, float32, contiguous.
+        """
         rows, columns = _matrix(gradient.shape)
         g, step = gradient.view(rows, columns), max(1, _SLAB // columns)
         total = torch.zeros_like(state["second_moment_columns"])
@@ -257,12 +262,11 @@ class Metric:
         self, state: State, shape: torch.Size, start: int, count: int, kernels: Kernels
     ) -> Iterator[tuple[int, torch.Tensor]]:
         """`v` of `count` entries from `start`: where each part begins behind `start`, and the part in float32."""
-        if not self._is_factored(shape):
-            for slab in self._second.slabs(shape.numel()):
-                begin, end = max(slab.start, start), min(slab.stop, start + count)
-                if begin < end:
-                    v = self._load_second(state, slab, kernels)
-                    yield begin - start, v[begin - slab.start : end - slab.start]
+        if not self.is_factored(shape):
+            # Whole buckets, which int8 cannot be read without.
+            first, last = start // BUCKET * BUCKET, min(-(-(start + count) // BUCKET) * BUCKET, shape.numel())
+            v = self._load_second(state, slice(first, last), kernels)
+            yield 0, v[start - first : start - first + count]
             return
         rows, columns = _matrix(shape)
         step = max(1, _SLAB // columns)

@@ -1,34 +1,56 @@
-"""From an update to the parameter: momentum, weight decay, learning rate."""
+"""From updates to the parameters: momentum, weight decay, learning rate."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
-from .kernels import Kernels
+from .kernels import Kernels, pool
 from .shards import local
 from .sites import Site
-from .windows import Slab
 
 
-def move(site: Site, updates: Iterable[Slab], kernels: Kernels) -> None:
-    """`v <- momentum v + u`, `theta <- (1 - lr weight_decay) theta - lr v`, slab by slab.
+class Move(NamedTuple):
+    """A parameter, where it is cut, and what makes the update `u` of a span, `(n,)`, float32."""
+
+    site: Site
+    spans: list[slice]
+    update: Callable[[slice], torch.Tensor]
+
+
+def move_all(moves: list[Move], kernels: Kernels) -> None:
+    """`v <- momentum v + u`, `theta <- (1 - lr weight_decay) theta - lr v`, spans shared among threads.
 
     Args:
-        site: The parameter.
-        updates: `u`: where each slab goes in the flattened parameter, and its entries in float32; they are spoilt.
+        moves: The parameters, all on one device.
         kernels: The backend.
     """
-    group, param = site.member.group, local(site.member.param)
-    lr = float(group["lr"])
-    keep = 1.0 - lr * group["weight_decay"] if group["decoupled_weight_decay"] else 1.0
-    # A view of a non-contiguous parameter may be a copy, and low precision would round every slab twice.
-    theta = param.detach().to(torch.float32).contiguous().view(-1)
-    velocity = site.state["momentum"].view(-1) if group["momentum"] else None
-    for span, slab in updates:
-        v = None if velocity is None else velocity[span]
-        kernels.apply(theta[span], slab, lr=lr, keep=keep, velocity=v, momentum=group["momentum"])
-        del slab  # before the next one is made
-    if theta.data_ptr() != param.data_ptr():
-        param.copy_(theta.view(param.shape))
+    # A view of a parameter that is not contiguous is a copy, which is written back.
+    thetas = [local(move.site.member.param).detach().contiguous().view(-1) for move in moves]
+    tasks = [(number, span) for number, move in enumerate(moves) for span in move.spans]
+
+    def work(index: int, begin: int, end: int) -> None:
+        number, span = tasks[index]
+        site, update = moves[number].site, moves[number].update
+        group, stored = site.member.group, thetas[number][span]
+        lr = float(group["lr"])
+        theta = stored.to(torch.float32)
+        kernels.apply(
+            theta,
+            update(span),
+            lr=lr,
+            keep=1.0 - lr * group["weight_decay"] if group["decoupled_weight_decay"] else 1.0,
+            velocity=site.state["momentum"].view(-1)[span] if group["momentum"] else None,
+            momentum=group["momentum"],
+        )
+        if theta.data_ptr() != stored.data_ptr():
+            stored.copy_(theta)
+
+    if tasks:
+        pool.run_torch(work, len(tasks), 1, thetas[0].device)
+    for move, theta in zip(moves, thetas, strict=True):
+        param = local(move.site.member.param)
+        if theta.data_ptr() != param.data_ptr():
+            param.copy_(theta.view(param.shape))

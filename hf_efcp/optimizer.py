@@ -13,10 +13,10 @@ from . import adamw, budget, checks, layout, shards
 from .accounting import count_bytes
 from .compressors import Compressor
 from .errors import error_store
-from .kernels import Kernels, check_name, choose, widest
+from .kernels import Kernels, check_name, choose, pool, widest
 from .layout import Layout
 from .metric import METRICS, Metric
-from .moving import move
+from .moving import Move, move_all
 from .preconditioners import Combination, Moment, Preconditioner
 from .pushing import push
 from .shards import is_sharded, local
@@ -159,8 +159,7 @@ class EFCP(torch.optim.Optimizer):
         if metric != "none":
             made = Metric(metric, metric_dtype, beta1, metric_beta2, metric_eps, momentum_dtype)
         self._preconditioner = preconditioner
-        window, errors = compressor.window(num_grads), error_store(error_dtype)
-        self._layout = Layout(compressor, window, errors, preconditioner, num_grads, scope, made)
+        self._layout = Layout(compressor, error_store(error_dtype), preconditioner, num_grads, scope, made)
         self._precondition = precondition
         self._skip_nonfinite = nonfinite == "skip"
         self._backend = backend
@@ -348,12 +347,15 @@ class EFCP(torch.optim.Optimizer):
 
         self._allocate(active)
         vectors = Vectors(self._layout.metric, self.state, kernels)
-        pushed = [self._push(unit, preconditioner, kernels, vectors) for unit in self._units()]
+        units = [self._sites(unit) for unit in self._units()]
+        vectors.observe([site for unit in units for site in unit if site.member.param.grad is not None])
+        pushed = [self._push(unit, preconditioner, kernels, vectors) for unit in units]
         self._sum_over_processes(pushed, processes, device)
         plans = self._plan(pushed, preconditioner)
+        moves = []
         for (_, sites, *_), plan in zip(pushed, plans, strict=True):
-            for site in sites:
-                self._move(site, plan, preconditioner, kernels, vectors)
+            moves += [self._move(site, plan, preconditioner, kernels, vectors) for site in sites]
+        move_all(moves, kernels)
         return True
 
     def _step_excluded(self) -> None:
@@ -454,18 +456,16 @@ class EFCP(torch.optim.Optimizer):
                 group["skipped_steps"] += 1
         return count > 0.0
 
-    def _push(self, unit: list[Member], preconditioner: Preconditioner, kernels: Kernels, vectors: Vectors) -> Pushed:
+    def _push(self, sites: list[Site], preconditioner: Preconditioner, kernels: Kernels, vectors: Vectors) -> Pushed:
         """Push a row, of zeros where there is no gradient, and take the products that the matrix needs."""
-        keeper, capacity, window = self._keeper(unit), self._structure["num_grads"], self._layout.window
+        keeper = self._keeper(site.member for site in sites)
+        capacity, window = self._structure["num_grads"], self._layout.window
         steps = keeper["pushed"] + 1
         moment = Moment((steps - 1) % capacity, min(steps, capacity), capacity, steps)
-        sites = self._sites(unit)
         present = [site for site in sites if site.member.param.grad is not None]
         for site in sites:
             if site.member.param.grad is None:
                 window.clear(site.state, site.shape, moment.newest)
-        for site in present:
-            vectors.observe(site)
         push(present, moment, self._layout, kernels, vectors)
         for site in present:
             preconditioner.observe(moment, window, site.state, site.shape, kernels)
@@ -474,12 +474,28 @@ class EFCP(torch.optim.Optimizer):
         products = torch.zeros(moment.rows + 1, dtype=torch.float64, device="cpu")
         if preconditioner.uses_gram:
             column += window.dots([(s.state, s.shape) for s in present], moment.newest, moment.rows, kernels).sum(dim=0)
-        for site in present if self._precondition != "row" else []:
-            x = vectors.preconditioned(site)
-            products[:-1] += window.project(site.state, site.shape, x, moment.rows, kernels)
-            if self._layout.metric is None:  # else no length is needed
-                products[-1] += float(torch.linalg.vector_norm(x, dtype=widest(x.device))) ** 2
+        if self._precondition != "row":
+            products += self._products(present, moment, kernels, vectors)
         return Pushed(keeper, present, moment, column, products)
+
+    def _products(self, sites: list[Site], moment: Moment, kernels: Kernels, vectors: Vectors) -> torch.Tensor:
+        """`G x` of the dense vector, and without a metric `|x|^2` behind it, `(rows + 1,)`. Threads share the spans."""
+        window, tasks = self._layout.window, []
+        for site in sites:
+            vector = vectors.preconditioned(site)
+            tasks += [(site, span, vector) for span in window.spans(site.state, site.shape)]
+        parts = torch.zeros(len(tasks), moment.rows + 1, dtype=torch.float64, device="cpu")
+
+        def work(index: int, begin: int, end: int) -> None:
+            site, span, vector = tasks[index]
+            x = vector(span)
+            parts[index, :-1] = window.project(site.state, site.shape, span, x, moment.rows, kernels)
+            if self._layout.metric is None:  # else no length is needed
+                parts[index, -1] = torch.linalg.vector_norm(x, dtype=widest(x.device)).to("cpu").square()
+
+        if tasks:
+            pool.run_torch(work, len(tasks), 1, sites[0].member.param.device)
+        return parts.sum(dim=0)
 
     def _sum_over_processes(
         self, pushed: list[Pushed], processes: torch.distributed.ProcessGroup | None, device: torch.device
@@ -528,12 +544,17 @@ class EFCP(torch.optim.Optimizer):
             found.update(zip(places, c, strict=True))
         return [Combination(found[place], 0.0 if row else 1.0) for place in range(len(pushed))]
 
-    def _move(self, site: Site, plan: Any, preconditioner: Preconditioner, kernels: Kernels, vectors: Vectors) -> None:
-        """Make the update of a parameter slab by slab, and apply it."""
+    def _move(self, site: Site, plan: Any, preconditioner: Preconditioner, kernels: Kernels, vectors: Vectors) -> Move:
+        """What makes the update of a parameter, span by span."""
         window, state, shape = self._layout.window, site.state, site.shape
-        base = None if self._precondition == "row" else vectors.preconditioned(site)
-        updates = preconditioner.updates(plan, window, state, shape, kernels, base)
-        move(site, vectors.out_of_metric(site, updates), kernels)
+        vector = None if self._precondition == "row" else vectors.preconditioned(site)
+
+        def update(span: slice) -> torch.Tensor:
+            base = None if vector is None else vector(span)
+            u = preconditioner.update(plan, window, state, shape, span, kernels, base)
+            return vectors.out_of_metric(site, span, u)
+
+        return Move(site, window.spans(state, shape), update)
 
     def _check_length(self, sites: list[Site], length: float) -> None:
         """Refuse an update that may not fit the parameters: without dampening it is as long as a row is short."""

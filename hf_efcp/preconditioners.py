@@ -8,7 +8,6 @@ A vector `x` from outside the window needs the products `G x` as well: `u = scal
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import Field, dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -16,7 +15,7 @@ import torch
 
 from .kernels import Kernels
 from .threads import one_thread
-from .windows import Slab, State, Window
+from .windows import State, Window
 
 # Eigenvalues below this fraction of the largest are rounding of zero: the combination of a null vector is zero.
 _NULL = 1e-12
@@ -102,16 +101,17 @@ class Preconditioner(Protocol):
     def shorten(self, grams: torch.Tensor, products: torch.Tensor, moment: Moment) -> torch.Tensor:
         """`c` such that `f(G^T G) x = x + G^T c`, `f(0) = 1`, for many Gram matrices at once."""
 
-    def updates(
+    def update(
         self,
         plan: Any,
         window: Window,
         state: State,
         shape: torch.Size,
+        span: slice,
         kernels: Kernels,
         base: torch.Tensor | None,
-    ) -> Iterator[Slab]:
-        """The update of a parameter, slab by slab; `base` is `x`."""
+    ) -> torch.Tensor:
+        """The update in a span of a parameter, `(n,)`, float32; `base` is the span of `x`."""
 
 
 class GramPreconditioner:
@@ -189,17 +189,18 @@ class GramPreconditioner:
         with one_thread():
             return self.outside(gram, products, moment)
 
-    def updates(
+    def update(
         self,
         plan: Combination,
         window: Window,
         state: State,
         shape: torch.Size,
+        span: slice,
         kernels: Kernels,
         base: torch.Tensor | None,
-    ) -> Iterator[Slab]:
+    ) -> torch.Tensor:
         """`scale x + G^T c`."""
-        return window.combine(state, shape, plan.coefficients, kernels, base=base, scale=plan.scale)
+        return window.combine(state, shape, span, plan.coefficients, kernels, base=base, scale=plan.scale)
 
 
 @dataclass(frozen=True)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from .kernels import Kernels
+from .kernels import Kernels, pool
 from .metric import Metric
 from .sites import Site, gradient_of
-from .windows import Slab
+from .windows import span_length
 
 
 @dataclass(frozen=True)
@@ -28,17 +28,32 @@ class Vectors:
     states: Mapping[torch.Tensor, dict[str, Any]]
     kernels: Kernels
 
-    def observe(self, site: Site) -> None:
-        """Take the gradient of a parameter into its moments, once a step.
+    def observe(self, sites: list[Site]) -> None:
+        """Take the gradients of parameters into their moments, once a step.
 
         Args:
-            site: The parameter.
+            sites: The parameters.
         """
-        if self.metric is not None:
-            owner = self.states[site.member.param]
-            owner["gradients"] += 1
-            position = site.member.position
-            self.metric.observe(site.state, gradient_of(site), owner["gradients"], position, self.kernels)
+        metric = self.metric
+        if metric is None:
+            return
+        tasks = []
+        for site in sites:
+            self.states[site.member.param]["gradients"] += 1
+            gradient = gradient_of(site)
+            if metric.is_factored(site.shape):
+                metric.observe_factored(site.state, gradient)
+            step = span_length(site.state)  # a multiple of `kernels.BUCKET`
+            for start in range(0, site.shape.numel(), step):
+                tasks.append((site, slice(start, min(start + step, site.shape.numel())), gradient.view(-1)))
+
+        def work(index: int, begin: int, end: int) -> None:
+            site, span, g = tasks[index]
+            position, step = site.member.position, self._step(site)
+            metric.observe(site.state, site.shape, span, g[span], step, position, self.kernels)
+
+        for device in {site.member.param.device for site in sites}:
+            pool.run_torch(work, len(tasks), 1, device)
 
     def row(self, site: Site) -> torch.Tensor:
         """What compression adds to the error, in the parameter's shape.
@@ -52,42 +67,48 @@ class Vectors:
         gradient = gradient_of(site)
         if self.metric is None:
             return gradient
-        return self._whitened(site, gradient)
+        flat, out = gradient.view(-1), torch.empty_like(gradient)
+        metric, step = self.metric, self._step(site)
 
-    def preconditioned(self, site: Site) -> torch.Tensor:
-        """The dense vector `x` that is preconditioned, in the metric and in the parameter's shape.
+        def work(_: int, begin: int, end: int) -> None:
+            x, whitened = flat[begin:end], out.view(-1)[begin:end]
+            metric.whiten(site.state, site.shape, x, step, self.kernels, start=begin, out=whitened)
+
+        pool.run_torch(work, len(flat), span_length(site.state), out.device)
+        return out
+
+    def preconditioned(self, site: Site) -> Callable[[slice], torch.Tensor]:
+        """The dense vector `x` that is preconditioned, `D^-1/2 m_hat`, or `D^-1/2 g` without momentum.
 
         Args:
             site: The parameter.
 
         Returns:
-            `D^-1/2 m_hat`, or `D^-1/2 g` without momentum, float32, contiguous.
+            What makes a span of it, `(n,)`, float32, contiguous.
         """
-        if self.metric is None or not self.metric.beta1:
-            return self.row(site)
-        return self.metric.momentum(site.state, site.shape, self._step(site), self.kernels).view(site.shape)
+        state, shape, kernels, metric = site.state, site.shape, self.kernels, self.metric
+        if metric is not None and metric.beta1:
+            return lambda span: metric.momentum(state, shape, span, self._step(site), kernels)
+        gradient = gradient_of(site).view(-1)
+        if metric is not None:
+            return lambda span: metric.whiten(state, shape, gradient[span], self._step(site), kernels, start=span.start)
+        return lambda span: gradient[span]
 
-    def out_of_metric(self, site: Site, updates: Iterable[Slab]) -> Iterator[Slab]:
-        """`D^-1/2 u`, slab by slab, in the memory of `u`; without a metric, `u`.
+    def out_of_metric(self, site: Site, span: slice, update: torch.Tensor) -> torch.Tensor:
+        """`D^-1/2 u`, in the memory of `u`; without a metric, `u`.
 
         Args:
             site: The parameter.
-            updates: The update `u` in the metric.
+            span: A span of it.
+            update: `u` in the metric, `(n,)`, float32.
 
-        Yields:
-            Where the slab goes in the flattened parameter, and its entries in float32.
+        Returns:
+            `(n,)`, float32.
         """
-        for span, update in updates:
-            if self.metric is not None:
-                step = self._step(site)
-                self.metric.whiten(site.state, site.shape, update, step, self.kernels, start=span.start, out=update)
-            yield span, update
-            del update  # before the next one is made
-
-    def _whitened(self, site: Site, x: torch.Tensor) -> torch.Tensor:
-        assert self.metric is not None
-        flat = self.metric.whiten(site.state, site.shape, x.view(-1), self._step(site), self.kernels)
-        return flat.view(site.shape)
+        if self.metric is None:
+            return update
+        step, start = self._step(site), span.start
+        return self.metric.whiten(site.state, site.shape, update, step, self.kernels, start=start, out=update)
 
     def _step(self, site: Site) -> int:
         return int(self.states[site.member.param]["gradients"])

@@ -7,23 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from math import gcd, lcm
 from typing import Any, Protocol
 
 import torch
 
 from .blocks import Part, Piece, cut, index_dtype, sharing
-from .kernels import BUCKET, Kernels, pool, widest
+from .kernels import BUCKET, Kernels, narrowest, pool
 
 State = dict[str, torch.Tensor]
-# A part of an update: where it goes in the flattened parameter, and its entries in float32.
-Slab = tuple[slice, torch.Tensor]
-
 
 Row = list[Part]  # of a sparse window
 Held = tuple[State, torch.Size]  # what a window holds for a parameter, and the parameter's shape
 
-_SLAB = 1 << 20  # entries of an update that exist at a time
+_SLAB = 1 << 20  # entries of a row that are compressed at a time
+_SPAN = 1 << 18  # entries of an update that a thread makes at a time; a GPU takes more, each call costs it as much
+_SPAN_OF_DEVICES = 1 << 24
 _TILE = 1 << 17  # entries of a dense window that exist in float64 at a time, on each thread
 
 
@@ -51,23 +51,27 @@ class Window(Protocol):
     def dots(self, held: Sequence[Held], newest: int, rows: int, kernels: Kernels) -> torch.Tensor:
         """Inner products of row `newest` with the first `rows` rows: each parameter's part of a Gram column."""
 
+    def spans(self, state: State, shape: torch.Size) -> list[slice]:
+        """Where the flattened parameter is cut for `project` and `combine`: into what a thread does at a time."""
+
     def project(
-        self, state: State, shape: torch.Size, dense: torch.Tensor, rows: int, kernels: Kernels
+        self, state: State, shape: torch.Size, span: slice, dense: torch.Tensor, rows: int, kernels: Kernels
     ) -> torch.Tensor:
-        """Inner products of a dense vector in the parameter's shape with the first `rows` rows."""
+        """Inner products of a span of a dense vector, `(n,)`, with the first `rows` rows: `(rows,)`, float64, CPU."""
 
     def combine(
         self,
         state: State,
         shape: torch.Size,
+        span: slice,
         coefficients: torch.Tensor,
         kernels: Kernels,
         *,
         base: torch.Tensor | None = None,
         scale: float = 0.0,
         squared: bool = False,
-    ) -> Iterator[Slab]:
-        """`scale x + G^T c`, slab by slab: where it goes in the flattened parameter, and its entries in float32."""
+    ) -> torch.Tensor:
+        """`scale x + G^T c` in a span, `(n,)`, float32; `base` is the span of `x`."""
 
 
 @dataclass(frozen=True)
@@ -245,15 +249,34 @@ class SparseWindow:
         owners = [number for number, own in enumerate(parts) for _ in own]
         return total.index_add_(0, torch.tensor(owners, dtype=torch.int64, device="cpu"), columns)
 
-    def project(
-        self, state: State, shape: torch.Size, dense: torch.Tensor, rows: int, kernels: Kernels
-    ) -> torch.Tensor:
-        """`G x`: this parameter's part of the products of a dense vector with the rows.
+    def spans(self, state: State, shape: torch.Size) -> list[slice]:
+        """Cuts between groups of blocks that share scales; the tail is with the last of them.
 
         Args:
             state: The parameter's tensors.
             shape: Shape of the parameter.
-            dense: `x`, in the parameter's shape, float32, contiguous.
+
+        Returns:
+            The spans, in order.
+        """
+        pieces = self._pieces(shape)
+        if not pieces:
+            return []
+        share = sharing(pieces[0].length)
+        step = max(1, span_length(state) // (share * pieces[0].length)) * share * pieces[0].length
+        starts = list(range(0, pieces[0].numel, step))
+        return [slice(*edges) for edges in pairwise([*starts, shape.numel()])]
+
+    def project(
+        self, state: State, shape: torch.Size, span: slice, dense: torch.Tensor, rows: int, kernels: Kernels
+    ) -> torch.Tensor:
+        """`G x` for an `x` that is zero outside a span: its part of the products with the rows.
+
+        Args:
+            state: The parameter's tensors.
+            shape: Shape of the parameter.
+            span: One of `spans`.
+            dense: The span of `x`, `(n,)`, float32, contiguous.
             rows: Number of rows that were ever written.
             kernels: The backend.
 
@@ -261,57 +284,62 @@ class SparseWindow:
             `(rows,)`, float64, on the CPU.
         """
         total = torch.zeros(rows, dtype=torch.float64, device="cpu")
-        for piece, indices, values, scales in self.parts(state, shape):
-            x = piece.of(dense.view(-1))
-            total += kernels.project(indices, values, x, rows, scales).to("cpu", torch.float64)
+        for piece, indices, values, scales in self._within(state, shape, span):
+            total += kernels.project(indices, values, piece.of(dense), rows, scales).to("cpu", torch.float64)
         return total
 
     def combine(
         self,
         state: State,
         shape: torch.Size,
+        span: slice,
         coefficients: torch.Tensor,
         kernels: Kernels,
         *,
         base: torch.Tensor | None = None,
         scale: float = 0.0,
         squared: bool = False,
-    ) -> Iterator[Slab]:
-        """`scale x + G^T c`, slab by slab, so that no temporary of the parameter's size exists.
+    ) -> torch.Tensor:
+        """`scale x + G^T c` in a span, so that no temporary of the parameter's size exists.
 
         Args:
             state: The parameter's tensors.
             shape: Shape of the parameter.
+            span: One of `spans`.
             coefficients: `c`, `(rows,)`, float64.
             kernels: The backend.
-            base: `x`, in the parameter's shape, float32, contiguous; zero without it.
+            base: The span of `x`, `(n,)`, float32, contiguous; zero without it.
             scale: Factor of `base`.
             squared: Take the squares of the rows' entries.
 
-        Yields:
-            Where the slab goes in the flattened parameter, and its entries in float32.
+        Returns:
+            `(n,)`, float32.
         """
+        update = torch.empty(span.stop - span.start, dtype=torch.float32, device=state["values"].device)
+        for piece, indices, values, scales in self._within(state, shape, span):
+            x = None if base is None else piece.of(base)
+            kernels.combine(
+                indices,
+                values,
+                coefficients,
+                piece.of(update),
+                scales=scales,
+                base=x,
+                scale=scale,
+                squared=squared,
+            )
+        return update
+
+    def _within(self, state: State, shape: torch.Size, span: slice) -> Row:
+        """The parts of the window in a span; pieces start where they do in the span."""
+        found = []
         for part in self.parts(state, shape):
-            piece, share = part.piece, sharing(part.piece.length)
-            step = max(1, _SLAB // (share * piece.length)) * share
-            x = None if base is None else piece.of(base.view(-1))
-            for begin in range(0, piece.blocks, step):
-                end = min(begin + step, piece.blocks)
-                first = piece.start + begin * piece.length
-                _, indices, values, scales = part.blocks(begin, end)
-                out = torch.empty(end - begin, piece.length, dtype=torch.float32, device=values.device)
-                kernels.combine(
-                    indices,
-                    values,
-                    coefficients,
-                    out,
-                    scales=scales,
-                    base=None if x is None else x[begin:end],
-                    scale=scale,
-                    squared=squared,
-                )
-                yield slice(first, first + out.numel()), out.view(-1)
-                del out  # before the next one is made
+            first, last = part.piece.start, part.piece.start + part.piece.numel
+            begin, end = max(first, span.start), min(last, span.stop)
+            if begin < end:
+                length = part.piece.length
+                found.append(part.blocks((begin - first) // length, (end - first) // length, begin - span.start))
+        return found
 
     def _pieces(self, shape: torch.Size) -> tuple[Piece, ...]:
         return cut(shape.numel(), self.block_size, self.density)
@@ -323,9 +351,12 @@ class DenseWindow:
 
     Args:
         num_grads: Capacity `m`.
+        sums: Dtype of the sums of `project` and `combine`: float64, or float32 where dampening keeps rows from
+            cancelling.
     """
 
     num_grads: int
+    sums: torch.dtype = torch.float64
 
     def allocate(self, shape: torch.Size, device: torch.device | str) -> State:
         """A tensor for `m` rows of zeros.
@@ -395,75 +426,101 @@ class DenseWindow:
         Returns:
             `(parameters, rows)`, float64, on the CPU.
         """
-        return stacked((self.project(*one, one[0]["values"][newest], rows, kernels) for one in held), rows)
+        return stacked(
+            (_products(state["values"][:rows], state["values"][newest], torch.float64) for state, _ in held), rows
+        )
+
+    def spans(self, state: State, shape: torch.Size) -> list[slice]:
+        """Cuts anywhere.
+
+        Args:
+            state: The parameter's tensors.
+            shape: Shape of the parameter.
+
+        Returns:
+            The spans, in order.
+        """
+        step = span_length(state)
+        return [slice(start, min(start + step, shape.numel())) for start in range(0, shape.numel(), step)]
 
     def project(
-        self, state: State, shape: torch.Size, dense: torch.Tensor, rows: int, kernels: Kernels
+        self, state: State, shape: torch.Size, span: slice, dense: torch.Tensor, rows: int, kernels: Kernels
     ) -> torch.Tensor:
         """`G x`, as in `SparseWindow.project`.
 
         Args:
             state: The parameter's tensors.
             shape: Shape of the parameter.
-            dense: `x`, float32, contiguous.
+            span: One of `spans`.
+            dense: The span of `x`, float32, contiguous.
             rows: Number of rows that were ever written.
             kernels: Not used.
 
         Returns:
             `(rows,)`, float64, on the CPU.
         """
-        values, x = state["values"][:rows], dense.view(-1)
-        wide, step = widest(values.device), max(1, _TILE // rows)
-        partial = torch.zeros(-(-shape.numel() // step), rows, dtype=wide, device=values.device)
-
-        def work(index: int, begin: int, end: int) -> None:
-            torch.mv(values[:, begin:end].to(wide), x[begin:end].to(wide), out=partial[index])
-
-        pool.run_torch(work, shape.numel(), step, values.device)
-        return partial.sum(dim=0).to("cpu", torch.float64)
+        return _products(state["values"][:rows, span], dense, self.sums)
 
     def combine(
         self,
         state: State,
         shape: torch.Size,
+        span: slice,
         coefficients: torch.Tensor,
         kernels: Kernels,
         *,
         base: torch.Tensor | None = None,
         scale: float = 0.0,
         squared: bool = False,
-    ) -> Iterator[Slab]:
-        """`scale x + G^T c`, slab by slab, as in `SparseWindow.combine`.
+    ) -> torch.Tensor:
+        """`scale x + G^T c` in a span, as in `SparseWindow.combine`.
 
         Args:
             state: The parameter's tensors.
             shape: Shape of the parameter.
+            span: One of `spans`.
             coefficients: `c`, `(rows,)`, float64.
             kernels: Not used.
-            base: `x`, in the parameter's shape, float32, contiguous; zero without it.
+            base: The span of `x`, float32, contiguous; zero without it.
             scale: Factor of `base`.
             squared: Take the squares of the rows' entries.
 
-        Yields:
-            Where the slab goes in the flattened parameter, and its entries in float32.
+        Returns:
+            `(n,)`, float32.
         """
-        values = state["values"][: coefficients.shape[0]]
-        wide, step = widest(values.device), max(1, _TILE // coefficients.shape[0])
+        values = state["values"][: len(coefficients), span]
+        wide = narrowest(self.sums, values.device)
         c = coefficients.to(values.device, wide)
-        x = None if base is None else base.view(-1)
-        for first in range(0, shape.numel(), _SLAB):
-            span = slice(first, min(first + _SLAB, shape.numel()))
-            out = torch.empty(span.stop - span.start, dtype=torch.float32, device=values.device)
+        out = torch.empty(values.shape[1], dtype=torch.float32, device=values.device)
 
-            def work(index: int, begin: int, end: int, first: int = first, out: torch.Tensor = out) -> None:
-                rows = values[:, first + begin : first + end].to(wide)
-                total = c @ (rows * rows if squared else rows)
-                if x is not None:
-                    total += scale * x[first + begin : first + end].to(wide)
-                out[begin:end] = total
+        def work(index: int, begin: int, end: int) -> None:
+            rows = values[:, begin:end].to(wide)
+            total = c @ (rows * rows if squared else rows)
+            if base is not None:
+                total += scale * base[begin:end].to(wide)
+            out[begin:end] = total
 
-            pool.run_torch(work, out.numel(), step, values.device)
-            yield span, out
+        pool.run_torch(work, len(out), max(1, _TILE // len(c)), values.device)
+        return out
+
+
+def span_length(state: State) -> int:
+    """Entries of a span where a parameter's state is."""
+    on_cpu = all(tensor.device.type == "cpu" for tensor in state.values() if isinstance(tensor, torch.Tensor))
+    return _SPAN if on_cpu else _SPAN_OF_DEVICES
+
+
+def _products(values: torch.Tensor, x: torch.Tensor, sums: torch.dtype) -> torch.Tensor:
+    """Inner products of rows, `(rows, n)`, with a vector: `(rows,)`, float64, on the CPU."""
+    (rows, numel), wide = values.shape, narrowest(sums, values.device)
+    step = max(1, _TILE // rows)
+    partial = torch.zeros(-(-numel // step), rows, dtype=wide, device=values.device)
+
+    def work(index: int, begin: int, end: int) -> None:
+        torch.mv(values[:, begin:end].to(wide), x[begin:end].to(wide), out=partial[index])
+
+    pool.run_torch(work, numel, step, values.device)
+    return partial.to("cpu", torch.float64).sum(dim=0)
 
 
 def stacked(columns: Iterable[torch.Tensor], rows: int) -> torch.Tensor:

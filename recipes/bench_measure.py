@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
@@ -41,28 +41,34 @@ _PAUSE = 0.05  # seconds until torch's threads have stopped waiting for work, wh
 
 
 def timed_step(optimizer: torch.optim.Optimizer) -> tuple[float, dict[str, float]]:
-    """One step.
+    """One step, and for its parts a second one on one thread: threads that share the work are in several parts at once.
 
     Args:
         optimizer: Stepped.
 
     Returns:
-        Seconds, and seconds by part, "rest" for what is in none; nothing by part for another library's optimizer.
-        A part that runs inside of another counts for itself only.
+        Seconds of the first, and what of them are shares of the parts in the second, "rest" for what is in none;
+        nothing by part for another library's optimizer. A part that runs inside of another counts for itself only.
     """
+    time.sleep(_PAUSE)
+    start = time.perf_counter()
+    optimizer.step()
+    whole = time.perf_counter() - start
     places = _places(optimizer)
-    clock = _Clock(places)
+    if not places:
+        return whole, {}
+    clock, threads = _Clock(places), torch.get_num_threads()
     with ExitStack() as stack:
         for part, methods in places.items():
             for owner, name in methods:
                 stack.enter_context(patch.object(owner, name, clock.timed(part, getattr(owner, name))))
-        time.sleep(_PAUSE)
+        torch.set_num_threads(1)
+        stack.callback(torch.set_num_threads, threads)
         start = time.perf_counter()
         optimizer.step()
-        whole = time.perf_counter() - start
-    if places:
-        clock.seconds["rest"] = whole - sum(clock.seconds.values())
-    return whole, clock.seconds
+        alone = time.perf_counter() - start
+    clock.seconds["rest"] = alone - sum(clock.seconds.values())
+    return whole, {part: seconds * whole / alone for part, seconds in clock.seconds.items()}
 
 
 class _Clock:
@@ -79,8 +85,6 @@ class _Clock:
     def timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """A function that does the same, and whose time counts for a part.
 
-        What a generator takes is the time until each of its items is there, not what becomes of them in between.
-
         Args:
             part: The part.
             function: The function.
@@ -90,25 +94,16 @@ class _Clock:
         """
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            found = self._run(part, lambda: function(*args, **kwargs))
-            return self._items(part, found) if isinstance(found, Iterator) else found
+            self._inside.append(0.0)
+            start = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                took = time.perf_counter() - start
+                self.seconds[part] += took - self._inside.pop()
+                self._inside[-1] += took
 
         return call
-
-    def _run(self, part: str, work: Callable[[], Any]) -> Any:
-        self._inside.append(0.0)
-        start = time.perf_counter()
-        try:
-            return work()
-        finally:
-            took = time.perf_counter() - start
-            self.seconds[part] += took - self._inside.pop()
-            self._inside[-1] += took
-
-    def _items(self, part: str, items: Iterator[Any]) -> Iterator[Any]:
-        end = object()
-        while (item := self._run(part, lambda: next(items, end))) is not end:
-            yield item
 
 
 def _places(optimizer: torch.optim.Optimizer) -> dict[str, list[tuple[Any, str]]]:

@@ -143,7 +143,10 @@ def _dots_and_combine(contender: Contender, repeats: int, seed: int) -> tuple[EF
     with one_thread():
         return optimizer, {
             "dots": _median_seconds(lambda: window.dots([(state, shape)], 0, rows, kernels), repeats),
-            "combine": _median_seconds(lambda: list(window.combine(state, shape, weights, kernels)), repeats),
+            "combine": _median_seconds(
+                lambda: [window.combine(state, shape, span, weights, kernels) for span in window.spans(state, shape)],
+                repeats,
+            ),
         }
 
 

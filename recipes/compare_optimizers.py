@@ -93,7 +93,7 @@ class Comparison:
         return [self._result(bench, contender) for bench in self.benches for contender in self.plan.contenders]
 
     def curves(self) -> list[Curve]:
-        """Collect the metric against the learning rate.
+        """Collect metric and validation loss against the learning rate.
 
         Returns:
             A curve for each task and optimizer, tasks first.
@@ -101,13 +101,14 @@ class Comparison:
         return [self._curve(bench, contender) for bench in self.benches for contender in self.plan.contenders]
 
     def _curve(self, bench: Bench, contender: Contender) -> Curve:
-        points = {}
+        found: dict[str, dict[float, tuple[float, ...]]] = {bench.task.headline: {}, "loss": {}}
         for rate in sorted(contender.learning_rates):
             runs = [self.log.finished(bench.key(contender, rate, seed)) for seed in self.plan.comparison.seeds]
-            values = [run["metrics"][bench.task.headline] for run in runs if run is not None]
-            points[rate] = tuple(float(value) for value in values if value is not None)
+            for name, points in found.items():
+                values = [run["metrics"][name] for run in runs if run is not None]
+                points[rate] = tuple(float(value) for value in values if value is not None)
         stock = efcp_name(contender.args.optim) is None
-        return Curve(bench.task.name, bench.task.headline, contender.label, stock, points)
+        return Curve(bench.task.name, bench.task.headline, contender.label, stock, *found.values())
 
     def _result(self, bench: Bench, contender: Contender) -> Result:
         search_seed, seeds = self.plan.comparison.search_seed, self.plan.comparison.seeds

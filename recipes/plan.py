@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import ablations  # noqa: F401  # whose optimizers have names then
 from cli import parse_arguments, suggestions
 from training import DEFAULTS, ModelArguments, TextArguments
 from transformers import Trainer

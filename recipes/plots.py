@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -176,23 +177,34 @@ def plot_metrics(path: Path, results: list[Result]) -> None:
 
 
 def plot_rates(path: Path, curves: list[Curve]) -> None:
-    """Draw the final metric against the learning rate, a panel for each task and one for their mean.
+    """Draw final metric and validation loss against the learning rate, a column for each task and one for their mean.
 
     Args:
         path: the PNG file to write.
         curves: of all tasks.
     """
     tasks = list(dict.fromkeys(curve.task for curve in curves))
-    labels = list(dict.fromkeys(curve.label for curve in curves))
-    rates = sorted({rate for curve in curves for rate in curve.points})
     panels = [*tasks, "mean over tasks"] if len(tasks) > 1 else tasks
-    figure = Figure(figsize=(1 + 3.4 * len(panels), 4.2), dpi=150, layout="constrained")
-    grid = figure.subplots(1, len(panels), squeeze=False, sharex=True)[0]
+    figure = Figure(figsize=(1 + 3.4 * len(panels), 7), dpi=150, layout="constrained")
+    grid = figure.subplots(2, len(panels), squeeze=False, sharex=True)
+    handles = _draw_rates(grid[0], curves, panels) | _draw_rates(grid[1], [c.loss() for c in curves], panels)
+    for axes in grid[1]:
+        axes.set_xlabel("learning rate")
+    figure.suptitle("Only the optimizer changes: after training, against the learning rate", fontsize=12)
+    figure.legend(
+        list(handles.values()), list(handles), loc="outside lower center", ncols=min(5, len(handles)), frameon=False
+    )
+    figure.savefig(path)
+
+
+def _draw_rates(row: Sequence[Axes], curves: list[Curve], panels: list[str]) -> dict[str, Line2D]:
+    tasks = list(dict.fromkeys(curve.task for curve in curves))
+    rates = sorted({rate for curve in curves for rate in curve.points})
     handles = {}
-    for number, label in enumerate(labels):
+    for number, label in enumerate(dict.fromkeys(curve.label for curve in curves)):
         own = [curve for curve in curves if curve.label == label]
         stock = own[0].stock
-        style = {
+        style: dict[str, Any] = {
             "color": FAMILIES["stock"][0] if stock else COLOURS[number % len(COLOURS)],
             "marker": FAMILIES["stock"][1] if stock else MARKERS[(number + number // len(COLOURS)) % len(MARKERS)],
             # Hollow, and each larger than the one before: results that are equal show as one around the other.
@@ -201,7 +213,7 @@ def plot_rates(path: Path, curves: list[Curve]) -> None:
             "linestyle": "--" if stock else "-",
         }
         means: dict[float, list[float]] = {}
-        for curve, axes in zip(own, grid, strict=False):
+        for curve, axes in zip(own, row, strict=False):
             points = {rate: values for rate, values in curve.points.items() if values}
             for rate, values in points.items():
                 means.setdefault(rate, []).append(statistics.fmean(values))
@@ -209,22 +221,17 @@ def plot_rates(path: Path, curves: list[Curve]) -> None:
             handles[label] = axes.plot(list(points), [statistics.fmean(v) for v in points.values()], **style)[0]
         complete = {rate: values for rate, values in means.items() if len(values) == len(tasks)}
         if len(tasks) > 1:
-            grid[-1].plot(list(complete), [statistics.fmean(v) for v in complete.values()], linewidth=2.5, **style)
-    for panel, axes in zip(panels, grid, strict=True):
-        metric = next((curve.headline for curve in curves if curve.task == panel), "metric")
-        axes.set_title(f"{panel}: {_words(metric)}" if panel in tasks else panel, loc="left", fontsize=10)
+            row[-1].plot(list(complete), [statistics.fmean(v) for v in complete.values()], linewidth=2.5, **style)
+    for panel, axes in zip(panels, row, strict=True):
+        metric = next((curve.headline for curve in curves if curve.task == panel), curves[0].headline)
+        axes.set_title(f"{panel}: {_words(metric)}", loc="left", fontsize=10)
         axes.set_xscale("log")
         axes.set_xticks(rates, [f"{rate:g}" for rate in rates], rotation=45, minor=False)
         axes.minorticks_off()
-        axes.set_xlabel("learning rate")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         axes.margins(x=0.08, y=0.1)
-    figure.suptitle("Only the optimizer changes: metric after training against the learning rate", fontsize=12)
-    figure.legend(
-        list(handles.values()), list(handles), loc="outside lower center", ncols=min(5, len(handles)), frameon=False
-    )
-    figure.savefig(path)
+    return handles
 
 
 def plot_memory(path: Path, results: list[Result]) -> None:

@@ -82,6 +82,7 @@ class Curve:
         label: the optimizer's name in the comparison.
         stock: whether it is one of Trainer's own.
         points: for each learning rate, ascending, the headline metric of each seed that has a number.
+        losses: the same for the validation loss.
     """
 
     task: str
@@ -89,20 +90,34 @@ class Curve:
     label: str
     stock: bool
     points: dict[float, tuple[float, ...]]
+    losses: dict[float, tuple[float, ...]]
+
+    def loss(self) -> Curve:
+        """The curve of the validation loss.
+
+        Returns:
+            It, with the loss as the headline metric.
+        """
+        return dataclasses.replace(self, headline="loss", points=self.losses)
 
 
 def rates_table(curves: list[Curve]) -> str:
-    """Lay out the metric against the learning rate in Markdown.
+    """Lay out metric and validation loss against the learning rate in Markdown.
 
     Args:
         curves: for each task and optimizer.
 
     Returns:
-        A table for each task, and one with the mean over tasks when there are several.
+        Two tables for each task, and two with the mean over tasks when there are several.
     """
+    lines = ["", "## Every learning rate", "", "Mean ± sample standard deviation over the seeds that were trained."]
+    return "\n".join([*lines, *_rates(curves), *_rates([curve.loss() for curve in curves])]) + "\n"
+
+
+def _rates(curves: list[Curve]) -> list[str]:
+    lines = []
     rates = sorted({rate for curve in curves for rate in curve.points})
     header = ("optimizer", *(f"{rate:g}" for rate in rates))
-    lines = ["", "## Every learning rate", "", "Mean ± sample standard deviation over the seeds that were trained."]
     for task in dict.fromkeys(curve.task for curve in curves):
         of_task = [curve for curve in curves if curve.task == task]
         rows = [(curve.label, *(_spread(curve.points.get(rate, ())) for rate in rates)) for curve in of_task]
@@ -117,8 +132,9 @@ def rates_table(curves: list[Curve]) -> str:
                 means = [statistics.fmean(values) for values in found if values]
                 cells.append(f"{statistics.fmean(means):.3f}" if len(means) == tasks else "-")
             rows.append((label, *cells))
-        lines += ["", "### Mean over tasks", "", *_markdown(header, rows)]
-    return "\n".join(lines) + "\n"
+        title = "### Mean over tasks" + (", loss" if curves[0].headline == "loss" else "")
+        lines += ["", title, "", *_markdown(header, rows)]
+    return lines
 
 
 def _spread(values: tuple[float, ...]) -> str:

@@ -453,6 +453,9 @@ def test_every_rate_is_trained_with_every_seed_and_drawn(recipe, write_config, c
     for run in lines(tmp_path / "out"):
         found[run["label"], run["key"]["learning_rate"]].append(run["metrics"]["accuracy"])
     text = (tmp_path / "out" / "table.md").read_text().split("# Every learning rate")[1]
+    text, losses = text.split("### sst2, loss")
+    assert rows(losses)["ours"][0] == "-"
+    assert 0.3 < float(rows(losses)["ours"][1].split(" ± ")[0]) < 2.0
     assert rows(text)["optimizer"] == ["0.0001", "0.001"]
     for (label, rate), values in found.items():
         cell = rows(text)[label][[1e-4, 1e-3].index(rate)]

@@ -39,8 +39,8 @@ def rows(optimizer, position=None):
     for unit in units if position is None else units[position : position + 1]:
         parts = []
         for site in [site for together in optimizer._units() for site in optimizer._sites(together)]:
-            slabs = optimizer._layout.window.combine(site.state, site.shape, unit, reference)
-            parts += [slab.double() for _, slab in slabs]
+            window, held = optimizer._layout.window, (site.state, site.shape)
+            parts += [window.combine(*held, span, unit, reference).double() for span in window.spans(*held)]
         found.append(torch.cat(parts))
     return torch.stack(found)
 

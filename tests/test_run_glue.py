@@ -421,9 +421,12 @@ def test_a_run_with_a_baseline(recipe, tiny_model, data_dir, tmp_path, monkeypat
     assert metrics["optimizer_arguments"]["density"] == 0.05
     memory = metrics["optimizer_memory"]
     assert memory["total"] == sum(memory.values()) - memory["total"]
-    assert memory["error"] == 4 * metrics["parameters"]
-    # Two moments, and a float32 step count for each tensor.
     tensors = load_file(output / "model.safetensors")
+    # The second moment in float32, the first in bfloat16, and the error in int8 with a float32 scale for 64 entries.
+    assert (memory["metric"], memory["momentum"]) == (4 * metrics["parameters"], 2 * metrics["parameters"])
+    scales = sum(math.ceil(tensor.numel() / 64) for tensor in tensors.values())
+    assert memory["error"] == metrics["parameters"] + 4 * scales
+    # Two moments, and a float32 step count for each tensor.
     assert baseline["optimizer_memory"] == {"total": 8 * metrics["parameters"] + 4 * len(tensors)}
     for record in (metrics, baseline):
         assert (record["steps"], record["train_examples"], record["train_batch_size"]) == (100, 256, 16)

@@ -204,8 +204,9 @@ def rows_of(optimizer, param):
 
     rows = torch.zeros(len(coefficients), numel, dtype=torch.float64)
     for row, unit in zip(rows, coefficients, strict=True):
-        for span, slab in optimizer._layout.window.combine(state, param.shape, unit, reference):
-            row[span] = slab
+        window = optimizer._layout.window
+        for span in window.spans(state, param.shape):
+            row[span] = window.combine(state, param.shape, span, unit, reference)
     return rows
 
 

@@ -293,11 +293,15 @@ def test_the_plain_trainer_takes_the_class(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("optim", "options"),
-    [("lowrank_mfac", None), ("sparse_mfac", "num_grads=32,density=0.1"), ("lowrank_ggt", "metric=factored")],
+    ("optim", "options", "rate"),
+    [
+        ("lowrank_mfac", None, 4e-3),
+        ("sparse_mfac", "num_grads=32,density=0.1", 2e-3),
+        ("lowrank_ggt", "metric=factored", 2e-3),
+    ],
 )
-def test_the_model_learns(tmp_path, optim, options):
-    args = arguments(tmp_path, num_train_epochs=6, learning_rate=2e-3, optim=optim, optim_args=options)
+def test_the_model_learns(tmp_path, optim, options, rate):
+    args = arguments(tmp_path, num_train_epochs=6, learning_rate=rate, optim=optim, optim_args=options)
     model, rows = tiny_bert(), toy_rows(128)
     start = EFCPTrainer(model=model, args=args, eval_dataset=rows).evaluate()["eval_loss"]
     trainer, _ = train(args, model, rows)

@@ -138,6 +138,11 @@ def widest(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+def narrowest(sums: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype for sums that are wanted in one: that, or float32 where the device has no float64."""
+    return torch.float32 if sums == torch.float32 else widest(device)
+
+
 def check_name(backend: str) -> None:
     """Refuse a name that is not in `BACKENDS`.
 

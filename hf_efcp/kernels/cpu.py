@@ -858,13 +858,26 @@ def _observe(moments, gradient, kept, new, begin, end):
         v[i] = min(kept * v[i] + new * (g[i] * g[i]), _FLOAT32_MAX)
 
 
+@_inner
+def _whitened(x, v, factor, correction, eps):
+    root = np.float32(1.0) / np.sqrt(np.sqrt(v) * correction + eps)
+    y = min(max(factor * x * root, -_WHITENED), _WHITENED)
+    return y if v > np.float32(0.0) else np.float32(0.0)
+
+
 @_jit
 def _whiten(vector, moments, factor, correction, eps, begin, end, total):
     x, v, out = vector[begin:end], moments[begin:end], total[begin:end]
     for i in range(x.shape[0]):
-        root = np.float32(1.0) / np.sqrt(np.sqrt(v[i]) * correction + eps)
-        y = min(max(factor * x[i] * root, -_WHITENED), _WHITENED)
-        out[i] = y if v[i] > np.float32(0.0) else np.float32(0.0)
+        out[i] = _whitened(x[i], v[i], factor, correction, eps)
+
+
+@_jit
+def _whiten_in_place(vector, moments, factor, correction, eps, begin, end):
+    # Apart from `_whiten`: where two names mean the same memory, the compiler takes one entry after the other.
+    x, v = vector[begin:end], moments[begin:end]
+    for i in range(x.shape[0]):
+        x[i] = _whitened(x[i], v[i], factor, correction, eps)
 
 
 @_jit
@@ -1070,7 +1083,10 @@ def whiten(
     """See `reference.whiten`; in one pass."""
     vector, v, total = _array(x), _array(moments), _array(out)
     numbers = np.float32(factor), np.float32(correction), np.float32(eps)
-    pool.run(lambda _, begin, end: _whiten(vector, v, *numbers, begin, end, total), len(v), _LIGHT)
+    if out.data_ptr() == x.data_ptr():
+        pool.run(lambda _, begin, end: _whiten_in_place(vector, v, *numbers, begin, end), len(v), _LIGHT)
+    else:
+        pool.run(lambda _, begin, end: _whiten(vector, v, *numbers, begin, end, total), len(v), _LIGHT)
 
 
 def apply(

@@ -11,8 +11,8 @@ import ctypes
 import itertools
 import os
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from queue import SimpleQueue
 
 import torch
@@ -26,6 +26,7 @@ _jobs: SimpleQueue[_Job] = SimpleQueue()
 # Threads that take jobs; an executor of the standard library makes a future with locks for each job.
 _helpers: list[threading.Thread] = []
 _kept_off = -1  # the processor that they do not run on
+_inside = threading.local()  # whether a thread is inside of work
 
 
 def run(work: Callable[[int, int, int], None], blocks: int, step: int) -> None:
@@ -37,6 +38,9 @@ def run(work: Callable[[int, int, int], None], blocks: int, step: int) -> None:
         step: Blocks of a range.
     """
     ranges = -(-blocks // step)
+    if ranges == 1:
+        work(0, 0, blocks)
+        return
     counter = itertools.count()
 
     def drain() -> None:
@@ -53,7 +57,7 @@ def together(work: Callable[[], None], most: int) -> None:
         work: Takes tasks from what the calls share until none is left.
         most: Number of tasks.
     """
-    helpers = max(0, min(available(), most) - 1)
+    helpers = 0 if getattr(_inside, "work", False) else max(0, min(available(), most) - 1)
     _start(helpers)
     if helpers:
         _keep_apart()
@@ -63,13 +67,24 @@ def together(work: Callable[[], None], most: int) -> None:
         for _ in range(helpers):
             _jobs.put((work, done))
             sent += 1
-        work()
+        with _alone():
+            work()
     finally:
         # Also when our own call failed: nobody may write into a tensor after the caller has gone on.
         errors = _wait(done, sent)
     for error in errors:
         if error is not None:
             raise error
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Have calls from inside of work run on their own thread: a helper that waits for helpers might wait for ever."""
+    before, _inside.work = getattr(_inside, "work", False), True
+    try:
+        yield
+    finally:
+        _inside.work = before
 
 
 def _wait(done: SimpleQueue[BaseException | None], count: int) -> list[BaseException | None]:
@@ -154,7 +169,8 @@ def _help(jobs: SimpleQueue[_Job]) -> None:
     while True:
         work, done = jobs.get()
         try:
-            work()
+            with _alone():
+                work()
         except BaseException as error:
             done.put(error)
         else:
