@@ -89,9 +89,9 @@ def measure(optimizer: EFCP, before: Snapshot) -> dict[str, float]:
     """Compare a step's update with its gradient, and look at the state: to be called before `zero_grad()`.
 
     `g` is the gradient that the optimizer saw: clipped, unscaled, with L2 regularisation. `u` is what moved the
-    parameters, divided by the learning rate, without decoupled weight decay, with momentum and at the length that
-    `update_scale` gave it. It is read off the parameters, so an entry whose movement is lost in their rounding has not
-    moved.
+    parameters, divided by the learning rate, without decoupled weight decay, with momentum. It is read off the
+    parameters, so an entry whose movement is lost in their rounding has not moved. Errors, rows and the Gram matrix are
+    in the optimizer's metric, gradient and update are not.
 
     Args:
         optimizer: The optimizer, after the step.

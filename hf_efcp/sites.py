@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -34,9 +35,15 @@ def dense(gradient: torch.Tensor) -> torch.Tensor:
 
 def gradient_of(site: Site) -> torch.Tensor:
     """The gradient in float32, contiguous, with L2 regularisation where it is not decoupled."""
+    return spans_of_gradient(site)(slice(0, site.shape.numel())).view(site.shape)
+
+
+def spans_of_gradient(site: Site) -> Callable[[slice], torch.Tensor]:
+    """What makes a span of the flattened `gradient_of`, so that no copy of it exists unless it is not contiguous."""
     _, group, param = site.member
     assert param.grad is not None
-    gradient = dense(param.grad)
-    if group["weight_decay"] and not group["decoupled_weight_decay"]:
-        gradient = gradient.add(local(param).to(torch.float32), alpha=group["weight_decay"]).contiguous()
-    return gradient
+    gradient = local(param.grad).detach().contiguous().view(-1)
+    if not group["weight_decay"] or group["decoupled_weight_decay"]:
+        return lambda span: gradient[span].to(torch.float32)
+    theta, decay = local(param).detach().contiguous().view(-1), group["weight_decay"]
+    return lambda span: gradient[span].to(torch.float32).add(theta[span].to(torch.float32), alpha=decay)

@@ -10,7 +10,8 @@ import torch
 
 from .kernels import Kernels, pool
 from .metric import Metric
-from .sites import Site, gradient_of
+from .shards import local
+from .sites import Site, gradient_of, spans_of_gradient
 from .windows import span_length
 
 
@@ -40,20 +41,19 @@ class Vectors:
         tasks = []
         for site in sites:
             self.states[site.member.param]["gradients"] += 1
-            gradient = gradient_of(site)
             if metric.is_factored(site.shape):
-                metric.observe_factored(site.state, gradient)
-            step = span_length(site.state)  # a multiple of `kernels.BUCKET`
+                metric.observe_factored(site.state, gradient_of(site))
+            gradient, step = spans_of_gradient(site), span_length(site.state)  # a multiple of `kernels.BUCKET`
             for start in range(0, site.shape.numel(), step):
-                tasks.append((site, slice(start, min(start + step, site.shape.numel())), gradient.view(-1)))
+                tasks.append((site, slice(start, min(start + step, site.shape.numel())), gradient))
 
         def work(index: int, begin: int, end: int) -> None:
-            site, span, g = tasks[index]
+            site, span, gradient = tasks[index]
             position, step = site.member.position, self._step(site)
-            metric.observe(site.state, site.shape, span, g[span], step, position, self.kernels)
+            metric.observe(site.state, site.shape, span, gradient(span), step, position, self.kernels)
 
-        for device in {site.member.param.device for site in sites}:
-            pool.run_torch(work, len(tasks), 1, device)
+        if tasks:
+            pool.run_torch(work, len(tasks), 1, sites[0].member.param.device)
 
     def row(self, site: Site) -> torch.Tensor:
         """What compression adds to the error, in the parameter's shape.
@@ -64,17 +64,16 @@ class Vectors:
         Returns:
             `D^-1/2 g`, float32, contiguous.
         """
-        gradient = gradient_of(site)
         if self.metric is None:
-            return gradient
-        flat, out = gradient.view(-1), torch.empty_like(gradient)
-        metric, step = self.metric, self._step(site)
+            return gradient_of(site)
+        gradient, metric, step = spans_of_gradient(site), self.metric, self._step(site)
+        out = torch.empty(site.shape, dtype=torch.float32, device=local(site.member.param).device)
 
         def work(_: int, begin: int, end: int) -> None:
-            x, whitened = flat[begin:end], out.view(-1)[begin:end]
+            x, whitened = gradient(slice(begin, end)), out.view(-1)[begin:end]
             metric.whiten(site.state, site.shape, x, step, self.kernels, start=begin, out=whitened)
 
-        pool.run_torch(work, len(flat), span_length(site.state), out.device)
+        pool.run_torch(work, out.numel(), span_length(site.state), out.device)
         return out
 
     def preconditioned(self, site: Site) -> Callable[[slice], torch.Tensor]:
@@ -89,10 +88,10 @@ class Vectors:
         state, shape, kernels, metric = site.state, site.shape, self.kernels, self.metric
         if metric is not None and metric.beta1:
             return lambda span: metric.momentum(state, shape, span, self._step(site), kernels)
-        gradient = gradient_of(site).view(-1)
-        if metric is not None:
-            return lambda span: metric.whiten(state, shape, gradient[span], self._step(site), kernels, start=span.start)
-        return lambda span: gradient[span]
+        gradient = spans_of_gradient(site)
+        if metric is None:
+            return gradient
+        return lambda span: metric.whiten(state, shape, gradient(span), self._step(site), kernels, start=span.start)
 
     def out_of_metric(self, site: Site, span: slice, update: torch.Tensor) -> torch.Tensor:
         """`D^-1/2 u`, in the memory of `u`; without a metric, `u`.

@@ -235,6 +235,23 @@ def test_own_parts_take_a_few_lines():
         refused.step()
 
 
+def test_a_field_may_not_be_called_as_something_else_in_the_groups():
+    """Fields of compressor and preconditioner stand there, where a second one would hide the first."""
+
+    @dataclass(frozen=True)
+    class Damped(Identity):
+        damp: float = 1.0
+
+    @dataclass(frozen=True)
+    class WithRate(MFAC):
+        lr: float = 1.0
+
+    param = torch.nn.Parameter(torch.zeros(3))
+    for compressor, rule, name in ((Damped(), MFAC(), "damp"), (Identity(), WithRate(), "lr")):
+        with pytest.raises(ValueError, match=f"^{name} would stand for two things in the parameter groups"):
+            EFCP([param], 0.1, compressor=compressor, preconditioner=rule, num_grads=3)
+
+
 def test_bad_options_are_refused():
     param = torch.nn.Parameter(torch.zeros(10))
     for cls, options, message in [

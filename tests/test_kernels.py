@@ -323,6 +323,14 @@ def test_pieces_cover_a_parameter_once(numel, block_size, density):
         assert piece.offset == sum(before.row for before in pieces if before.start < piece.start)
 
 
+@pytest.mark.parametrize(
+    ("density", "length", "kept"), [(0.07, 100, 7), (0.29, 100, 29), (0.01, 4096, 41), (1e-9, 5, 1)]
+)
+def test_what_is_kept_is_that_of_the_decimal_number(density, length, kept):
+    """0.07 * 100 is a hair more than 7 in floating point, and its ceiling was 8."""
+    assert cut(length, length, density)[0].kept == kept
+
+
 def test_unknown_backend():
     with pytest.raises(ValueError, match="backend must be one of auto, reference, numba, got 'triton'"):
         kernels.choose("triton", torch.device("cpu"))
@@ -371,9 +379,34 @@ def test_missing_numba_falls_back_with_one_warning():
     """)
     assert done.returncode == 0, done.stderr
     warned, refused = done.stdout.splitlines()
-    assert warned.count("numba could not be imported") == 1
+    assert warned.count("the numba kernels could not be imported") == 1
     assert 'refused: backend="numba" could not be loaded' in refused
     assert "pip install numba" in refused
+
+
+def test_kernels_that_cannot_be_built_fall_back_with_a_warning():
+    """As with a numba that has lost what they are built with."""
+    done = python("""
+        import warnings
+        import numba.extending
+        del numba.extending.intrinsic
+        import torch
+        from hf_efcp import SparseMFAC
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            optimizer = SparseMFAC([torch.nn.Parameter(torch.zeros(10))])
+            print(optimizer.backend)
+        print([str(w.message) for w in caught])
+        try:
+            SparseMFAC([torch.nn.Parameter(torch.zeros(10))], backend="numba").backend
+        except ImportError as error:
+            print("refused:", error)
+    """)
+    assert done.returncode == 0, done.stderr
+    backend, warned, refused = done.stdout.splitlines()
+    assert backend == "reference"
+    assert warned.count("the numba kernels could not be imported (ImportError: cannot import name") == 1
+    assert 'refused: backend="numba" could not be loaded' in refused
 
 
 def test_an_unwritable_cache_is_no_error():

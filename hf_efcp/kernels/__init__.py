@@ -127,7 +127,7 @@ def choose(backend: str, device: torch.device) -> Kernels:
         raise ValueError(f'backend="numba" runs on the CPU, but the parameters are on {device}: use backend="auto"')
     try:
         return cast(Kernels, importlib.import_module(f".{_MODULES[backend]}", __name__))
-    except ImportError as error:
+    except Exception as error:
         raise ImportError(
             f'backend="numba" could not be loaded ({error}): pip install numba, or use backend="reference"'
         ) from error
@@ -158,13 +158,14 @@ def check_name(backend: str) -> None:
 
 @lru_cache(maxsize=1)
 def _numba_or_warn() -> bool:
-    """Whether numba can be imported; cached, so that its absence is reported once."""
+    """Whether the numba kernels can be imported; cached, so that their absence is reported once."""
     try:
-        importlib.import_module("numba")
-    except ImportError as error:
+        importlib.import_module(f".{_MODULES['numba']}", __name__)
+    except Exception as error:  # not only ImportError: a numba that is too new has lost what they are built with
         warnings.warn(
-            f"numba could not be imported ({error}); EFCP runs its plain torch kernels, which are many times slower "
-            'on the CPU. "pip install numba" mends it, backend="reference" silences this.',
+            f"the numba kernels could not be imported ({type(error).__name__}: {error}); EFCP runs its plain torch "
+            'kernels, which are many times slower on the CPU. "pip install numba" of a version that pyproject.toml '
+            'names mends it, backend="reference" silences this.',
             stacklevel=2,
         )
         return False
