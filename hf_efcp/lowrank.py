@@ -356,7 +356,7 @@ class LowRankWindow:
         if "values" in state:
             return self._whole.combine(state, shape, span, coefficients, kernels, base=base, scale=scale)
         P, Q = self._factors(state, span, len(coefficients))
-        wide = narrowest(self.sums, P.device)
+        wide = narrowest(self.sums, P.device, coefficients)
         c = coefficients.to(P.device, wide).repeat_interleave(self.rank)[:, None]
         total = torch.zeros(P.shape[1], Q.shape[1], dtype=wide, device=P.device)
         if base is not None:

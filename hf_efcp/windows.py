@@ -489,7 +489,7 @@ class DenseWindow:
             `(n,)`, float32.
         """
         values = state["values"][: len(coefficients), span]
-        wide = narrowest(self.sums, values.device)
+        wide = narrowest(self.sums, values.device, coefficients)
         c = coefficients.to(values.device, wide)
         out = torch.empty(values.shape[1], dtype=torch.float32, device=values.device)
 
