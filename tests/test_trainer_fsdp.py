@@ -181,7 +181,7 @@ def test_fsdp_takes_the_steps_of_ddp(ranks):
 
 def test_each_rank_has_half_of_the_state(ranks):
     for rank in ranks:
-        for part in ("indices", "values", "error"):
+        for part in ("indices", "values", "error", "momentum", "metric"):
             assert (
                 0.5 * rank["ddp"]["memory"][part] <= rank["fsdp"]["memory"][part] < 0.52 * rank["ddp"]["memory"][part]
             )
