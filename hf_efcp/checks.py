@@ -237,7 +237,7 @@ def check_momentum(precondition: str, metric: str, beta1: float) -> None:
     if metric == "none" and (beta1 or precondition == "momentum"):
         raise ValueError(
             'beta1 and precondition="momentum" are AdamW\'s first moment, which metric="none" does not keep: use '
-            'metric="adam", or precondition="gradient"'
+            'metric="adam", or leave them out'
         )
     if (precondition == "momentum") != (beta1 != 0.0):
         raise ValueError(

@@ -215,7 +215,8 @@ class SparseGGT(EFCP):
             4,096 entries of the parameters.
         metric: "adam", AdamW's metric; "factored", the same near 0 bytes; or "none", the paper's rule.
         beta1: Decay of the first moment: of the gradient in a metric; of the window's rows without one, at most
-        `beta2`. **options: See `Options`.
+            `beta2`.
+        **options: See `Options`.
 
     Raises:
         ValueError: A value outside its range, or a budget that no window fits.
