@@ -167,7 +167,7 @@ class AdaGradSum(DiagonalPreconditioner):
         """
         total = state["sum"].view(-1)
         newest = self.plan(None, moment)
-        for span in window.spans(state, shape):
+        for span in window.spans(shape, total.device):
             squares = window.combine(state, shape, span, newest, kernels, squared=True)
             # A square beyond float32 saturates: infinity in the state would be there for ever.
             total[span].add_(squares).clamp_(max=_FLOAT32.max)

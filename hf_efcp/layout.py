@@ -29,7 +29,6 @@ class Layout:
         errors: How errors are kept.
         preconditioner: What is made of the window.
         num_grads: Capacity `m` of the window.
-        scope: "model" or "layer": what shares a Gram matrix.
         metric: In which gradients are compared; None for none.
     """
 
@@ -37,7 +36,6 @@ class Layout:
     errors: ErrorStore
     preconditioner: Preconditioner
     num_grads: int
-    scope: str
     metric: Metric | None = None
 
     @cached_property

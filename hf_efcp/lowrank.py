@@ -262,32 +262,32 @@ class LowRankWindow:
     def _dots(self, state: State, shape: torch.Size, newest: int, rows: int, kernels: Kernels) -> torch.Tensor:
         if "values" in state:
             return self._whole.dots([(state, shape)], newest, rows, kernels)[0]
-        rank, _, wide = _layout(state)
         sides = state["left"], state["right"]
+        wide = widest(sides[0].device)
         total = torch.empty(rows, dtype=wide, device=sides[0].device)
 
         def work(index: int, begin: int, end: int) -> None:
             P, Q = (_inner(side[begin:end].flatten(0, 1), side[newest], wide) for side in sides)
             total[begin:end] = (P * Q).view(end - begin, -1).sum(dim=1)
 
-        pool.run_torch(work, rows, max(1, _TILE_FACTORS // rank), total.device)
+        pool.run_torch(work, rows, max(1, _TILE_FACTORS // self.rank), total.device)
         return total.to("cpu", torch.float64)
 
-    def spans(self, state: State, shape: torch.Size) -> list[slice]:
+    def spans(self, shape: torch.Size, device: torch.device) -> list[slice]:
         """Cuts between the rows of a matrix.
 
         Args:
-            state: The parameter's tensors.
             shape: Shape of the parameter.
+            device: Where the parameter is.
 
         Returns:
             The spans, in order.
         """
         size = matrix(shape, self.rank)
         if size is None:
-            return self._whole.spans(state, shape)
+            return self._whole.spans(shape, device)
         height, width = size
-        cuts = _cuts(height, max(1, span_length(state) // width))
+        cuts = _cuts(height, max(1, span_length(device) // width))
         return [slice(rows.start * width, rows.stop * width) for rows in cuts]
 
     def project(
@@ -390,12 +390,6 @@ def matrix(shape: torch.Size, rank: int) -> tuple[int, int] | None:
         return None
     rows, cols = shape[0], shape[1:].numel()
     return None if rank * (rows + cols) >= rows * cols else (rows, cols)
-
-
-def _layout(state: State) -> tuple[int, tuple[int, int], torch.dtype]:
-    """Rank, shape as a matrix, and the dtype of sums."""
-    _, rank, rows = state["left"].shape
-    return rank, (rows, state["right"].shape[2]), widest(state["left"].device)
 
 
 def _inner(side: torch.Tensor, newest: torch.Tensor, wide: torch.dtype) -> torch.Tensor:

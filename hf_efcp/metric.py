@@ -11,7 +11,6 @@ The matrix can only turn and shorten what AdamW would do, and learning rates are
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -85,8 +84,9 @@ class Buffer:
         error_store(self.dtype).save(self._stored(state), values, slab, channel, position, kernels)
 
     def _stored(self, state: State) -> State:
-        return {key: state[key.replace("error", self.name)] for key in ("error", "error_scale") if
-                key.replace("error", self.name) in state}  # fmt: skip
+        """The tensors, by the names that an error has."""
+        names = {key: key.replace("error", self.name) for key in ("error", "error_scale")}
+        return {key: state[name] for key, name in names.items() if name in state}
 
 
 @dataclass(frozen=True)
@@ -186,23 +186,23 @@ class Metric:
         self,
         state: State,
         shape: torch.Size,
+        span: slice,
         x: torch.Tensor,
         step: int,
         kernels: Kernels,
         *,
-        start: int = 0,
         factor: float = 1.0,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """`factor D^-1/2 x`; 0 where the second moment is, for an entry that never had a gradient does not move.
+        """`factor D^-1/2 x` in a span; 0 where the second moment is: what never had a gradient does not move.
 
         Args:
             state: The parameter's tensors.
             shape: Shape of the parameter.
-            x: A slab of the flattened parameter, `(n,)`, float32.
+            span: Of the flattened parameter.
+            x: The span of a vector, `(n,)`, float32.
             step: Gradients that the parameter has had.
             kernels: The backend.
-            start: Where the slab begins.
             factor: A number.
             out: Where to write; may be `x`. None for a new tensor.
 
@@ -211,9 +211,7 @@ class Metric:
         """
         out = torch.empty_like(x) if out is None else out
         correction = 1.0 / math.sqrt(1.0 - self.beta2**step)
-        for begin, v in self._second_moments(state, shape, start, len(x), kernels):
-            span = slice(begin, begin + len(v))
-            kernels.whiten(x[span], v, factor, correction, self.eps, out[span])
+        kernels.whiten(x, self._second_moment(state, shape, span, kernels), factor, correction, self.eps, out)
         return out
 
     def momentum(self, state: State, shape: torch.Size, span: slice, step: int, kernels: Kernels) -> torch.Tensor:
@@ -231,7 +229,7 @@ class Metric:
         """
         m, factor = self._first.load(state, span, kernels), 1.0 / (1.0 - self.beta1**step)
         out = torch.empty_like(m) if self.momentum_dtype == torch.float32 else m
-        return self.whiten(state, shape, m, step, kernels, start=span.start, factor=factor, out=out)
+        return self.whiten(state, shape, span, m, step, kernels, factor=factor, out=out)
 
     def is_factored(self, shape: torch.Size) -> bool:
         """Whether a parameter of a shape has means over rows and columns only."""
@@ -258,26 +256,18 @@ class Metric:
         v = self._second.load(state, slab, kernels)
         return v.square_() if self.dtype == torch.int8 else v
 
-    def _second_moments(
-        self, state: State, shape: torch.Size, start: int, count: int, kernels: Kernels
-    ) -> Iterator[tuple[int, torch.Tensor]]:
-        """`v` of `count` entries from `start`: where each part begins behind `start`, and the part in float32."""
+    def _second_moment(self, state: State, shape: torch.Size, span: slice, kernels: Kernels) -> torch.Tensor:
+        """`v` of a span, `(n,)`, float32."""
         if not self.is_factored(shape):
             # Whole buckets, which int8 cannot be read without.
-            first, last = start // BUCKET * BUCKET, min(-(-(start + count) // BUCKET) * BUCKET, shape.numel())
-            v = self._load_second(state, slice(first, last), kernels)
-            yield 0, v[start - first : start - first + count]
-            return
-        rows, columns = _matrix(shape)
-        step = max(1, _SLAB // columns)
-        r, c = state["second_moment_rows"], state["second_moment_columns"]
+            first, last = span.start // BUCKET * BUCKET, min(-(-span.stop // BUCKET) * BUCKET, shape.numel())
+            return self._load_second(state, slice(first, last), kernels)[span.start - first : span.stop - first]
+        _, columns = _matrix(shape)
+        first, last = span.start // columns, -(-span.stop // columns)
+        r, c = state["second_moment_rows"][first:last], state["second_moment_columns"]
         # The mean of both is the mean of g^2. Multiplied so that neither product leaves float32.
-        scaled = c / c.mean().clamp(min=torch.finfo(torch.float32).tiny)
-        for first in range(start // columns, -(-(start + count) // columns), step):
-            last = min(first + step, -(-(start + count) // columns), rows)
-            v = torch.outer(r[first:last], scaled).view(-1)
-            begin, end = max(first * columns, start), min(last * columns, start + count)
-            yield begin - start, v[begin - first * columns : end - first * columns]
+        v = torch.outer(r, c / c.mean().clamp(min=torch.finfo(torch.float32).tiny)).view(-1)
+        return v[span.start - first * columns : span.stop - first * columns]
 
 
 def _matrix(shape: torch.Size) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from typing import Any, NamedTuple, overload
 
 import torch
@@ -68,7 +68,8 @@ class EFCP(torch.optim.Optimizer):
     is one value for the optimizer, because the preconditioner is one matrix over all groups. `preconditioned=False`
     steps a group as `torch.optim.AdamW` would (betas 0.9 and 0.999, eps 1e-8) at the group's own learning rate.
 
-    Arithmetic is float32, the Gram matrix and every sum over rows float64. A parameter without a gradient is neither
+    Arithmetic is float32, the Gram matrix and every sum over rows float64 (in a metric, low-rank and dense rows are
+    summed in float32). A parameter without a gradient is neither
     decayed nor moved, its row is zero and its error kept; a step in which no parameter has a gradient does nothing.
     Parameters may be float32, bfloat16 or float16, contiguous or not, and all on one device. State is allocated at the
     first step; parameters that are added or unfrozen later have zeros in the rows that were pushed without them.
@@ -159,27 +160,27 @@ class EFCP(torch.optim.Optimizer):
         if metric != "none":
             made = Metric(metric, metric_dtype, beta1, metric_beta2, metric_eps, momentum_dtype)
         self._preconditioner = preconditioner
-        self._layout = Layout(compressor, error_store(error_dtype), preconditioner, num_grads, scope, made)
+        self._layout = Layout(compressor, error_store(error_dtype), preconditioner, num_grads, made)
         self._precondition = precondition
         self._skip_nonfinite = nonfinite == "skip"
         self._backend = backend
         # What decides the shapes of the state, and so can neither change nor differ in a checkpoint.
-        self._structure = _plain({
+        structure: Group = {
             "num_grads": num_grads,
             "scope": scope,
             "error_dtype": error_dtype,
             "metric": metric,
             "precondition": precondition,
-            **asdict(compressor),
-        })
+        }
         if made is not None:
-            self._structure |= _plain({
+            structure |= {
                 "metric_dtype": metric_dtype,
                 "metric_beta2": metric_beta2,
                 "metric_eps": metric_eps,
                 "metric_beta1": beta1,  # GGT's hyperparameter stands there as beta1
                 "momentum_dtype": momentum_dtype,
-            })
+            }
+        self._structure = _plain(structure | asdict(compressor))
         self._tunable = tuple(asdict(preconditioner))
         defaults = {
             "lr": lr,
@@ -190,8 +191,7 @@ class EFCP(torch.optim.Optimizer):
             "skipped_steps": 0,
             "efcp_format": FORMAT,
         }
-        own = self._structure.keys() - {field.name for field in fields(compressor)}
-        checks.check_names([defaults, own, (field.name for field in fields(compressor)), self._tunable])
+        checks.check_names([defaults, structure, asdict(compressor), self._tunable])
         self._own = tuple(self.__dict__)  # what the base class does not know
         super().__init__(params, {**defaults, **self._structure, **asdict(preconditioner)})
         if memory_budget is not None:
@@ -483,7 +483,7 @@ class EFCP(torch.optim.Optimizer):
         window, tasks = self._layout.window, []
         for site in sites:
             vector = vectors.preconditioned(site)
-            tasks += [(site, span, vector) for span in window.spans(site.state, site.shape)]
+            tasks += [(site, span, vector) for span in window.spans(site.shape, site.member.param.device)]
         parts = torch.zeros(len(tasks), moment.rows + 1, dtype=torch.float64, device="cpu")
 
         def work(index: int, begin: int, end: int) -> None:
@@ -554,7 +554,7 @@ class EFCP(torch.optim.Optimizer):
             u = preconditioner.update(plan, window, state, shape, span, kernels, base)
             return vectors.out_of_metric(site, span, u)
 
-        return Move(site, window.spans(state, shape), update)
+        return Move(site, window.spans(shape, site.member.param.device), update)
 
     def _check_length(self, sites: list[Site], length: float) -> None:
         """Refuse an update that may not fit the parameters: without dampening it is as long as a row is short."""

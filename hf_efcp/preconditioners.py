@@ -248,43 +248,35 @@ class MFAC(GramPreconditioner):
         """`c = n (n lambda I + K)^-1 e_j`; see the base class."""
         target = torch.zeros(moment.rows, dtype=torch.float64, device="cpu")
         target[moment.newest] = float(moment.capacity)
-        return self._solve(gram, target, moment)
+        return self._solve(gram[None], target[None], moment)[0]
 
     def outside(self, gram: torch.Tensor, products: torch.Tensor, moment: Moment) -> Combination:
         """`u = (x - G^T (n lambda I + K)^-1 G x) / lambda`; see the base class."""
-        damp = self._shift(gram, moment) / moment.capacity
+        damp = float(self._shifts(gram, moment)) / moment.capacity
         if damp == 0.0:  # relative to rows that are all zero
             return Combination(torch.zeros_like(products))
-        return Combination(-self._solve(gram, products, moment) / damp, 1.0 / damp)
+        return Combination(-self._solve(gram[None], products[None], moment)[0] / damp, 1.0 / damp)
 
     def shorten(self, grams: torch.Tensor, products: torch.Tensor, moment: Moment) -> torch.Tensor:
         """`f(mu) = 1 / (1 + mu / (n lambda))`: `c = -(n lambda I + K)^-1 G x`; see the base class."""
-        diagonals = grams.diagonal(dim1=-2, dim2=-1)
-        shifts = moment.capacity * self.damp + self.relative_damp * diagonals.mean(dim=-1)
-        factors, failed = torch.linalg.cholesky_ex(grams + torch.diag_embed(shifts[:, None].expand_as(products)))
-        solved: torch.Tensor = -torch.cholesky_solve(products[:, :, None], factors).squeeze(-1)
-        for unit in torch.nonzero(failed.bool() | (shifts <= _NULL * diagonals.sum(dim=-1))).flatten().tolist():
-            solved[unit] = -self._solve(grams[unit], products[unit], moment)
+        return -self._solve(grams, products, moment)
+
+    def _shifts(self, grams: torch.Tensor, moment: Moment) -> torch.Tensor:
+        """`n lambda` of each matrix."""
+        return moment.capacity * self.damp + self.relative_damp * _mean_squares(grams)
+
+    def _solve(self, grams: torch.Tensor, targets: torch.Tensor, moment: Moment) -> torch.Tensor:
+        """`(n lambda I + K)^-1 target`, by Cholesky, or by `eigh` where a matrix is singular in float64."""
+        shifts, damped = self._shifts(grams, moment), grams.clone()
+        damped.diagonal(dim1=-2, dim2=-1).add_(shifts[:, None])
+        factors, failed = torch.linalg.cholesky_ex(damped)
+        solved: torch.Tensor = torch.cholesky_solve(targets[:, :, None], factors).squeeze(-1)
+        lost = shifts <= _NULL * moment.rows * _mean_squares(grams)
+        for unit in torch.nonzero(failed.bool() | lost).flatten().tolist():
+            spectrum, vectors = torch.linalg.eigh(grams[unit])
+            inverse = torch.where(_present(spectrum), 1.0 / (spectrum + shifts[unit]), 0.0)
+            solved[unit] = vectors @ (inverse * (vectors.T @ targets[unit]))
         return solved
-
-    def _shift(self, gram: torch.Tensor, moment: Moment) -> float:
-        """`n lambda`."""
-        return moment.capacity * self.damp + self.relative_damp * float(gram.diagonal().mean())
-
-    def _solve(self, gram: torch.Tensor, target: torch.Tensor, moment: Moment) -> torch.Tensor:
-        """`(n lambda I + K)^-1 target`, by Cholesky, or by `eigh` where the matrix is singular in float64."""
-        shift = self._shift(gram, moment)
-        if shift > _NULL * float(gram.trace()):
-            damped = gram.clone()
-            damped.diagonal().add_(shift)
-            factor, failed = torch.linalg.cholesky_ex(damped)
-            if not failed:
-                solution: torch.Tensor = torch.cholesky_solve(target[:, None], factor)
-                return solution.squeeze(1)
-        spectrum, vectors = torch.linalg.eigh(gram)
-        inverse = torch.where(_present(spectrum), 1.0 / (spectrum + shift), 0.0)
-        projected: torch.Tensor = vectors @ (inverse * (vectors.T @ target))
-        return projected
 
 
 @dataclass(frozen=True)
@@ -354,7 +346,7 @@ class GGT(GramPreconditioner):
         """`u = (x - A^T V diag(1 / (s (s + eps))) V^T A x) / eps`, `A = W G`, `A A^T = V diag(s^2) V^T`."""
         weights, spectrum, vectors = self._decompose(gram, moment.ages())
         roots = spectrum.clamp(min=0.0).sqrt()
-        eps = self._eps(gram)
+        eps = float(self._eps(gram))
         if eps == 0.0:  # relative to rows that are all zero
             return Combination(torch.zeros_like(products))
         inverse = torch.where(_present(spectrum), 1.0 / (roots * (roots + eps)), 0.0)
@@ -363,31 +355,35 @@ class GGT(GramPreconditioner):
 
     def shorten(self, grams: torch.Tensor, products: torch.Tensor, moment: Moment) -> torch.Tensor:
         """`f(mu) = (1 + mu / eps^2)^(-1/2)`: `c = W h(K_w) W G x`; see the base class."""
-        weights = self.beta2 ** moment.ages()
-        spectra, vectors = torch.linalg.eigh(weights[:, None] * grams * weights)
-        squares = (self.eps + self.relative_eps * grams.diagonal(dim1=-2, dim2=-1).mean(dim=-1).sqrt()).square()[
-            :, None
-        ]
+        weights, spectra, vectors = self._decompose(grams, moment.ages())
+        squares = self._eps(grams).square()[:, None]
         squares = torch.where(squares > 0.0, squares, 1.0)  # relative to rows that are all zero, as is the spectrum
         roots = (1.0 + spectra.clamp(min=0.0) / squares).sqrt()
-        slopes = -1.0 / (squares * roots * (1.0 + roots))  # (f - 1) / mu, where nothing cancels
-        slopes = torch.where(spectra > _NULL * spectra[:, -1:].clamp(min=0.0), slopes, 0.0)
+        # (f - 1) / mu, where nothing cancels.
+        slopes = torch.where(_present(spectra), -1.0 / (squares * roots * (1.0 + roots)), 0.0)
         turned = vectors @ (slopes[:, :, None] * (vectors.mT @ (weights * products)[:, :, None]))
         c: torch.Tensor = weights * turned.squeeze(-1)
         return c
 
-    def _eps(self, gram: torch.Tensor) -> float:
-        return self.eps + self.relative_eps * math.sqrt(float(gram.diagonal().mean()))
+    def _eps(self, grams: torch.Tensor) -> torch.Tensor:
+        """`eps` of each matrix."""
+        return self.eps + self.relative_eps * _mean_squares(grams).sqrt()
 
-    def _decompose(self, gram: torch.Tensor, ages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _decompose(self, grams: torch.Tensor, ages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`W`, and eigenvalues and eigenvectors of each `W K W`."""
         weights = self.beta2**ages
-        spectrum, vectors = torch.linalg.eigh(weights[:, None] * gram * weights)
-        return weights, spectrum, vectors
+        spectra, vectors = torch.linalg.eigh(weights[:, None] * grams * weights)
+        return weights, spectra, vectors
 
 
-def _present(spectrum: torch.Tensor) -> torch.Tensor:
+def _mean_squares(grams: torch.Tensor) -> torch.Tensor:
+    """The mean `|row|^2` of each window."""
+    return grams.diagonal(dim1=-2, dim2=-1).mean(dim=-1)
+
+
+def _present(spectra: torch.Tensor) -> torch.Tensor:
     """Which eigenvalues (ascending) are more than rounding of zero."""
-    present: torch.Tensor = spectrum > _NULL * spectrum[-1].clamp(min=0.0)
+    present: torch.Tensor = spectra > _NULL * spectra[..., -1:].clamp(min=0.0)
     return present
 
 

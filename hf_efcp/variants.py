@@ -53,8 +53,6 @@ class SparseMFAC(EFCP):
     and one gradient clipping. 5e-4 is a good one at `num_grads=256, damp=1e-5`, clipping at 1.0 and a warm-up of 10 %
     of the steps (the error starts empty, so early rows are small and early updates large).
 
-    In AdamW's metric entries are alike in size, and Top-k keeps little of them: `LowRankMFAC` did better there.
-
     Bytes per parameter, beside metric, momentum and error (4, 2 and 17 / 16 at the defaults): `num_grads * density *
     (index + value)` for the window, 0.64 at the defaults.
 
@@ -109,7 +107,7 @@ class LowRankMFAC(EFCP):
 
     Bytes per parameter, beside metric, momentum and error (4, 2 and 17 / 16 at the defaults): `num_grads * rank *
     (1 / rows + 1 / cols) * 2` for the window of a `(rows, cols)` matrix, and `8 num_grads^2` in all for each Gram
-    matrix. A step costs `2 num_grads * rank` operations per parameter for each of three products.
+    matrix. A step costs `2 num_grads * rank` operations per parameter for each of two products with the window.
 
     Args:
         params: Parameters or groups.
@@ -196,7 +194,7 @@ class SparseGGT(EFCP):
     distance that a step moves all parameters together, of the order of 0.1, not of 1e-4. A row shorter than 1e-6 of the
     longest in the window makes no update.
 
-    In AdamW's metric `f(mu) = (1 + mu / eps^2)^(-1/2)`, with M-FAC's way of shortening nothing that was not seen.
+    In AdamW's metric `f(mu) = (1 + mu / eps^2)^(-1/2)`; as in M-FAC, what the window has not seen stays as it is.
 
     Bytes per parameter: as `SparseMFAC`.
 

@@ -43,7 +43,8 @@ class Vectors:
             self.states[site.member.param]["gradients"] += 1
             if metric.is_factored(site.shape):
                 metric.observe_factored(site.state, gradient_of(site))
-            gradient, step = spans_of_gradient(site), span_length(site.state)  # a multiple of `kernels.BUCKET`
+            gradient = spans_of_gradient(site)
+            step = span_length(site.member.param.device)  # a multiple of `kernels.BUCKET`
             for start in range(0, site.shape.numel(), step):
                 tasks.append((site, slice(start, min(start + step, site.shape.numel())), gradient))
 
@@ -71,9 +72,9 @@ class Vectors:
 
         def work(_: int, begin: int, end: int) -> None:
             x, whitened = gradient(slice(begin, end)), out.view(-1)[begin:end]
-            metric.whiten(site.state, site.shape, x, step, self.kernels, start=begin, out=whitened)
+            metric.whiten(site.state, site.shape, slice(begin, end), x, step, self.kernels, out=whitened)
 
-        pool.run_torch(work, out.numel(), span_length(site.state), out.device)
+        pool.run_torch(work, out.numel(), span_length(out.device), out.device)
         return out
 
     def preconditioned(self, site: Site) -> Callable[[slice], torch.Tensor]:
@@ -91,7 +92,7 @@ class Vectors:
         gradient = spans_of_gradient(site)
         if metric is None:
             return gradient
-        return lambda span: metric.whiten(state, shape, gradient(span), self._step(site), kernels, start=span.start)
+        return lambda span: metric.whiten(state, shape, span, gradient(span), self._step(site), kernels)
 
     def out_of_metric(self, site: Site, span: slice, update: torch.Tensor) -> torch.Tensor:
         """`D^-1/2 u`, in the memory of `u`; without a metric, `u`.
@@ -106,8 +107,7 @@ class Vectors:
         """
         if self.metric is None:
             return update
-        step, start = self._step(site), span.start
-        return self.metric.whiten(site.state, site.shape, update, step, self.kernels, start=start, out=update)
+        return self.metric.whiten(site.state, site.shape, span, update, self._step(site), self.kernels, out=update)
 
     def _step(self, site: Site) -> int:
         return int(self.states[site.member.param]["gradients"])

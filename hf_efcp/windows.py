@@ -51,7 +51,7 @@ class Window(Protocol):
     def dots(self, held: Sequence[Held], newest: int, rows: int, kernels: Kernels) -> torch.Tensor:
         """Inner products of row `newest` with the first `rows` rows: each parameter's part of a Gram column."""
 
-    def spans(self, state: State, shape: torch.Size) -> list[slice]:
+    def spans(self, shape: torch.Size, device: torch.device) -> list[slice]:
         """Where the flattened parameter is cut for `project` and `combine`: into what a thread does at a time."""
 
     def project(
@@ -249,12 +249,12 @@ class SparseWindow:
         owners = [number for number, own in enumerate(parts) for _ in own]
         return total.index_add_(0, torch.tensor(owners, dtype=torch.int64, device="cpu"), columns)
 
-    def spans(self, state: State, shape: torch.Size) -> list[slice]:
+    def spans(self, shape: torch.Size, device: torch.device) -> list[slice]:
         """Cuts between groups of blocks that share scales; the tail is with the last of them.
 
         Args:
-            state: The parameter's tensors.
             shape: Shape of the parameter.
+            device: Where the parameter is.
 
         Returns:
             The spans, in order.
@@ -263,7 +263,7 @@ class SparseWindow:
         if not pieces:
             return []
         share = sharing(pieces[0].length)
-        step = max(1, span_length(state) // (share * pieces[0].length)) * share * pieces[0].length
+        step = max(1, span_length(device) // (share * pieces[0].length)) * share * pieces[0].length
         starts = list(range(0, pieces[0].numel, step))
         return [slice(*edges) for edges in pairwise([*starts, shape.numel()])]
 
@@ -430,17 +430,17 @@ class DenseWindow:
             (_products(state["values"][:rows], state["values"][newest], torch.float64) for state, _ in held), rows
         )
 
-    def spans(self, state: State, shape: torch.Size) -> list[slice]:
+    def spans(self, shape: torch.Size, device: torch.device) -> list[slice]:
         """Cuts anywhere.
 
         Args:
-            state: The parameter's tensors.
             shape: Shape of the parameter.
+            device: Where the parameter is.
 
         Returns:
             The spans, in order.
         """
-        step = span_length(state)
+        step = span_length(device)
         return [slice(start, min(start + step, shape.numel())) for start in range(0, shape.numel(), step)]
 
     def project(
@@ -504,10 +504,9 @@ class DenseWindow:
         return out
 
 
-def span_length(state: State) -> int:
-    """Entries of a span where a parameter's state is."""
-    on_cpu = all(tensor.device.type == "cpu" for tensor in state.values() if isinstance(tensor, torch.Tensor))
-    return _SPAN if on_cpu else _SPAN_OF_DEVICES
+def span_length(device: torch.device) -> int:
+    """Entries of a span on a device."""
+    return _SPAN if device.type == "cpu" else _SPAN_OF_DEVICES
 
 
 def _products(values: torch.Tensor, x: torch.Tensor, sums: torch.dtype) -> torch.Tensor:

@@ -116,7 +116,7 @@ def _places(optimizer: torch.optim.Optimizer) -> dict[str, list[tuple[Any, str]]
     window, settings = type(optimizer._layout.window), optimizer.param_groups[0]
     in_metric, dense = settings["metric"] != "none", settings["precondition"] != "row"
     places: dict[str, list[tuple[Any, str]]] = {
-        "metric": [(Metric, name) for name in ("observe", "whiten", "momentum") if in_metric],
+        "metric": [(Metric, name) for name in ("observe", "observe_factored", "whiten", "momentum") if in_metric],
         "compress": [(hf_efcp.optimizer, "push")],
         "dots": [(window, "dots")] if optimizer._preconditioner.uses_gram else [],
         "project": [(window, "project")] if dense else [],

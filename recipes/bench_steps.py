@@ -144,7 +144,9 @@ def _dots_and_combine(contender: Contender, repeats: int, seed: int) -> tuple[EF
         return optimizer, {
             "dots": _median_seconds(lambda: window.dots([(state, shape)], 0, rows, kernels), repeats),
             "combine": _median_seconds(
-                lambda: [window.combine(state, shape, span, weights, kernels) for span in window.spans(state, shape)],
+                lambda: [
+                    window.combine(state, shape, span, weights, kernels) for span in window.spans(shape, param.device)
+                ],
                 repeats,
             ),
         }

@@ -243,11 +243,16 @@ def test_a_field_may_not_be_called_as_something_else_in_the_groups():
         damp: float = 1.0
 
     @dataclass(frozen=True)
+    class Scoped(Identity):
+        scope: str = "layer"
+
+    @dataclass(frozen=True)
     class WithRate(MFAC):
         lr: float = 1.0
 
     param = torch.nn.Parameter(torch.zeros(3))
-    for compressor, rule, name in ((Damped(), MFAC(), "damp"), (Identity(), WithRate(), "lr")):
+    clashes = ((Damped(), MFAC(), "damp"), (Scoped(), MFAC(), "scope"), (Identity(), WithRate(), "lr"))
+    for compressor, rule, name in clashes:
         with pytest.raises(ValueError, match=f"^{name} would stand for two things in the parameter groups"):
             EFCP([param], 0.1, compressor=compressor, preconditioner=rule, num_grads=3)
 

@@ -232,7 +232,7 @@ def check_window(shape, capacity, rank, rows, value_dtype):
     tight = dict(rtol=1e-12, atol=1e-11 * max(1, shape.numel()))
     (column,) = window.dots([(state, shape)], rows - 1, rows, reference)
     torch.testing.assert_close(column, dense @ dense[-1], **tight)
-    spans = window.spans(state, shape)
+    spans = window.spans(shape, x.device)
     products = [window.project(state, shape, span, x.view(-1)[span], rows, reference) for span in spans]
     torch.testing.assert_close(
         sum(products, torch.zeros(rows, dtype=torch.float64)), dense @ x.double().view(-1), **tight
@@ -299,7 +299,7 @@ def test_long_sums_have_the_same_bits_on_any_number_of_threads(shape):
         for count in (1, 2, 3):
             torch.set_num_threads(count)
             held, found = (state, x.shape), [window.dots([(state, x.shape)], 2, 6, reference)]
-            for span in window.spans(*held):
+            for span in window.spans(x.shape, x.device):
                 found.append(window.combine(*held, span, c, reference))
                 found.append(window.project(*held, span, x.view(-1)[span], 6, reference))
             results.append(found)

@@ -40,7 +40,8 @@ def rows(optimizer, position=None):
         parts = []
         for site in [site for together in optimizer._units() for site in optimizer._sites(together)]:
             window, held = optimizer._layout.window, (site.state, site.shape)
-            parts += [window.combine(*held, span, unit, reference).double() for span in window.spans(*held)]
+            spans = window.spans(site.shape, site.member.param.device)
+            parts += [window.combine(*held, span, unit, reference).double() for span in spans]
         found.append(torch.cat(parts))
     return torch.stack(found)
 

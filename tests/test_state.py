@@ -205,7 +205,7 @@ def rows_of(optimizer, param):
     rows = torch.zeros(len(coefficients), numel, dtype=torch.float64)
     for row, unit in zip(rows, coefficients, strict=True):
         window = optimizer._layout.window
-        for span in window.spans(state, param.shape):
+        for span in window.spans(param.shape, param.device):
             row[span] = window.combine(state, param.shape, span, unit, reference)
     return rows
 
