@@ -1,8 +1,8 @@
 """The inner loops, twice: plain torch for any device, numba for the CPU. One table says which is used.
 
-Every backend is a module with the functions of `Kernels`, and the same bits in the window for the same input. What a
-step does to every tensor takes all tensors at once: most tensors of a model are so small that calling a kernel, and
-waking threads for it, would take longer than the work.
+Every backend is a module with the functions of `Kernels`, and the same bits in the window for the same input. Squares,
+compression and inner products take all tensors at once: most tensors of a model are so small that calling a kernel, and
+waking threads for it, would take longer than the work. The others take a span, on the thread that has its turn.
 """
 
 from __future__ import annotations
