@@ -296,6 +296,8 @@ class GGT(GramPreconditioner):
         beta1: Momentum on the gradient, in [0, 1); 0 is none.
         beta2: Decay of a row's weight with its age, in (0, 1]; 1 is none. At least `beta1`, or old rows would count in
             the momentum that the matrix has forgotten.
+        ridge: Added to the diagonal of `K_w`, at least 0: `f(mu) = (1 + ridge / (eps s)) / (s + eps)`, `s = sqrt(mu +
+            ridge)`. The papers have none; EFCP's published code adds 1e-6. Needs `eps`, and no metric.
 
     Raises:
         ValueError: A value outside its range.
@@ -305,27 +307,36 @@ class GGT(GramPreconditioner):
     relative_eps: float = 0.0
     beta1: float = 0.0
     beta2: float = 1.0
+    ridge: float = 0.0
 
     def __post_init__(self) -> None:
         _check_at_least_zero("eps", self.eps)
         _check_at_least_zero("relative_eps", self.relative_eps)
+        _check_at_least_zero("ridge", self.ridge)
         if self.eps == self.relative_eps == 0.0:
             raise ValueError("eps must be a finite positive number, unless relative_eps is one; got 0.0")
+        if self.ridge and not self.eps:
+            raise ValueError(f"ridge={self.ridge} is in the units of a squared gradient, and so needs eps: give one")
         if not 0.0 <= self.beta1 < 1.0:
             raise ValueError(f"beta1 must be in [0, 1), got {self.beta1}")
         if not max(self.beta1, 0.0) <= self.beta2 <= 1.0 or self.beta2 == 0.0:
             raise ValueError(f"beta2 must be in (0, 1] and at least beta1 ({self.beta1}), got {self.beta2}")
 
     def check(self, precondition: str, metric: str) -> None:
-        """Refuse momentum over the window's rows where rows are not what is preconditioned.
+        """Refuse momentum over the window's rows where rows are not what is preconditioned, and a ridge in a metric.
 
         Args:
             precondition: What is preconditioned.
             metric: The metric.
 
         Raises:
-            ValueError: There is such a momentum.
+            ValueError: There is such a momentum or ridge.
         """
+        if self.ridge and metric != "none":
+            raise ValueError(
+                f"ridge={self.ridge} is that of the published code, which has no metric: use ridge=0, or "
+                'metric="none" for the paper\'s rule'
+            )
         if self.beta1 and (precondition != "row" or metric != "none"):
             raise ValueError(
                 f"beta1={self.beta1} of GGT is momentum over the window's rows, but precondition={precondition!r} and "
@@ -336,7 +347,11 @@ class GGT(GramPreconditioner):
         """`c = W f(K_w) W^-1 a`; see the base class."""
         ages = moment.ages()
         weights, spectrum, vectors = self._decompose(gram, ages)
-        inverse = torch.where(_present(spectrum), 1.0 / (spectrum.clamp(min=0.0).sqrt() + self._eps(gram)), 0.0)
+        roots, eps = (spectrum.clamp(min=0.0) + self.ridge).sqrt(), self._eps(gram)
+        inverse = 1.0 / (roots + eps)
+        if self.ridge:
+            inverse = inverse * (1.0 + self.ridge / (eps * roots))
+        inverse = torch.where(_present(spectrum), inverse, 0.0)
         # W^-1 a in one power: apart, both factors underflow for old rows.
         target = (1.0 - self.beta1) * (self.beta1 / self.beta2) ** ages
         coefficients: torch.Tensor = weights * (vectors @ (inverse * (vectors.T @ target)))
@@ -345,7 +360,7 @@ class GGT(GramPreconditioner):
     def outside(self, gram: torch.Tensor, products: torch.Tensor, moment: Moment) -> Combination:
         """`u = (x - A^T V diag(1 / (s (s + eps))) V^T A x) / eps`, `A = W G`, `A A^T = V diag(s^2) V^T`."""
         weights, spectrum, vectors = self._decompose(gram, moment.ages())
-        roots = spectrum.clamp(min=0.0).sqrt()
+        roots = (spectrum.clamp(min=0.0) + self.ridge).sqrt()
         eps = float(self._eps(gram))
         if eps == 0.0:  # relative to rows that are all zero
             return Combination(torch.zeros_like(products))

@@ -208,6 +208,8 @@ class SparseGGT(EFCP):
         relative_eps: `eps` without `eps`: a fraction of the root mean square of `|row|` in the window, positive. None,
             the default, is 1, or 1e-4 where `metric` is "none".
         beta2: Decay of a row's weight with its age, in (0, 1].
+        ridge: What is added to the Gram matrix, at least 0; 1e-6 is the published code's (see `GGT`). Needs `eps` and
+            `metric="none"`.
         block_size: Entries `B_d` of a Top-k block, 1 to 65,536.
         value_dtype: How the window stores values: float32, bfloat16, or int8 with a bfloat16 scale for each row and
             4,096 entries of the parameters.
@@ -231,6 +233,7 @@ class SparseGGT(EFCP):
         eps: float | None = None,
         relative_eps: float | None = None,
         beta2: float = 1.0,
+        ridge: float = 0.0,
         block_size: int = 4096,
         value_dtype: torch.dtype = torch.bfloat16,
         metric: str = "adam",
@@ -238,7 +241,7 @@ class SparseGGT(EFCP):
         **options: Unpack[Options],
     ) -> None:
         compressor = TopK(density, block_size, value_dtype)
-        rule, settings = _ggt(eps, relative_eps, beta2, metric, beta1, options)
+        rule, settings = _ggt(eps, relative_eps, beta2, ridge, metric, beta1, options)
         super().__init__(params, lr, compressor=compressor, preconditioner=rule, num_grads=num_grads, **settings)
 
 
@@ -255,6 +258,8 @@ class LowRankGGT(EFCP):
         eps: As for `SparseGGT`.
         relative_eps: As for `SparseGGT`.
         beta2: Decay of a row's weight with its age, in (0, 1].
+        ridge: What is added to the Gram matrix, at least 0; 1e-6 is the published code's (see `GGT`). Needs `eps` and
+            `metric="none"`.
         value_dtype: How the window stores factors, float32 or bfloat16.
         seed: Of the vectors that the compression starts from, at least 0.
         metric: "adam", AdamW's metric; "factored", the same near 0 bytes; or "none", the paper's rule.
@@ -276,6 +281,7 @@ class LowRankGGT(EFCP):
         eps: float | None = None,
         relative_eps: float | None = None,
         beta2: float = 1.0,
+        ridge: float = 0.0,
         value_dtype: torch.dtype = torch.bfloat16,
         seed: int = 0,
         metric: str = "adam",
@@ -283,7 +289,7 @@ class LowRankGGT(EFCP):
         **options: Unpack[Options],
     ) -> None:
         compressor = LowRank(rank, value_dtype, seed)
-        rule, settings = _ggt(eps, relative_eps, beta2, metric, beta1, options)
+        rule, settings = _ggt(eps, relative_eps, beta2, ridge, metric, beta1, options)
         super().__init__(params, lr, compressor=compressor, preconditioner=rule, num_grads=num_grads, **settings)
 
 
@@ -300,6 +306,8 @@ class DenseGGT(EFCP):
         eps: As for `SparseGGT`.
         relative_eps: As for `SparseGGT`.
         beta2: Decay of a row's weight with its age, in (0, 1].
+        ridge: What is added to the Gram matrix, at least 0; 1e-6 is the published code's (see `GGT`). Needs `eps` and
+            `metric="none"`.
         metric: "adam", AdamW's metric; "factored", the same near 0 bytes; or "none", the paper's rule.
         beta1: As for `SparseGGT`.
         **options: See `Options`.
@@ -318,12 +326,13 @@ class DenseGGT(EFCP):
         eps: float | None = None,
         relative_eps: float | None = None,
         beta2: float = 1.0,
+        ridge: float = 0.0,
         metric: str = "adam",
         beta1: float | None = None,
         **options: Unpack[Options],
     ) -> None:
         _refuse_error(type(self), options)
-        rule, settings = _ggt(eps, relative_eps, beta2, metric, beta1, options)
+        rule, settings = _ggt(eps, relative_eps, beta2, ridge, metric, beta1, options)
         super().__init__(params, lr, compressor=Identity(), preconditioner=rule, num_grads=num_grads, **settings)
 
 
@@ -457,10 +466,16 @@ def _in_metric(metric: str, beta1: float | None, options: Any) -> dict[str, Any]
 
 
 def _ggt(
-    eps: float | None, relative_eps: float | None, beta2: float, metric: str, beta1: float | None, options: Any
+    eps: float | None,
+    relative_eps: float | None,
+    beta2: float,
+    ridge: float,
+    metric: str,
+    beta1: float | None,
+    options: Any,
 ) -> tuple[GGT, dict[str, Any]]:
     """The preconditioner and the options of a GGT, whose `beta1` is the window's without a metric."""
     numbers = _dampening("eps", eps, relative_eps, metric)
     if metric == "none":
-        return GGT(beta1=beta1 or 0.0, beta2=beta2, **numbers), _in_metric(metric, None, options)
-    return GGT(beta2=beta2, **numbers), _in_metric(metric, beta1, options)
+        return GGT(beta1=beta1 or 0.0, beta2=beta2, ridge=ridge, **numbers), _in_metric(metric, None, options)
+    return GGT(beta2=beta2, ridge=ridge, **numbers), _in_metric(metric, beta1, options)

@@ -197,3 +197,46 @@ class NaiveGGT(Naive):
         # Rounding of zero has a root of 1e-8 of the largest: the vector has nothing there, unless it is dense.
         spectrum = torch.where(spectrum > 1e-13 * spectrum[-1], spectrum, 0.0)
         return vectors @ ((vectors.T @ x) / (spectrum.sqrt() + eps))
+
+
+class PublishedMFAC:
+    """M-FAC's recursion as its paper writes it, over a ring of gradients that starts with zeros (arXiv 2107.03356, 3).
+
+    `F_0^-1 = I / lambda`, `F_i^-1 = F_i-1^-1 - F_i-1^-1 g_i (F_i-1^-1 g_i)^T / (m + g_i^T F_i-1^-1 g_i)`, `i = 1 .. m`.
+    """
+
+    def __init__(self, size, num_grads, damp):
+        self.ring, self.damp, self.steps = torch.zeros(num_grads, size, dtype=torch.float64), damp, 0
+
+    def update(self, gradient):
+        """`F_m^-1 g`, with `g` in the place of the oldest."""
+        count, size = self.ring.shape
+        self.ring[self.steps % count] = gradient
+        self.steps += 1
+        inverse = torch.eye(size, dtype=torch.float64) / self.damp
+        for g in self.ring:
+            image = inverse @ g
+            inverse -= torch.outer(image, image) / (count + g @ image)
+        return inverse @ gradient
+
+
+class PublishedGGT:
+    """GGT as its paper computes it, by the small matrix's eigenvectors, with the published code's ridge.
+
+    `G^T G + ridge I = V S^2 V^T`, `U = G V S^-1`, `u = U ((S + eps I)^-1 - I / eps) U^T g + g / eps`
+    (arXiv 1806.02958, 2.1).
+    """
+
+    def __init__(self, size, num_grads, eps, ridge):
+        self.ring, self.eps, self.ridge, self.steps = torch.zeros(size, num_grads, dtype=torch.float64), eps, ridge, 0
+
+    def update(self, gradient):
+        """`u`, with `g` in the place of the oldest column."""
+        count = self.ring.shape[1]
+        self.ring[:, self.steps % count] = gradient
+        self.steps += 1
+        G = self.ring[:, : min(self.steps, count)]  # a column of zeros has no direction without a ridge
+        squares, V = torch.linalg.eigh(G.T @ G + self.ridge * torch.eye(G.shape[1], dtype=torch.float64))
+        S = squares.sqrt()
+        U = G @ V / S
+        return U @ ((1 / (S + self.eps) - 1 / self.eps) * (U.T @ gradient)) + gradient / self.eps
