@@ -223,6 +223,26 @@ def check_names(names: Iterable[Iterable[str]]) -> None:
         seen |= some
 
 
+def check_centered(centered: bool, metric: str) -> None:
+    """Refuse what is not a bool, and centering without a metric.
+
+    Args:
+        centered: As given to the optimizer.
+        metric: As given to the optimizer.
+
+    Raises:
+        TypeError: It is not a bool.
+        ValueError: There is no metric.
+    """
+    if not isinstance(centered, bool):
+        raise TypeError(f"centered must be True or False, got {centered!r}")
+    if centered and metric == "none":
+        raise ValueError(
+            'centered=True takes the mean off the rows, which the paper, metric="none", does not: leave it out, or use '
+            'metric="adam"'
+        )
+
+
 def check_momentum(precondition: str, metric: str, beta1: float) -> None:
     """Refuse a first moment without a decay, a decay without a first moment, and both without a metric.
 

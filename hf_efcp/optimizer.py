@@ -17,7 +17,7 @@ from .kernels import Kernels, check_name, choose, pool, widest
 from .layout import Layout
 from .metric import METRICS, Metric
 from .moving import Move, move_all
-from .preconditioners import Combination, Moment, Preconditioner
+from .preconditioners import Combination, Moment, Preconditioner, centering
 from .pushing import push
 from .shards import is_sharded, local
 from .sites import Group, Member, Site, dense
@@ -63,6 +63,8 @@ class EFCP(torch.optim.Optimizer):
 
     where `x` is the row, the gradient or AdamW's first moment (`precondition`). With so much dampening that `f = 1`
     this is AdamW, or RMSprop; the matrix turns and shortens what AdamW would do, and learning rates are AdamW's.
+    `centered` takes rows as they differ from their mean, and the mean as one row more: what all gradients of the window
+    agree on is shortened as one of them, not as all of them.
 
     Parameter groups may set `lr`, `weight_decay`, `decoupled_weight_decay`, `momentum` and `preconditioned`; all else
     is one value for the optimizer, because the preconditioner is one matrix over all groups. `preconditioned=False`
@@ -96,6 +98,8 @@ class EFCP(torch.optim.Optimizer):
         metric_dtype: How the second moment is kept: float32, bfloat16 or int8 (17 / 16 bytes).
         metric_beta2: Decay of the second moment, in [0, 1).
         metric_eps: What is added to the root of the second moment, positive.
+        centered: In a metric, `sum_i (row_i - mean)(row_i - mean)^T + mean mean^T` takes the place of
+            `sum_i row_i row_i^T`.
         beta1: Decay of the first moment, in (0, 1), for `precondition="momentum"`.
         momentum_dtype: How the first moment is kept: float32 or bfloat16.
         error_dtype: How the error is kept.
@@ -129,6 +133,7 @@ class EFCP(torch.optim.Optimizer):
         metric_dtype: torch.dtype = torch.float32,
         metric_beta2: float = 0.999,
         metric_eps: float = 1e-8,
+        centered: bool = False,
         beta1: float = 0.0,
         momentum_dtype: torch.dtype = torch.float32,
         error_dtype: torch.dtype = torch.float32,
@@ -153,6 +158,7 @@ class EFCP(torch.optim.Optimizer):
         checks.check_choice("nonfinite", nonfinite, ("raise", "skip"))
         check_name(backend)
         checks.check_momentum(precondition, metric, beta1)
+        checks.check_centered(centered, metric)
         preconditioner.check(precondition, metric)
         if scope == "layer" and not preconditioner.uses_gram:
             raise ValueError(f'{type(preconditioner).__name__} has no matrix, and so none per layer: use scope="model"')
@@ -177,6 +183,7 @@ class EFCP(torch.optim.Optimizer):
                 "metric_dtype": metric_dtype,
                 "metric_beta2": metric_beta2,
                 "metric_eps": metric_eps,
+                "centered": centered,
                 "metric_beta1": beta1,  # GGT's hyperparameter stands there as beta1
                 "momentum_dtype": momentum_dtype,
             }
@@ -538,7 +545,12 @@ class EFCP(torch.optim.Optimizer):
             places = [place for place, unit in enumerate(pushed) if unit.moment == moment]
             grams = torch.stack([pushed[place].keeper["gram"][: moment.rows, : moment.rows] for place in places])
             products = [grams[:, :, moment.newest]] if row else [pushed[place].products[None, :-1] for place in places]
-            c = preconditioner.shorten(grams, torch.cat(products), moment)
+            with one_thread():
+                if self._structure["centered"]:
+                    H = centering(moment.rows)
+                    c = preconditioner.shorten(H @ grams @ H, torch.cat(products) @ H, moment) @ H
+                else:
+                    c = preconditioner.shorten(grams, torch.cat(products), moment)
             if row:
                 c[:, moment.newest] += 1.0
             found.update(zip(places, c, strict=True))

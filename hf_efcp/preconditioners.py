@@ -391,6 +391,20 @@ class GGT(GramPreconditioner):
         return weights, spectra, vectors
 
 
+def centering(rows: int) -> torch.Tensor:
+    """`H = I - (1 - 1 / sqrt(n)) 1 1^T / n`: rows `H R` have `sum_i (r_i - mean)(r_i - mean)^T + mean mean^T`.
+
+    Args:
+        rows: `n`, at least 1.
+
+    Returns:
+        `(n, n)`, float64, CPU.
+    """
+    mean = torch.full((rows, rows), 1.0 / rows, dtype=torch.float64, device="cpu")
+    identity = torch.eye(rows, dtype=torch.float64, device="cpu")
+    return identity.sub_(mean, alpha=1.0 - 1.0 / math.sqrt(rows))
+
+
 def _mean_squares(grams: torch.Tensor) -> torch.Tensor:
     """The mean `|row|^2` of each window."""
     return grams.diagonal(dim1=-2, dim2=-1).mean(dim=-1)

@@ -20,8 +20,8 @@ class Options(TypedDict, total=False):
     """What every named optimizer takes beside its own arguments; `EFCP` says what each of them is.
 
     What is not given depends on the metric. With "adam": `precondition="momentum"`, `beta1=0.9` (0 for any other
-    `precondition`), `scope="layer"`, errors in int8 and the momentum in bfloat16. With "none", the paper's rule:
-    `precondition="row"`, `scope="model"`, errors in float32.
+    `precondition`), `scope="layer"`, `centered=True`, errors in int8 and the momentum in bfloat16. With "none", the
+    paper's rule: `precondition="row"`, `scope="model"`, errors in float32.
     """
 
     momentum: float
@@ -32,6 +32,7 @@ class Options(TypedDict, total=False):
     metric_dtype: torch.dtype
     metric_beta2: float
     metric_eps: float
+    centered: bool
     momentum_dtype: torch.dtype
     error_dtype: torch.dtype
     nonfinite: str
@@ -459,6 +460,7 @@ def _in_metric(metric: str, beta1: float | None, options: Any) -> dict[str, Any]
         "precondition": precondition,
         "beta1": beta1 if beta1 is not None else 0.9 if precondition == "momentum" else 0.0,
         "scope": "layer",
+        "centered": True,
         "error_dtype": torch.int8,
         "momentum_dtype": torch.bfloat16,
     }

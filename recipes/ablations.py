@@ -66,6 +66,7 @@ class ShortenedAdamW(EFCP):
             momentum_dtype=torch.bfloat16,
             error_dtype=torch.int8,
             scope="layer",
+            centered=True,
             **options,
         )
 

@@ -42,12 +42,14 @@ class Naive:
         metric: "adam" or "factored" for AdamW's metric.
         moment: In a metric, decay of the first moment, to which the matrix is then applied.
         layers: A matrix for each parameter.
+        centered: The matrix is of the rows less their mean, and of the mean as one row more.
         **matrix: What the matrix needs.
     """
 
     def __init__(
         self, thetas, *, lr, num_grads, density=1.0, block_size=4096, value_dtype=torch.float32, momentum=0.0,
-        weight_decay=0.0, l2=False, dense_gradient=False, metric=None, moment=0.0, layers=False, **matrix,
+        weight_decay=0.0, l2=False, dense_gradient=False, metric=None, moment=0.0, layers=False,
+        centered=False, **matrix,
     ):  # fmt: skip
         self.shapes = [theta.shape for theta in thetas]
         self.thetas = [theta.detach().to(torch.float64).reshape(-1).clone() for theta in thetas]
@@ -59,7 +61,7 @@ class Naive:
         self.num_grads, self.momentum, self.matrix = num_grads, momentum, matrix
         self.density, self.block_size, self.value_dtype = density, block_size, value_dtype
         self.l2, self.dense_gradient, self.layers = l2, dense_gradient, layers
-        self.metric, self.moment = metric, moment
+        self.metric, self.moment, self.centered = metric, moment, centered
         self.seen = [[] for _ in thetas]  # gradients of each parameter, in a metric
         self.rows = []
 
@@ -126,14 +128,20 @@ class Naive:
 
     def update_of_all(self, x, sizes):
         """The update of each parameter, by one matrix or, with `layers`, by one for each."""
-        if not self.layers:
-            return self.update(x).split(sizes)
         rows, parts = self.rows, []
-        for start, size in zip(itertools.accumulate(sizes, initial=0), sizes, strict=False):
-            self.rows = [row[start : start + size] for row in rows]
+        units = [sum(sizes)] if not self.layers else sizes
+        for start, size in zip(itertools.accumulate(units, initial=0), units, strict=False):
+            self.rows = self.centering([row[start : start + size] for row in rows])
             parts.append(self.update(x[start : start + size]))
         self.rows = rows
-        return parts
+        return torch.cat(parts).split(sizes)
+
+    def centering(self, rows):
+        """Rows whose sum of `r r^T` is that of their deviations from the mean, and of the mean once."""
+        if not self.centered:
+            return rows
+        mean = sum(rows) / len(rows)
+        return [row - mean + mean / math.sqrt(len(rows)) for row in rows]
 
     def whitening(self, i):
         """`D^-1/2` of a parameter: AdamW's second moment, from all gradients so far, with its bias correction."""

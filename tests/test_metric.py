@@ -24,7 +24,7 @@ from hf_efcp import (
 from hf_efcp.compressors import Identity, TopK
 from hf_efcp.kernels import WHITENED, cpu, reference
 from hf_efcp.lowrank import LowRank
-from hf_efcp.preconditioners import GGT, MFAC, Moment
+from hf_efcp.preconditioners import GGT, MFAC, Moment, centering
 
 BACKENDS = [pytest.param(reference, id="reference"), pytest.param(cpu, id="numba")]
 EXACT = dict(error_dtype=torch.float32, momentum_dtype=torch.float32)
@@ -69,7 +69,7 @@ class GivenGGT(Given, NaiveGGT):
     pass
 
 
-@pytest.mark.parametrize("metric", ["adam", "factored"])
+@pytest.mark.parametrize(("metric", "centered"), [("adam", True), ("adam", False), ("factored", True)])
 @pytest.mark.parametrize("scope", ["model", "layer"])
 @pytest.mark.parametrize("precondition", ["row", "gradient", "momentum"])
 @pytest.mark.parametrize(
@@ -83,12 +83,12 @@ class GivenGGT(Given, NaiveGGT):
         (LowRankGGT, GivenGGT, dict(relative_eps=0.5, beta2=0.8)),
     ],
 )
-def test_it_equals_brute_force(cls, naive, matrix, precondition, scope, metric):
+def test_it_equals_brute_force(cls, naive, matrix, precondition, scope, metric, centered):
     """Explicit matrices in float64; parameters miss steps; weight decay and heavy ball as well."""
     problem = Regression(seed=60, width=14)
     common = dict(lr=0.05, num_grads=6, momentum=0.3, weight_decay=0.1)
-    ours = dict(metric=metric, precondition=precondition, scope=scope, **EXACT)
-    theirs = dict(metric=metric, layers=scope == "layer", dense_gradient=precondition != "row")
+    ours = dict(metric=metric, precondition=precondition, scope=scope, centered=centered, **EXACT)
+    theirs = dict(metric=metric, layers=scope == "layer", dense_gradient=precondition != "row", centered=centered)
     theirs["moment"] = 0.9 if precondition == "momentum" else 0.0
     if cls in (SparseMFAC, SparseGGT):
         common |= dict(density=0.3, block_size=16, value_dtype=torch.float32)
@@ -111,6 +111,14 @@ def test_it_equals_brute_force(cls, naive, matrix, precondition, scope, metric):
     error, moved = distance(params, brute.parameters(), problem.start)
     assert moved > 0.05
     assert error < 2e-5
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7])
+def test_centering_leaves_deviations_and_the_mean_once(rows):
+    R = torch.randn(rows, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    mean = R.mean(dim=0)
+    expected = (R - mean).T @ (R - mean) + torch.outer(mean, mean)
+    torch.testing.assert_close(R.T @ centering(rows) @ centering(rows) @ R, expected)
 
 
 @pytest.mark.parametrize("rule", [MFAC(0.3), MFAC(0.0, 0.1), GGT(0.2), GGT(0.0, 0.5, beta2=0.7)])
@@ -261,6 +269,7 @@ def test_the_metric_of_a_model_in_bytes():
         (LowRankMFAC, dict(beta1=1.0), r"beta1 must be in \[0, 1\), got 1.0"),
         (LowRankMFAC, dict(metric="none", precondition="momentum"), "are AdamW's first moment, which metric=.none"),
         (LowRankMFAC, dict(metric="none", beta1=0.9), "are AdamW's first moment, which metric=.none"),
+        (LowRankMFAC, dict(metric="none", centered=True), "centered=True takes the mean off the rows, which the paper"),
         (LowRankMFAC, dict(metric="newton"), "metric must be one of 'none', 'adam', 'factored', got 'newton'"),
         (LowRankMFAC, dict(metric_dtype=torch.float16), "metric_dtype must be one of .*int8, got torch.float16"),
         (LowRankMFAC, dict(momentum_dtype=torch.int8), "momentum_dtype must be one of .*bfloat16, got torch.int8"),
@@ -278,6 +287,11 @@ def test_the_metric_of_a_model_in_bytes():
 def test_what_means_nothing_is_refused(cls, options, message):
     with pytest.raises(ValueError, match=message):
         cls([torch.nn.Parameter(torch.zeros(3))], **options)
+
+
+def test_centered_is_a_bool():
+    with pytest.raises(TypeError, match="centered must be True or False, got 0.5"):
+        LowRankMFAC([torch.nn.Parameter(torch.zeros(3))], centered=0.5)
 
 
 def test_a_group_may_not_turn_the_damping_off():
