@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from .kernels import Kernels
+from .kernels import Kernels, widest
 from .preconditioners import Moment
 from .windows import State, Window
 
@@ -166,7 +166,7 @@ class AdaGradSum(DiagonalPreconditioner):
             kernels: The backend.
         """
         total = state["sum"].view(-1)
-        newest = self.plan(None, moment)
+        newest = self.plan(None, moment).to(total.device, widest(total.device))
         for span in window.spans(shape, total.device):
             squares = window.combine(state, shape, span, newest, kernels, squared=True)
             # A square beyond float32 saturates: infinity in the state would be there for ever.

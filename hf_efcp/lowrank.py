@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from .compressors import Job
-from .kernels import Kernels, narrowest, pool, widest
+from .kernels import Kernels, pool, widest
 from .threads import one_thread
 from .windows import DenseWindow, Held, State, span_length, stacked
 
@@ -170,7 +170,7 @@ class LowRankWindow:
         num_grads: Capacity `m`.
         rank: Rank of a row.
         value_dtype: How factors and whole rows are stored.
-        sums: Dtype of the sums of `project` and `combine`, as in `DenseWindow`.
+        sums: Dtype of the sums of `project`, as in `DenseWindow`.
     """
 
     num_grads: int
@@ -255,9 +255,9 @@ class LowRankWindow:
             kernels: Not used.
 
         Returns:
-            `(parameters, rows)`, float64, on the CPU.
+            `(parameters, rows)`, in the widest dtype of the device.
         """
-        return stacked((self._dots(*one, newest, rows, kernels) for one in held), rows)
+        return stacked([self._dots(*one, newest, rows, kernels) for one in held], rows)
 
     def _dots(self, state: State, shape: torch.Size, newest: int, rows: int, kernels: Kernels) -> torch.Tensor:
         if "values" in state:
@@ -271,7 +271,7 @@ class LowRankWindow:
             total[begin:end] = (P * Q).view(end - begin, -1).sum(dim=1)
 
         pool.run_torch(work, rows, max(1, _TILE_FACTORS // self.rank), total.device)
-        return total.to("cpu", torch.float64)
+        return total
 
     def spans(self, shape: torch.Size, device: torch.device) -> list[slice]:
         """Cuts between the rows of a matrix.
@@ -306,17 +306,17 @@ class LowRankWindow:
             kernels: Not used.
 
         Returns:
-            `(rows,)`, float64, on the CPU.
+            `(rows,)`, in the widest dtype of the device.
         """
         if "values" in state:
             return self._whole.project(state, shape, span, dense, rows, kernels)
         P, Q = self._factors(state, span, rows)
-        X, wide = dense.view(-1, Q.shape[1]), narrowest(self.sums, P.device)
+        X, wide = dense.view(-1, Q.shape[1]), torch.float32 if self.sums == torch.float32 else widest(P.device)
         total = torch.zeros(len(P), dtype=wide, device=P.device)
         for some in _cuts(len(P), _FACTORS):
             image = P[some].to(wide) @ X.to(wide)
             total[some] = (image * Q[some]).sum(dim=1)
-        return total.to("cpu", torch.float64).view(rows, -1).sum(dim=1)
+        return total.view(rows, -1).to(widest(P.device)).sum(dim=1)
 
     def combine(
         self,
@@ -336,7 +336,7 @@ class LowRankWindow:
             state: The parameter's tensors.
             shape: Shape of the parameter.
             span: One of `spans`.
-            coefficients: `c`, `(rows,)`, float64.
+            coefficients: `c`, `(rows,)`, where the window is. float32 has the sums taken in it.
             kernels: Not used.
             base: The span of `x`, `(n,)`, float32, contiguous; zero without it.
             scale: Factor of `base`.
@@ -356,8 +356,7 @@ class LowRankWindow:
         if "values" in state:
             return self._whole.combine(state, shape, span, coefficients, kernels, base=base, scale=scale)
         P, Q = self._factors(state, span, len(coefficients))
-        wide = narrowest(self.sums, P.device, coefficients)
-        c = coefficients.to(P.device, wide).repeat_interleave(self.rank)[:, None]
+        c, wide = coefficients.repeat_interleave(self.rank)[:, None], coefficients.dtype
         total = torch.zeros(P.shape[1], Q.shape[1], dtype=wide, device=P.device)
         if base is not None:
             torch.mul(base.view(total.shape), scale, out=total)

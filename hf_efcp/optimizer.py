@@ -26,6 +26,7 @@ from .vectors import Vectors
 
 FORMAT = 3  # of the state; a checkpoint says which it has
 _FLOAT32_MAX = torch.finfo(torch.float32).max
+_FITS = 2.0**64  # coefficients below this, times rows of whitened entries, are within float32
 _SQUARED = 4 << 20  # entries of gradients that are converted to float32 at a time
 
 
@@ -33,7 +34,7 @@ class Pushed(NamedTuple):
     """What a step knows of parameters that share a matrix, once their rows are in the window.
 
     `sites` have a gradient; `column` is that of the Gram matrix, and `products` are `G x` with `|x|^2` behind them,
-    both of this process's part of the parameters.
+    both of this process's part of the parameters, and on their device until `_collect`.
     """
 
     keeper: dict[str, Any]
@@ -357,8 +358,8 @@ class EFCP(torch.optim.Optimizer):
         units = [self._sites(unit) for unit in self._units()]
         vectors.observe([site for unit in units for site in unit if site.member.param.grad is not None])
         pushed = [self._push(unit, preconditioner, kernels, vectors) for unit in units]
-        self._sum_over_processes(pushed, processes, device)
-        plans = self._plan(pushed, preconditioner)
+        pushed = self._collect(pushed, processes, device)
+        plans = self._plan(pushed, preconditioner, device)
         moves = []
         for (_, sites, *_), plan in zip(pushed, plans, strict=True):
             moves += [self._move(site, plan, preconditioner, kernels, vectors) for site in sites]
@@ -477,9 +478,10 @@ class EFCP(torch.optim.Optimizer):
         for site in present:
             preconditioner.observe(moment, window, site.state, site.shape, kernels)
         keeper["pushed"] = steps
-        column = torch.zeros(moment.rows, dtype=torch.float64, device="cpu")
-        products = torch.zeros(moment.rows + 1, dtype=torch.float64, device="cpu")
-        if preconditioner.uses_gram:
+        device = sites[0].member.param.device
+        column = torch.zeros(moment.rows, dtype=widest(device), device=device)
+        products = torch.zeros(moment.rows + 1, dtype=widest(device), device=device)
+        if preconditioner.uses_gram and present:
             column += window.dots([(s.state, s.shape) for s in present], moment.newest, moment.rows, kernels).sum(dim=0)
         if self._precondition != "row":
             products += self._products(present, moment, kernels, vectors)
@@ -491,42 +493,45 @@ class EFCP(torch.optim.Optimizer):
         for site in sites:
             vector = vectors.preconditioned(site)
             tasks += [(site, span, vector) for span in window.spans(site.shape, site.member.param.device)]
-        parts = torch.zeros(len(tasks), moment.rows + 1, dtype=torch.float64, device="cpu")
+        device = sites[0].member.param.device
+        parts = torch.zeros(len(tasks), moment.rows + 1, dtype=widest(device), device=device)
 
         def work(index: int, begin: int, end: int) -> None:
             site, span, vector = tasks[index]
             x = vector(span)
             parts[index, :-1] = window.project(site.state, site.shape, span, x, moment.rows, kernels)
             if self._layout.metric is None:  # else no length is needed
-                parts[index, -1] = torch.linalg.vector_norm(x, dtype=widest(x.device)).to("cpu").square()
+                parts[index, -1] = torch.linalg.vector_norm(x, dtype=parts.dtype).square()
 
         if tasks:
-            pool.run_torch(work, len(tasks), 1, sites[0].member.param.device)
+            pool.run_torch(work, len(tasks), 1, device)
         return parts.sum(dim=0)
 
-    def _sum_over_processes(
+    def _collect(
         self, pushed: list[Pushed], processes: torch.distributed.ProcessGroup | None, device: torch.device
-    ) -> None:
-        """Sum columns and products over the processes, in one message; the columns go into the Gram matrices."""
-        if processes is not None and pushed:
-            own = [tensor for unit in pushed for tensor in (unit.column, unit.products)]
-            summed, start = shards.all_reduce(torch.cat(own), processes, device), 0
-            for tensor in own:
-                tensor.copy_(summed[start : start + len(tensor)])
-                start += len(tensor)
-        for keeper, _, moment, column, _ in pushed:
-            if "gram" in keeper:
-                keeper["gram"][moment.newest, : moment.rows] = column
-                keeper["gram"][: moment.rows, moment.newest] = column
+    ) -> list[Pushed]:
+        """Columns and products of all processes on the CPU, in one message; the columns go into the Gram matrices."""
+        if not pushed:
+            return pushed
+        own = [tensor for unit in pushed for tensor in (unit.column, unit.products)]
+        total = shards.all_reduce(torch.cat(own), processes, device)
+        summed = torch.split(total, [len(tensor) for tensor in own])
+        found = []
+        for unit, column, products in zip(pushed, summed[::2], summed[1::2], strict=True):
+            if "gram" in unit.keeper:
+                unit.keeper["gram"][unit.moment.newest, : unit.moment.rows] = column
+                unit.keeper["gram"][: unit.moment.rows, unit.moment.newest] = column
+            found.append(unit._replace(column=column, products=products))
+        return found
 
-    def _plan(self, pushed: list[Pushed], preconditioner: Preconditioner) -> list[Any]:
-        """The update of each unit, from its Gram matrix and products alone."""
+    def _plan(self, pushed: list[Pushed], preconditioner: Preconditioner, device: torch.device) -> list[Any]:
+        """The update of each unit, from its Gram matrix and products alone, with its coefficients on the device."""
         if self._layout.metric is not None:
-            return self._shorten(pushed, preconditioner)
+            return self._shorten(pushed, preconditioner, device)
         plans = []
         for keeper, sites, moment, _, products in pushed:
             if not preconditioner.uses_gram:
-                plans.append(preconditioner.plan(None, moment))
+                plans.append(_placed(preconditioner.plan(None, moment), device))
                 continue
             gram = keeper["gram"][: moment.rows, : moment.rows]
             if self._precondition == "row":
@@ -534,10 +539,10 @@ class EFCP(torch.optim.Optimizer):
             else:
                 plan = preconditioner.plan_outside(gram, products[:-1], moment)
             self._check_length(sites, plan.length(gram, products))
-            plans.append(plan)
+            plans.append(_placed(plan, device))
         return plans
 
-    def _shorten(self, pushed: list[Pushed], preconditioner: Preconditioner) -> list[Combination]:
+    def _shorten(self, pushed: list[Pushed], preconditioner: Preconditioner, device: torch.device) -> list[Combination]:
         """The same in the metric; units whose windows stand at the same place are solved as one batch."""
         row = self._precondition == "row"
         found: dict[int, torch.Tensor] = {}
@@ -553,7 +558,13 @@ class EFCP(torch.optim.Optimizer):
                     c = preconditioner.shorten(grams, torch.cat(products), moment)
             if row:
                 c[:, moment.newest] += 1.0
-            found.update(zip(places, c, strict=True))
+            # float32 is enough, but coefficients of rows that are tiny beside `x` may be beyond it; products are not.
+            narrow = (c.abs().amax(dim=1) < _FITS).tolist()
+            placed = c.to(device, widest(device))
+            found |= {
+                place: own.to(torch.float32) if fits else own
+                for place, own, fits in zip(places, placed, narrow, strict=True)
+            }
         return [Combination(found[place], 0.0 if row else 1.0) for place in range(len(pushed))]
 
     def _move(self, site: Site, plan: Any, preconditioner: Preconditioner, kernels: Kernels, vectors: Vectors) -> Move:
@@ -583,16 +594,28 @@ class EFCP(torch.optim.Optimizer):
 
 def _squares(active: list[Member], kernels: Kernels) -> dict[int, float]:
     """`|g|^2` by position."""
-    found: dict[int, float] = {}
-    some: dict[int, torch.Tensor] = {}
-    entries = 0
-    for position, gradient in ((m.position, m.param.grad) for m in active if m.param.grad is not None):
-        some[position] = dense(gradient).view(-1)
-        entries += len(some[position])
+    groups: list[list[torch.Tensor]] = [[]]
+    positions, sums, entries = [], [], 0
+    for member in active:
+        if member.param.grad is None:
+            continue
+        positions.append(member.position)
+        groups[-1].append(dense(member.param.grad).view(-1))
+        entries += len(groups[-1][-1])
         if entries > _SQUARED:
-            found |= zip(some, kernels.squares(list(some.values())), strict=True)
-            some, entries = {}, 0
-    return found | dict(zip(some, kernels.squares(list(some.values())), strict=True))
+            sums.append(kernels.squares(groups.pop()))
+            groups, entries = [[]], 0
+    sums += [kernels.squares(group) for group in groups if group]
+    return dict(zip(positions, torch.cat(sums).tolist(), strict=True)) if sums else {}
+
+
+def _placed(plan: Any, device: torch.device) -> Any:
+    """A plan with its tensors on a device."""
+    if isinstance(plan, torch.Tensor):
+        return plan.to(device, widest(device))
+    if isinstance(plan, tuple):
+        return tuple(_placed(part, device) for part in plan)
+    return replace(plan, coefficients=_placed(plan.coefficients, device))
 
 
 def _plain(settings: Mapping[str, Any]) -> Group:

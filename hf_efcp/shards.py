@@ -74,21 +74,20 @@ def check(params: Iterable[torch.Tensor]) -> torch.distributed.ProcessGroup | No
 def all_reduce(
     values: torch.Tensor, group: torch.distributed.ProcessGroup | None, device: torch.device
 ) -> torch.Tensor:
-    """Sum a small CPU tensor over ranks; every rank gets the same bits.
+    """Sum a small tensor over ranks; every rank gets the same bits.
 
     Args:
-        values: What this rank has.
+        values: What this rank has, in any place.
         group: The ranks; None for a process alone.
         device: Where the parameters are, and so what the group's backend can send from.
 
     Returns:
-        The sum, on the CPU.
+        The sum, float64, on the CPU.
     """
-    if group is None:
-        return values
-    sent = values.to(device)
-    torch.distributed.all_reduce(sent, group=group)
-    return sent.cpu()
+    if group is not None:
+        values = values.to(device, copy=True)
+        torch.distributed.all_reduce(values, group=group)
+    return values.to("cpu", torch.float64)
 
 
 def allocate(param: torch.Tensor, make: Maker, device: torch.device | str) -> State:

@@ -5,7 +5,7 @@ A window object holds no data: it says how the plain tensors in `optimizer.state
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import gcd, lcm
@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from .blocks import Part, Piece, cut, index_dtype, sharing
-from .kernels import BUCKET, Kernels, narrowest, pool
+from .kernels import BUCKET, Kernels, pool, widest
 
 State = dict[str, torch.Tensor]
 
@@ -28,7 +28,11 @@ _TILE = 1 << 17  # entries of a dense window that exist in float64 at a time, on
 
 
 class Window(Protocol):
-    """What `EFCP` needs of a window. `shape` is the shape of the parameter."""
+    """What `EFCP` needs of a window. `shape` is the shape of the parameter.
+
+    `dots` and `project` leave their numbers where the window is, in the widest dtype of the device: a GPU that is asked
+    for them tensor by tensor would wait every time.
+    """
 
     def allocate(self, shape: torch.Size, device: torch.device | str) -> State:
         """Tensors for `m` rows of zeros, by their names in the state."""
@@ -57,7 +61,7 @@ class Window(Protocol):
     def project(
         self, state: State, shape: torch.Size, span: slice, dense: torch.Tensor, rows: int, kernels: Kernels
     ) -> torch.Tensor:
-        """Inner products of a span of a dense vector, `(n,)`, with the first `rows` rows: `(rows,)`, float64, CPU."""
+        """Inner products of a span of a dense vector, `(n,)`, with the first `rows` rows: `(rows,)`."""
 
     def combine(
         self,
@@ -71,7 +75,7 @@ class Window(Protocol):
         scale: float = 0.0,
         squared: bool = False,
     ) -> torch.Tensor:
-        """`scale x + G^T c` in a span, `(n,)`, float32; `base` is the span of `x`."""
+        """`scale x + G^T c` in a span, `(n,)`, float32; `base` is the span of `x`, and `c` where the window is."""
 
 
 @dataclass(frozen=True)
@@ -239,15 +243,13 @@ class SparseWindow:
             kernels: The backend.
 
         Returns:
-            `(parameters, rows)`, float64, on the CPU.
+            `(parameters, rows)`, in the widest dtype of the device.
         """
         parts = [self.parts(state, shape) for state, shape in held]
         columns = kernels.dots([part for own in parts for part in own], newest, rows)
         if all(len(own) == 1 for own in parts):
             return columns
-        total = torch.zeros(len(held), rows, dtype=torch.float64, device="cpu")
-        owners = [number for number, own in enumerate(parts) for _ in own]
-        return total.index_add_(0, torch.tensor(owners, dtype=torch.int64, device="cpu"), columns)
+        return stacked([some.sum(dim=0) for some in torch.split(columns, [len(own) for own in parts])], rows)
 
     def spans(self, shape: torch.Size, device: torch.device) -> list[slice]:
         """Cuts between groups of blocks that share scales; the tail is with the last of them.
@@ -281,11 +283,11 @@ class SparseWindow:
             kernels: The backend.
 
         Returns:
-            `(rows,)`, float64, on the CPU.
+            `(rows,)`, in the widest dtype of the device.
         """
-        total = torch.zeros(rows, dtype=torch.float64, device="cpu")
+        total = torch.zeros(rows, dtype=widest(dense.device), device=dense.device)
         for piece, indices, values, scales in self._within(state, shape, span):
-            total += kernels.project(indices, values, piece.of(dense), rows, scales).to("cpu", torch.float64)
+            total += kernels.project(indices, values, piece.of(dense), rows, scales)
         return total
 
     def combine(
@@ -306,7 +308,7 @@ class SparseWindow:
             state: The parameter's tensors.
             shape: Shape of the parameter.
             span: One of `spans`.
-            coefficients: `c`, `(rows,)`, float64.
+            coefficients: `c`, `(rows,)`, where the window is; sums are in the widest dtype.
             kernels: The backend.
             base: The span of `x`, `(n,)`, float32, contiguous; zero without it.
             scale: Factor of `base`.
@@ -316,12 +318,13 @@ class SparseWindow:
             `(n,)`, float32.
         """
         update = torch.empty(span.stop - span.start, dtype=torch.float32, device=state["values"].device)
+        wide = coefficients.to(widest(update.device))
         for piece, indices, values, scales in self._within(state, shape, span):
             x = None if base is None else piece.of(base)
             kernels.combine(
                 indices,
                 values,
-                coefficients,
+                wide,
                 piece.of(update),
                 scales=scales,
                 base=x,
@@ -351,8 +354,7 @@ class DenseWindow:
 
     Args:
         num_grads: Capacity `m`.
-        sums: Dtype of the sums of `project` and `combine`: float64, or float32 where dampening keeps rows from
-            cancelling.
+        sums: Dtype of the sums of `project`: float64, or float32 where dampening keeps rows from cancelling.
     """
 
     num_grads: int
@@ -424,10 +426,10 @@ class DenseWindow:
             kernels: Not used.
 
         Returns:
-            `(parameters, rows)`, float64, on the CPU.
+            `(parameters, rows)`, in the widest dtype of the device.
         """
         return stacked(
-            (_products(state["values"][:rows], state["values"][newest], torch.float64) for state, _ in held), rows
+            [_products(state["values"][:rows], state["values"][newest], torch.float64) for state, _ in held], rows
         )
 
     def spans(self, shape: torch.Size, device: torch.device) -> list[slice]:
@@ -457,7 +459,7 @@ class DenseWindow:
             kernels: Not used.
 
         Returns:
-            `(rows,)`, float64, on the CPU.
+            `(rows,)`, in the widest dtype of the device.
         """
         return _products(state["values"][:rows, span], dense, self.sums)
 
@@ -479,7 +481,7 @@ class DenseWindow:
             state: The parameter's tensors.
             shape: Shape of the parameter.
             span: One of `spans`.
-            coefficients: `c`, `(rows,)`, float64.
+            coefficients: `c`, `(rows,)`, where the window is. float32 has the sums taken in it.
             kernels: Not used.
             base: The span of `x`, float32, contiguous; zero without it.
             scale: Factor of `base`.
@@ -489,8 +491,7 @@ class DenseWindow:
             `(n,)`, float32.
         """
         values = state["values"][: len(coefficients), span]
-        wide = narrowest(self.sums, values.device, coefficients)
-        c = coefficients.to(values.device, wide)
+        c, wide = coefficients, coefficients.dtype
         out = torch.empty(values.shape[1], dtype=torch.float32, device=values.device)
 
         def work(index: int, begin: int, end: int) -> None:
@@ -510,8 +511,8 @@ def span_length(device: torch.device) -> int:
 
 
 def _products(values: torch.Tensor, x: torch.Tensor, sums: torch.dtype) -> torch.Tensor:
-    """Inner products of rows, `(rows, n)`, with a vector: `(rows,)`, float64, on the CPU."""
-    (rows, numel), wide = values.shape, narrowest(sums, values.device)
+    """Inner products of rows, `(rows, n)`, with a vector: `(rows,)`, in the widest dtype of the device."""
+    (rows, numel), wide = values.shape, torch.float32 if sums == torch.float32 else widest(values.device)
     step = max(1, _TILE // rows)
     partial = torch.zeros(-(-numel // step), rows, dtype=wide, device=values.device)
 
@@ -519,10 +520,10 @@ def _products(values: torch.Tensor, x: torch.Tensor, sums: torch.dtype) -> torch
         torch.mv(values[:, begin:end].to(wide), x[begin:end].to(wide), out=partial[index])
 
     pool.run_torch(work, numel, step, values.device)
-    return partial.to("cpu", torch.float64).sum(dim=0)
+    return partial.to(widest(values.device)).sum(dim=0)
 
 
-def stacked(columns: Iterable[torch.Tensor], rows: int) -> torch.Tensor:
+def stacked(columns: list[torch.Tensor], rows: int) -> torch.Tensor:
     """Columns of a Gram matrix, one for each parameter.
 
     Args:
@@ -532,4 +533,4 @@ def stacked(columns: Iterable[torch.Tensor], rows: int) -> torch.Tensor:
     Returns:
         `(parameters, rows)`.
     """
-    return torch.stack([torch.zeros(rows, dtype=torch.float64, device="cpu"), *columns])[1:]
+    return torch.stack(columns) if columns else torch.zeros(0, rows, dtype=torch.float64, device="cpu")

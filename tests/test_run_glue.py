@@ -90,7 +90,7 @@ def test_the_quickstart_is_the_recipe_that_was_measured(parse):
         "packaged-minilm",
     )
     assert (args.optim, args.optim_args) == ("lowrank_mfac", None)
-    assert (args.learning_rate, args.warmup_steps, args.max_grad_norm) == (1e-4, 0.1, 1.0)
+    assert (args.learning_rate, args.warmup_steps, args.max_grad_norm) == (2e-4, 0.1, 1.0)
     assert (args.num_train_epochs, args.per_device_train_batch_size, args.save_strategy) == (1, 32, "no")
     assert baseline.baseline is None
 

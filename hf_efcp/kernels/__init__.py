@@ -21,7 +21,6 @@ BACKENDS = ("auto", "reference", "numba")
 BUCKET = 64  # consecutive entries of a quantised error that share a scale
 # Whitened entries saturate here, so that products of whole rows fit float32.
 WHITENED = 2.0**48
-_FITS = 2.0**64  # coefficients below this, times rows of whitened entries, are within float32
 _MODULES = {"reference": "reference", "numba": "cpu"}
 
 
@@ -34,8 +33,8 @@ class Kernels(Protocol):
 
     NAME: str
 
-    def squares(self, vectors: Sequence[torch.Tensor]) -> list[float]:
-        """The sum of squares of each vector."""
+    def squares(self, vectors: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The sum of squares of each vector, `(vectors,)`."""
 
     def accumulate_topk(
         self, gradients: Sequence[torch.Tensor], errors: Sequence[torch.Tensor], rows: Sequence[Part]
@@ -137,23 +136,6 @@ def choose(backend: str, device: torch.device) -> Kernels:
 def widest(device: torch.device) -> torch.dtype:
     """The dtype that sums are accumulated in: float64, but Apple's GPUs have none."""
     return torch.float32 if device.type == "mps" else torch.float64
-
-
-def narrowest(sums: torch.dtype, device: torch.device, coefficients: torch.Tensor | None = None) -> torch.dtype:
-    """The dtype for sums that are wanted in one.
-
-    Coefficients of rows that are tiny beside what is preconditioned may be beyond float32; their products are not.
-
-    Args:
-        sums: float32, if that is enough.
-        device: Where they are taken.
-        coefficients: What rows are multiplied by.
-
-    Returns:
-        float32 or, if that is not enough and the device has it, float64.
-    """
-    fits = coefficients is None or float(coefficients.abs().amax()) < _FITS
-    return torch.float32 if sums == torch.float32 and fits else widest(device)
 
 
 def check_name(backend: str) -> None:

@@ -946,14 +946,13 @@ def _dots_of_all(parts, tasks, counter, index_like, value_like, scale_like, newe
         number = _next(counter)
 
 
-def squares(vectors: Sequence[torch.Tensor]) -> list[float]:
+def squares(vectors: Sequence[torch.Tensor]) -> torch.Tensor:
     """See `reference.squares`; partial sums per range of entries, added in the order of the ranges."""
     table, counter = tables.of_vectors(vectors), np.zeros(1, np.int64)
     tasks = tables.tasks(table["entries"].tolist(), [_LIGHT] * len(table))
     partial = np.zeros(len(tasks))
     pool.together(lambda: _squares_of_all(table, tasks, counter, partial), len(tasks))
-    sums: list[float] = np.bincount(tasks["row"], partial, len(table)).tolist()
-    return sums
+    return torch.from_numpy(np.bincount(tasks["row"], partial, len(table)))
 
 
 def accumulate_topk(gradients: Sequence[torch.Tensor], errors: Sequence[torch.Tensor], rows: Sequence[Part]) -> None:

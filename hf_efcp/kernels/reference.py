@@ -24,7 +24,7 @@ _LEVELS = 127  # of an int8 value, on each side of zero
 _SMALLEST = torch.finfo(torch.float32).tiny
 
 
-def squares(vectors: Sequence[torch.Tensor]) -> list[float]:
+def squares(vectors: Sequence[torch.Tensor]) -> torch.Tensor:
     """The sum of squares of each vector.
 
     Args:
@@ -33,11 +33,16 @@ def squares(vectors: Sequence[torch.Tensor]) -> list[float]:
     Returns:
         The sums, accumulated in float64 (float32 where the device has no float64); not finite where an entry is not.
     """
-    return [sum((_square(vector[part]) for part in _chunks(len(vector), 1)), start=0.0) for vector in vectors]
+    if not vectors:
+        return torch.zeros(0, dtype=torch.float64, device="cpu")
+    return torch.stack([_square(vector) for vector in vectors])
 
 
-def _square(vector: torch.Tensor) -> float:
-    return float(vector.to(widest(vector.device)).square().sum())
+def _square(vector: torch.Tensor) -> torch.Tensor:
+    total = torch.zeros((), dtype=widest(vector.device), device=vector.device)
+    for part in _chunks(len(vector), 1):
+        total += vector[part].to(total.dtype).square().sum()
+    return total
 
 
 def accumulate_topk(gradients: Sequence[torch.Tensor], errors: Sequence[torch.Tensor], rows: Sequence[Part]) -> None:
@@ -96,12 +101,11 @@ def dots(parts: Sequence[Part], newest: int, rows: int) -> torch.Tensor:
         rows: Number of rows that were ever written.
 
     Returns:
-        `(parts, rows)`, float64, on the CPU; accumulated in float64 (float32 where the device has no float64).
+        `(parts, rows)`, where the window is, float64 (float32 where the device has none).
     """
-    columns = torch.zeros(len(parts), rows, dtype=torch.float64, device="cpu")
-    for column, part in zip(columns, parts, strict=True):
-        column.copy_(_dots(part.indices, part.values, newest, rows, part.piece.length, part.scales))
-    return columns
+    if not parts:
+        return torch.zeros(0, rows, dtype=torch.float64, device="cpu")
+    return torch.stack([_dots(p.indices, p.values, newest, rows, p.piece.length, p.scales) for p in parts])
 
 
 def _dots(
