@@ -1,10 +1,11 @@
-"""What a comparison needs beside the package's optimizers: the default with its direction off.
+"""What a comparison needs beside the package's optimizers: the default without its direction, and without feedback.
 
-Importing this puts it into `hf_efcp.OPTIMIZERS`, which is how an optimizer of one's own gets a name.
+Importing this puts them into `hf_efcp.OPTIMIZERS`, which is how an optimizer of one's own gets a name.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +13,22 @@ import torch
 from torch.optim.optimizer import ParamsT
 
 from hf_efcp import EFCP, OPTIMIZERS
+from hf_efcp.compressors import Job
 from hf_efcp.kernels import Kernels
 from hf_efcp.lowrank import LowRank
 from hf_efcp.preconditioners import MFAC, Combination
 from hf_efcp.windows import State, Window
+
+DEFAULTS: dict[str, Any] = {  # of `LowRankMFAC`; a test compares them
+    "num_grads": 16,
+    "metric": "adam",
+    "precondition": "momentum",
+    "beta1": 0.9,
+    "momentum_dtype": torch.bfloat16,
+    "error_dtype": torch.int8,
+    "scope": "layer",
+    "centered": True,
+}
 
 
 @dataclass(frozen=True)
@@ -54,21 +67,35 @@ class ShortenedAdamW(EFCP):
     """
 
     def __init__(self, params: ParamsT, lr: float = 1e-4, **options: Any) -> None:
-        super().__init__(
-            params,
-            lr,
-            compressor=LowRank(),
-            preconditioner=OnlyShortened(damp=0.0, relative_damp=1.0),
-            num_grads=16,
-            metric="adam",
-            precondition="momentum",
-            beta1=0.9,
-            momentum_dtype=torch.bfloat16,
-            error_dtype=torch.int8,
-            scope="layer",
-            centered=True,
-            **options,
-        )
+        rule = OnlyShortened(damp=0.0, relative_damp=1.0)
+        super().__init__(params, lr, compressor=LowRank(), preconditioner=rule, **DEFAULTS, **options)
+
+
+@dataclass(frozen=True)
+class WithoutFeedback(LowRank):
+    """Low-rank compression that drops what it leaves out, so that the next gradient is compressed alone."""
+
+    def compress(self, jobs: Sequence[Job], kernels: Kernels) -> None:
+        """`row = P Q^T`, `error = 0`."""
+        super().compress(jobs, kernels)
+        for job in jobs:
+            assert job.error is not None  # low rank is not lossless
+            job.error.zero_()
+
+
+class ForgetfulMFAC(EFCP):
+    """`LowRankMFAC` at its defaults without error feedback.
+
+    Args:
+        params: Parameters or groups.
+        lr: Learning rate.
+        **options: Of `EFCP`.
+    """
+
+    def __init__(self, params: ParamsT, lr: float = 1e-4, **options: Any) -> None:
+        rule = MFAC(damp=0.0, relative_damp=1.0)
+        super().__init__(params, lr, compressor=WithoutFeedback(), preconditioner=rule, **DEFAULTS, **options)
 
 
 OPTIMIZERS["shortened_adamw"] = ShortenedAdamW
+OPTIMIZERS["forgetful_mfac"] = ForgetfulMFAC

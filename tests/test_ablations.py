@@ -1,5 +1,6 @@
-"""The optimizer that a comparison needs beside the package's own: the default with its direction off."""
+"""The optimizers that a comparison needs beside the package's own: the default without one of its parts."""
 
+import pytest
 import torch
 from problems import set_gradients
 
@@ -39,9 +40,33 @@ def test_direction_off_is_adamws_direction_as_short_as_the_matrix_makes_it(recip
     assert cosine < 0.99  # the matrix does turn
 
 
-def test_it_has_a_name_in_comparisons(recipe):
-    from hf_efcp.factory import efcp_name, parse_optim_args
+def test_without_feedback_nothing_is_kept(recipe):
+    """The first row is the default's; then the error of the default grows, and this one's stays zero."""
+    start, generator = torch.randn(20, 12), torch.Generator().manual_seed(1)
+    params = [torch.nn.Parameter(start.clone()) for _ in range(2)]
+    forgetful, default = recipe.ablations.ForgetfulMFAC(params[:1], 1e-2), LowRankMFAC(params[1:], 1e-2)
+    for step in range(3):
+        gradient = torch.randn(20, 12, generator=generator)
+        for param, optimizer in zip(params, (forgetful, default), strict=True):
+            set_gradients([param], [gradient])
+            optimizer.step()
+        (own,), (other,) = (list(optimizer.state.values()) for optimizer in (forgetful, default))
+        assert not own["error"].any()
+        assert other["error"].any()
+        assert torch.equal(own["left"][step], other["left"][step]) == (step == 0)
 
-    assert recipe.ablations.ShortenedAdamW.__module__ == "ablations"
-    assert efcp_name("shortened_adamw") == "shortened_adamw"
-    assert parse_optim_args("shortened_adamw", "") == {}
+
+@pytest.mark.parametrize("name", ["shortened_adamw", "forgetful_mfac"])
+def test_they_have_names_in_comparisons_and_the_settings_of_the_default(recipe, name):
+    from hf_efcp.factory import OPTIMIZERS, efcp_name, parse_optim_args
+
+    assert OPTIMIZERS[name].__module__ == "ablations"
+    assert efcp_name(name) == name
+    assert parse_optim_args(name, "") == {}
+    settings = [
+        dict(cls([torch.nn.Parameter(torch.zeros(3, 4))]).param_groups[0])
+        for cls in (OPTIMIZERS[name], LowRankMFAC)
+    ]
+    assert settings[0].pop("params")
+    assert settings[1].pop("params")
+    assert settings[0] == settings[1]
