@@ -223,28 +223,8 @@ def check_names(names: Iterable[Iterable[str]]) -> None:
         seen |= some
 
 
-def check_centered(centered: bool, metric: str) -> None:
-    """Refuse what is not a bool, and centering without a metric.
-
-    Args:
-        centered: As given to the optimizer.
-        metric: As given to the optimizer.
-
-    Raises:
-        TypeError: It is not a bool.
-        ValueError: There is no metric.
-    """
-    if not isinstance(centered, bool):
-        raise TypeError(f"centered must be True or False, got {centered!r}")
-    if centered and metric == "none":
-        raise ValueError(
-            'centered=True takes the mean off the rows, which the paper, metric="none", does not: leave it out, or use '
-            'metric="adam"'
-        )
-
-
 def check_momentum(precondition: str, metric: str, beta1: float) -> None:
-    """Refuse a first moment without a decay, a decay without a first moment, and both without a metric.
+    """Refuse a first moment without a decay, a decay of the dense gradient, and a moment without a metric.
 
     Args:
         precondition: As given to the optimizer.
@@ -259,10 +239,12 @@ def check_momentum(precondition: str, metric: str, beta1: float) -> None:
             'beta1 and precondition="momentum" are AdamW\'s first moment, which metric="none" does not keep: use '
             'metric="adam", or leave them out'
         )
-    if (precondition == "momentum") != (beta1 != 0.0):
+    if not 0.0 <= beta1 < 1.0:
+        raise ValueError(f"beta1 must be in [0, 1), got {beta1}")
+    if {"momentum": beta1 == 0.0, "gradient": beta1 != 0.0}.get(precondition, False):
         raise ValueError(
-            f'precondition="momentum" and beta1 belong together, got precondition={precondition!r} and beta1={beta1}: '
-            'use precondition="momentum" with beta1=0.9, or precondition="gradient" with beta1=0'
+            f"beta1={beta1} does not go with precondition={precondition!r}: use beta1=0.9 with "
+            'precondition="momentum", and beta1=0 with precondition="gradient"'
         )
 
 

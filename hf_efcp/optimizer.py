@@ -17,7 +17,7 @@ from .kernels import Kernels, check_name, choose, pool, widest
 from .layout import Layout
 from .metric import METRICS, Metric
 from .moving import Move, move_all
-from .preconditioners import Combination, Moment, Preconditioner, centering
+from .preconditioners import Combination, Moment, Preconditioner
 from .pushing import push
 from .shards import is_sharded, local
 from .sites import Group, Member, Site, dense
@@ -64,8 +64,6 @@ class EFCP(torch.optim.Optimizer):
 
     where `x` is the row, the gradient or AdamW's first moment (`precondition`). With so much dampening that `f = 1`
     this is AdamW, or RMSprop; the matrix turns and shortens what AdamW would do, and learning rates are AdamW's.
-    `centered` takes rows as they differ from their mean, and the mean as one row more: what all gradients of the window
-    agree on is shortened as one of them, not as all of them.
 
     Parameter groups may set `lr`, `weight_decay`, `decoupled_weight_decay`, `momentum` and `preconditioned`; all else
     is one value for the optimizer, because the preconditioner is one matrix over all groups. `preconditioned=False`
@@ -99,9 +97,9 @@ class EFCP(torch.optim.Optimizer):
         metric_dtype: How the second moment is kept: float32, bfloat16 or int8 (17 / 16 bytes).
         metric_beta2: Decay of the second moment, in [0, 1).
         metric_eps: What is added to the root of the second moment, positive.
-        centered: In a metric, `sum_i (row_i - mean)(row_i - mean)^T + mean mean^T` takes the place of
-            `sum_i row_i row_i^T`.
-        beta1: Decay of the first moment, in (0, 1), for `precondition="momentum"`.
+        beta1: Decay of the first moment, in [0, 1), in a metric: of the dense one with `precondition="momentum"`; with
+            "row", of one over the window's rows, `sum_i w_i row_i`, `w_i = (1 - beta1) beta1^age_i / (1 - beta1^n)` for
+            the `n` rows there are. That one needs no buffer: the window has it.
         momentum_dtype: How the first moment is kept: float32 or bfloat16.
         error_dtype: How the error is kept.
         nonfinite: What to do about a gradient with NaN or infinity, on any rank: "raise" an error, or "skip" the step
@@ -134,7 +132,6 @@ class EFCP(torch.optim.Optimizer):
         metric_dtype: torch.dtype = torch.float32,
         metric_beta2: float = 0.999,
         metric_eps: float = 1e-8,
-        centered: bool = False,
         beta1: float = 0.0,
         momentum_dtype: torch.dtype = torch.float32,
         error_dtype: torch.dtype = torch.float32,
@@ -159,13 +156,13 @@ class EFCP(torch.optim.Optimizer):
         checks.check_choice("nonfinite", nonfinite, ("raise", "skip"))
         check_name(backend)
         checks.check_momentum(precondition, metric, beta1)
-        checks.check_centered(centered, metric)
         preconditioner.check(precondition, metric)
         if scope == "layer" and not preconditioner.uses_gram:
             raise ValueError(f'{type(preconditioner).__name__} has no matrix, and so none per layer: use scope="model"')
         made = None
         if metric != "none":
-            made = Metric(metric, metric_dtype, beta1, metric_beta2, metric_eps, momentum_dtype)
+            kept = beta1 if precondition == "momentum" else 0.0
+            made = Metric(metric, metric_dtype, kept, metric_beta2, metric_eps, momentum_dtype)
         self._preconditioner = preconditioner
         self._layout = Layout(compressor, error_store(error_dtype), preconditioner, num_grads, made)
         self._precondition = precondition
@@ -184,7 +181,6 @@ class EFCP(torch.optim.Optimizer):
                 "metric_dtype": metric_dtype,
                 "metric_beta2": metric_beta2,
                 "metric_eps": metric_eps,
-                "centered": centered,
                 "metric_beta1": beta1,  # GGT's hyperparameter stands there as beta1
                 "momentum_dtype": momentum_dtype,
             }
@@ -469,7 +465,8 @@ class EFCP(torch.optim.Optimizer):
         keeper = self._keeper(site.member for site in sites)
         capacity, window = self._structure["num_grads"], self._layout.window
         steps = keeper["pushed"] + 1
-        moment = Moment((steps - 1) % capacity, min(steps, capacity), capacity, steps)
+        lr = max(float(site.member.group["lr"]) for site in sites)
+        moment = Moment((steps - 1) % capacity, min(steps, capacity), capacity, steps, lr)
         present = [site for site in sites if site.member.param.grad is not None]
         for site in sites:
             if site.member.param.grad is None:
@@ -549,15 +546,12 @@ class EFCP(torch.optim.Optimizer):
         for moment in dict.fromkeys(unit.moment for unit in pushed):
             places = [place for place, unit in enumerate(pushed) if unit.moment == moment]
             grams = torch.stack([pushed[place].keeper["gram"][: moment.rows, : moment.rows] for place in places])
-            products = [grams[:, :, moment.newest]] if row else [pushed[place].products[None, :-1] for place in places]
-            with one_thread():
-                if self._structure["centered"]:
-                    H = centering(moment.rows)
-                    c = preconditioner.shorten(H @ grams @ H, torch.cat(products) @ H, moment) @ H
-                else:
-                    c = preconditioner.shorten(grams, torch.cat(products), moment)
             if row:
-                c[:, moment.newest] += 1.0
+                weights = moment.weights(self._structure["metric_beta1"])
+                c = preconditioner.shorten(grams, grams @ weights, moment) + weights
+            else:
+                products = torch.stack([pushed[place].products[:-1] for place in places])
+                c = preconditioner.shorten(grams, products, moment)
             # float32 is enough, but coefficients of rows that are tiny beside `x` may be beyond it; products are not.
             narrow = (c.abs().amax(dim=1) < _FITS).tolist()
             placed = c.to(device, widest(device))

@@ -30,16 +30,30 @@ class Moment:
         rows: Rows that were written, at most `capacity`.
         capacity: `m`.
         steps: Rows pushed since the start, this one included: `t`, from 1.
+        lr: Learning rate of the step, for `trust_lr`; the largest, where parameters that share a matrix have several.
     """
 
     newest: int
     rows: int
     capacity: int
     steps: int
+    lr: float = 0.0
 
     def ages(self) -> torch.Tensor:
         """How many steps ago each written row was pushed, `(rows,)`, float64; the newest has age 0."""
         return (self.newest - torch.arange(self.rows, dtype=torch.float64, device="cpu")) % self.capacity
+
+    def weights(self, beta1: float) -> torch.Tensor:
+        """Adam's weights of its last gradients, `(1 - beta1) beta1^age / (1 - beta1^rows)`.
+
+        Args:
+            beta1: Decay, in [0, 1); 0 weighs the newest row alone.
+
+        Returns:
+            `(rows,)`, float64; their sum is 1.
+        """
+        powers = beta1 ** self.ages()
+        return powers / powers.sum()
 
 
 @dataclass(frozen=True)
@@ -216,6 +230,10 @@ class MFAC(GramPreconditioner):
             relative_damp mean(diag K) / n`. With `damp` 0, the update of gradients that are all scaled by s is scaled
             by 1 / s and does not turn. Where `n lambda` is lost in the rounding of `K` (0, for one), directions in
             which the window has no curvature are left out, as in a pseudo-inverse.
+        trust_lr: In a metric, dampening that falls with the learning rate, at least 0: `lambda` gains `trust_lr / lr
+            mean(diag K) / n`. Then `lr f(mu) = lr / (1 + lr mu / (trust_lr mean))`, an implicit step: whatever `lr`, a
+            direction that is as strong in the window as its mean row moves no further than AdamW moves it at
+            `trust_lr`, and one that is ten times as strong a tenth of that.
 
     Raises:
         ValueError: A dampening is negative or not finite.
@@ -223,22 +241,25 @@ class MFAC(GramPreconditioner):
 
     damp: float = 1e-5
     relative_damp: float = 0.0
+    trust_lr: float = 0.0
 
     def __post_init__(self) -> None:
         _check_at_least_zero("damp", self.damp)
         _check_at_least_zero("relative_damp", self.relative_damp)
+        _check_at_least_zero("trust_lr", self.trust_lr)
 
     def check(self, precondition: str, metric: str) -> None:
         """Refuse no dampening at all for a dense vector: what the window has not seen would be divided by it.
 
         Args:
             precondition: What is preconditioned.
-            metric: Not used.
+            metric: The metric.
 
         Raises:
-            ValueError: `damp` and `relative_damp` are 0, and the vector is dense.
+            ValueError: All dampening is 0, and the vector is dense; or there is a `trust_lr` without a metric.
         """
-        if precondition != "row" and self.damp == self.relative_damp == 0.0:
+        _check_trust(self.trust_lr, metric)
+        if precondition != "row" and self.damp == self.relative_damp == self.trust_lr == 0.0:
             raise ValueError(
                 f'precondition="{precondition}" needs dampening, but damp and relative_damp are 0: use '
                 "relative_damp=1.0, or another positive number"
@@ -263,7 +284,8 @@ class MFAC(GramPreconditioner):
 
     def _shifts(self, grams: torch.Tensor, moment: Moment) -> torch.Tensor:
         """`n lambda` of each matrix."""
-        return moment.capacity * self.damp + self.relative_damp * _mean_squares(grams)
+        relative = self.relative_damp + _trusted(self.trust_lr, moment)
+        return moment.capacity * self.damp + relative * _mean_squares(grams)
 
     def _solve(self, grams: torch.Tensor, targets: torch.Tensor, moment: Moment) -> torch.Tensor:
         """`(n lambda I + K)^-1 target`, by Cholesky, or by `eigh` where a matrix is singular in float64."""
@@ -298,6 +320,7 @@ class GGT(GramPreconditioner):
             the momentum that the matrix has forgotten.
         ridge: Added to the diagonal of `K_w`, at least 0: `f(mu) = (1 + ridge / (eps s)) / (s + eps)`, `s = sqrt(mu +
             ridge)`. The papers have none; EFCP's published code adds 1e-6. Needs `eps`, and no metric.
+        trust_lr: As in `MFAC`: `eps^2` gains `trust_lr / lr` times the mean `|row|^2`.
 
     Raises:
         ValueError: A value outside its range.
@@ -308,12 +331,14 @@ class GGT(GramPreconditioner):
     beta1: float = 0.0
     beta2: float = 1.0
     ridge: float = 0.0
+    trust_lr: float = 0.0
 
     def __post_init__(self) -> None:
         _check_at_least_zero("eps", self.eps)
         _check_at_least_zero("relative_eps", self.relative_eps)
         _check_at_least_zero("ridge", self.ridge)
-        if self.eps == self.relative_eps == 0.0:
+        _check_at_least_zero("trust_lr", self.trust_lr)
+        if self.eps == self.relative_eps == self.trust_lr == 0.0:
             raise ValueError("eps must be a finite positive number, unless relative_eps is one; got 0.0")
         if self.ridge and not self.eps:
             raise ValueError(f"ridge={self.ridge} is in the units of a squared gradient, and so needs eps: give one")
@@ -330,8 +355,9 @@ class GGT(GramPreconditioner):
             metric: The metric.
 
         Raises:
-            ValueError: There is such a momentum or ridge.
+            ValueError: There is such a momentum or ridge, or a `trust_lr` without a metric.
         """
+        _check_trust(self.trust_lr, metric)
         if self.ridge and metric != "none":
             raise ValueError(
                 f"ridge={self.ridge} is that of the published code, which has no metric: use ridge=0, or "
@@ -371,7 +397,8 @@ class GGT(GramPreconditioner):
     def shorten(self, grams: torch.Tensor, products: torch.Tensor, moment: Moment) -> torch.Tensor:
         """`f(mu) = (1 + mu / eps^2)^(-1/2)`: `c = W h(K_w) W G x`; see the base class."""
         weights, spectra, vectors = self._decompose(grams, moment.ages())
-        squares = self._eps(grams).square()[:, None]
+        squares = self._eps(grams).square() + _trusted(self.trust_lr, moment) * _mean_squares(grams)
+        squares = squares[:, None]
         squares = torch.where(squares > 0.0, squares, 1.0)  # relative to rows that are all zero, as is the spectrum
         roots = (1.0 + spectra.clamp(min=0.0) / squares).sqrt()
         # (f - 1) / mu, where nothing cancels.
@@ -391,20 +418,6 @@ class GGT(GramPreconditioner):
         return weights, spectra, vectors
 
 
-def centering(rows: int) -> torch.Tensor:
-    """`H = I - (1 - 1 / sqrt(n)) 1 1^T / n`: rows `H R` have `sum_i (r_i - mean)(r_i - mean)^T + mean mean^T`.
-
-    Args:
-        rows: `n`, at least 1.
-
-    Returns:
-        `(n, n)`, float64, CPU.
-    """
-    mean = torch.full((rows, rows), 1.0 / rows, dtype=torch.float64, device="cpu")
-    identity = torch.eye(rows, dtype=torch.float64, device="cpu")
-    return identity.sub_(mean, alpha=1.0 - 1.0 / math.sqrt(rows))
-
-
 def _mean_squares(grams: torch.Tensor) -> torch.Tensor:
     """The mean `|row|^2` of each window."""
     return grams.diagonal(dim1=-2, dim2=-1).mean(dim=-1)
@@ -414,6 +427,19 @@ def _present(spectra: torch.Tensor) -> torch.Tensor:
     """Which eigenvalues (ascending) are more than rounding of zero."""
     present: torch.Tensor = spectra > _NULL * spectra[..., -1:].clamp(min=0.0)
     return present
+
+
+def _trusted(trust_lr: float, moment: Moment) -> float:
+    """`trust_lr / lr`; all but infinite where a step moves nothing."""
+    return trust_lr / max(moment.lr, 1e-30 * trust_lr) if trust_lr else 0.0
+
+
+def _check_trust(trust_lr: float, metric: str) -> None:
+    if trust_lr and metric == "none":
+        raise ValueError(
+            f"trust_lr={trust_lr} is compared with learning rates of AdamW, which those of the paper's rule, "
+            'metric="none", are not: use relative_damp or relative_eps, or metric="adam"'
+        )
 
 
 def _check_at_least_zero(name: str, value: float) -> None:

@@ -20,8 +20,8 @@ class Options(TypedDict, total=False):
     """What every named optimizer takes beside its own arguments; `EFCP` says what each of them is.
 
     What is not given depends on the metric. With "adam": `precondition="momentum"`, `beta1=0.9` (0 for any other
-    `precondition`), `scope="layer"`, `centered=True`, errors in int8 and the momentum in bfloat16. With "none", the
-    paper's rule: `precondition="row"`, `scope="model"`, errors in float32.
+    `precondition`), `scope="layer"`, errors in int8 and the momentum in bfloat16. With "none", the paper's rule:
+    `precondition="row"`, `scope="model"`, errors in float32.
     """
 
     momentum: float
@@ -32,7 +32,6 @@ class Options(TypedDict, total=False):
     metric_dtype: torch.dtype
     metric_beta2: float
     metric_eps: float
-    centered: bool
     momentum_dtype: torch.dtype
     error_dtype: torch.dtype
     nonfinite: str
@@ -65,7 +64,10 @@ class SparseMFAC(EFCP):
         damp: Dampening `lambda` in the units of a squared gradient, as in the paper, at least 0. None, the default,
             takes `relative_damp`; giving both is an error.
         relative_damp: Dampening without `damp`: `m lambda` as a fraction of the mean `|row|^2` in the window, at least
-            0. None, the default, is 1, or 0.01 where `metric` is "none".
+            0. None, the default, takes `trust_lr`, or 0.01 where `metric` is "none".
+        trust_lr: Dampening that falls with the learning rate, at least 0: `relative_damp = trust_lr / lr`, so that no
+            direction of the window moves further than AdamW would move it at `trust_lr`; see `MFAC`. None, the
+            default, is 4e-4, unless another dampening is given.
         block_size: Entries `B_d` of a Top-k block, 1 to 65,536.
         value_dtype: How the window stores values: float32, bfloat16, or int8 with a bfloat16 scale for each row and
             4,096 entries of the parameters.
@@ -87,6 +89,7 @@ class SparseMFAC(EFCP):
         density: float = 0.01,
         damp: float | None = None,
         relative_damp: float | None = None,
+        trust_lr: float | None = None,
         block_size: int = 4096,
         value_dtype: torch.dtype = torch.bfloat16,
         metric: str = "adam",
@@ -95,7 +98,7 @@ class SparseMFAC(EFCP):
     ) -> None:
         compressor = TopK(density, block_size, value_dtype)
         settings = _in_metric(metric, beta1, options)
-        rule = MFAC(**_dampening("damp", damp, relative_damp, metric))
+        rule = MFAC(**_dampening("damp", damp, relative_damp, trust_lr, metric))
         super().__init__(params, lr, compressor=compressor, preconditioner=rule, num_grads=num_grads, **settings)
 
 
@@ -117,6 +120,7 @@ class LowRankMFAC(EFCP):
         rank: Rank `rho` of a row, at least 1.
         damp: As for `SparseMFAC`.
         relative_damp: As for `SparseMFAC`.
+        trust_lr: As for `SparseMFAC`.
         value_dtype: How the window stores factors, float32 or bfloat16.
         seed: Of the vectors that the compression starts from, at least 0.
         metric: "adam", AdamW's metric; "factored", the same near 0 bytes; or "none", the paper's rule.
@@ -137,6 +141,7 @@ class LowRankMFAC(EFCP):
         rank: int = 4,
         damp: float | None = None,
         relative_damp: float | None = None,
+        trust_lr: float | None = None,
         value_dtype: torch.dtype = torch.bfloat16,
         seed: int = 0,
         metric: str = "adam",
@@ -145,7 +150,7 @@ class LowRankMFAC(EFCP):
     ) -> None:
         compressor = LowRank(rank, value_dtype, seed)
         settings = _in_metric(metric, beta1, options)
-        rule = MFAC(**_dampening("damp", damp, relative_damp, metric))
+        rule = MFAC(**_dampening("damp", damp, relative_damp, trust_lr, metric))
         super().__init__(params, lr, compressor=compressor, preconditioner=rule, num_grads=num_grads, **settings)
 
 
@@ -160,6 +165,7 @@ class DenseMFAC(EFCP):
         num_grads: Capacity `m` of the window, in gradients.
         damp: As for `SparseMFAC`.
         relative_damp: As for `SparseMFAC`.
+        trust_lr: As for `SparseMFAC`.
         metric: "adam", AdamW's metric; "factored", the same near 0 bytes; or "none", the paper's rule.
         beta1: Decay of the first moment that `precondition="momentum"` keeps, in (0, 1).
         **options: See `Options`.
@@ -177,13 +183,14 @@ class DenseMFAC(EFCP):
         num_grads: int = Default(16),
         damp: float | None = None,
         relative_damp: float | None = None,
+        trust_lr: float | None = None,
         metric: str = "adam",
         beta1: float | None = None,
         **options: Unpack[Options],
     ) -> None:
         _refuse_error(type(self), options)
         settings = _in_metric(metric, beta1, options)
-        rule = MFAC(**_dampening("damp", damp, relative_damp, metric))
+        rule = MFAC(**_dampening("damp", damp, relative_damp, trust_lr, metric))
         super().__init__(params, lr, compressor=Identity(), preconditioner=rule, num_grads=num_grads, **settings)
 
 
@@ -207,7 +214,8 @@ class SparseGGT(EFCP):
         eps: `eps` in the units of a gradient, as in the paper, positive. None, the default, takes `relative_eps`;
             giving both is an error.
         relative_eps: `eps` without `eps`: a fraction of the root mean square of `|row|` in the window, positive. None,
-            the default, is 1, or 1e-4 where `metric` is "none".
+            the default, takes `trust_lr`, or 1e-4 where `metric` is "none".
+        trust_lr: As for `SparseMFAC`: `relative_eps^2 = trust_lr / lr`.
         beta2: Decay of a row's weight with its age, in (0, 1].
         ridge: What is added to the Gram matrix, at least 0; 1e-6 is the published code's (see `GGT`). Needs `eps` and
             `metric="none"`.
@@ -233,6 +241,7 @@ class SparseGGT(EFCP):
         density: float = 0.01,
         eps: float | None = None,
         relative_eps: float | None = None,
+        trust_lr: float | None = None,
         beta2: float = 1.0,
         ridge: float = 0.0,
         block_size: int = 4096,
@@ -242,7 +251,7 @@ class SparseGGT(EFCP):
         **options: Unpack[Options],
     ) -> None:
         compressor = TopK(density, block_size, value_dtype)
-        rule, settings = _ggt(eps, relative_eps, beta2, ridge, metric, beta1, options)
+        rule, settings = _ggt(eps, relative_eps, trust_lr, beta2, ridge, metric, beta1, options)
         super().__init__(params, lr, compressor=compressor, preconditioner=rule, num_grads=num_grads, **settings)
 
 
@@ -258,6 +267,7 @@ class LowRankGGT(EFCP):
         rank: Rank `rho` of a row, at least 1.
         eps: As for `SparseGGT`.
         relative_eps: As for `SparseGGT`.
+        trust_lr: As for `SparseGGT`.
         beta2: Decay of a row's weight with its age, in (0, 1].
         ridge: What is added to the Gram matrix, at least 0; 1e-6 is the published code's (see `GGT`). Needs `eps` and
             `metric="none"`.
@@ -281,6 +291,7 @@ class LowRankGGT(EFCP):
         rank: int = 4,
         eps: float | None = None,
         relative_eps: float | None = None,
+        trust_lr: float | None = None,
         beta2: float = 1.0,
         ridge: float = 0.0,
         value_dtype: torch.dtype = torch.bfloat16,
@@ -290,7 +301,7 @@ class LowRankGGT(EFCP):
         **options: Unpack[Options],
     ) -> None:
         compressor = LowRank(rank, value_dtype, seed)
-        rule, settings = _ggt(eps, relative_eps, beta2, ridge, metric, beta1, options)
+        rule, settings = _ggt(eps, relative_eps, trust_lr, beta2, ridge, metric, beta1, options)
         super().__init__(params, lr, compressor=compressor, preconditioner=rule, num_grads=num_grads, **settings)
 
 
@@ -306,6 +317,7 @@ class DenseGGT(EFCP):
         num_grads: Capacity `m` of the window, in gradients.
         eps: As for `SparseGGT`.
         relative_eps: As for `SparseGGT`.
+        trust_lr: As for `SparseGGT`.
         beta2: Decay of a row's weight with its age, in (0, 1].
         ridge: What is added to the Gram matrix, at least 0; 1e-6 is the published code's (see `GGT`). Needs `eps` and
             `metric="none"`.
@@ -326,6 +338,7 @@ class DenseGGT(EFCP):
         num_grads: int = Default(16),
         eps: float | None = None,
         relative_eps: float | None = None,
+        trust_lr: float | None = None,
         beta2: float = 1.0,
         ridge: float = 0.0,
         metric: str = "adam",
@@ -333,7 +346,7 @@ class DenseGGT(EFCP):
         **options: Unpack[Options],
     ) -> None:
         _refuse_error(type(self), options)
-        rule, settings = _ggt(eps, relative_eps, beta2, ridge, metric, beta1, options)
+        rule, settings = _ggt(eps, relative_eps, trust_lr, beta2, ridge, metric, beta1, options)
         super().__init__(params, lr, compressor=Identity(), preconditioner=rule, num_grads=num_grads, **settings)
 
 
@@ -428,21 +441,26 @@ class MicroAdam(EFCP):
         super().__init__(params, lr, compressor=compressor, preconditioner=rule, num_grads=num_grads, **settings)
 
 
-# In a metric the sum over the window weighs as much as the identity: the mean of the window. Without one, a fraction.
-_RELATIVE = {"damp": 0.01, "eps": 1e-4}
+_RELATIVE = {"damp": 0.01, "eps": 1e-4}  # without a metric
+# In a metric: twice the best learning rate of AdamW on a BERT of 22 M parameters, the largest that it takes.
+_TRUST_LR = 4e-4
 
 
-def _dampening(name: str, absolute: float | None, relative: float | None, metric: str) -> dict[str, float]:
-    """The two hyperparameters of a preconditioner that `damp` or `eps` stands for, one of them 0."""
-    if absolute is not None and relative is not None:
+def _dampening(
+    name: str, absolute: float | None, relative: float | None, trust_lr: float | None, metric: str
+) -> dict[str, float]:
+    """The hyperparameters of a preconditioner that `damp` or `eps` stands for, all but one of them 0."""
+    given = {name: absolute, f"relative_{name}": relative, "trust_lr": trust_lr}
+    chosen = {key: value for key, value in given.items() if value is not None}
+    if len(chosen) > 1:
+        both = " and ".join(f"{key}={value}" for key, value in chosen.items())
         raise ValueError(
-            f"{name}={absolute} and relative_{name}={relative} both choose the dampening: give {name}, in the units of "
-            f"the gradients, or relative_{name}, a fraction of the window's mean"
+            f"{both} all choose the dampening: give {name}, in the units of the gradients, relative_{name}, a fraction "
+            "of the window's mean, or trust_lr, a learning rate"
         )
-    if absolute is not None:
-        return {name: absolute, f"relative_{name}": 0.0}
-    default = _RELATIVE[name] if metric == "none" else 1.0
-    return {name: 0.0, f"relative_{name}": default if relative is None else relative}
+    if not chosen:
+        chosen = {f"relative_{name}": _RELATIVE[name]} if metric == "none" else {"trust_lr": _TRUST_LR}
+    return {**dict.fromkeys(given, 0.0), **chosen}
 
 
 def _refuse_error(cls: type, options: Any) -> None:
@@ -460,7 +478,6 @@ def _in_metric(metric: str, beta1: float | None, options: Any) -> dict[str, Any]
         "precondition": precondition,
         "beta1": beta1 if beta1 is not None else 0.9 if precondition == "momentum" else 0.0,
         "scope": "layer",
-        "centered": True,
         "error_dtype": torch.int8,
         "momentum_dtype": torch.bfloat16,
     }
@@ -470,6 +487,7 @@ def _in_metric(metric: str, beta1: float | None, options: Any) -> dict[str, Any]
 def _ggt(
     eps: float | None,
     relative_eps: float | None,
+    trust_lr: float | None,
     beta2: float,
     ridge: float,
     metric: str,
@@ -477,7 +495,7 @@ def _ggt(
     options: Any,
 ) -> tuple[GGT, dict[str, Any]]:
     """The preconditioner and the options of a GGT, whose `beta1` is the window's without a metric."""
-    numbers = _dampening("eps", eps, relative_eps, metric)
+    numbers = _dampening("eps", eps, relative_eps, trust_lr, metric)
     if metric == "none":
         return GGT(beta1=beta1 or 0.0, beta2=beta2, ridge=ridge, **numbers), _in_metric(metric, None, options)
     return GGT(beta2=beta2, ridge=ridge, **numbers), _in_metric(metric, beta1, options)

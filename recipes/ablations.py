@@ -27,7 +27,6 @@ DEFAULTS: dict[str, Any] = {  # of `LowRankMFAC`; a test compares them
     "momentum_dtype": torch.bfloat16,
     "error_dtype": torch.int8,
     "scope": "layer",
-    "centered": True,
 }
 
 
@@ -67,7 +66,7 @@ class ShortenedAdamW(EFCP):
     """
 
     def __init__(self, params: ParamsT, lr: float = 1e-4, **options: Any) -> None:
-        rule = OnlyShortened(damp=0.0, relative_damp=1.0)
+        rule = OnlyShortened(damp=0.0, trust_lr=4e-4)
         super().__init__(params, lr, compressor=LowRank(), preconditioner=rule, **DEFAULTS, **options)
 
 
@@ -93,7 +92,7 @@ class ForgetfulMFAC(EFCP):
     """
 
     def __init__(self, params: ParamsT, lr: float = 1e-4, **options: Any) -> None:
-        rule = MFAC(damp=0.0, relative_damp=1.0)
+        rule = MFAC(damp=0.0, trust_lr=4e-4)
         super().__init__(params, lr, compressor=WithoutFeedback(), preconditioner=rule, **DEFAULTS, **options)
 
 

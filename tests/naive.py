@@ -40,16 +40,15 @@ class Naive:
         momentum: Heavy ball on the update.
         dense_gradient: The matrix is applied to the gradient instead of the row.
         metric: "adam" or "factored" for AdamW's metric.
-        moment: In a metric, decay of the first moment, to which the matrix is then applied.
+        moment: In a metric, decay of the first moment, to which the matrix is then applied; of one over the rows,
+            unless `dense_gradient`.
         layers: A matrix for each parameter.
-        centered: The matrix is of the rows less their mean, and of the mean as one row more.
         **matrix: What the matrix needs.
     """
 
     def __init__(
         self, thetas, *, lr, num_grads, density=1.0, block_size=4096, value_dtype=torch.float32, momentum=0.0,
-        weight_decay=0.0, l2=False, dense_gradient=False, metric=None, moment=0.0, layers=False,
-        centered=False, **matrix,
+        weight_decay=0.0, l2=False, dense_gradient=False, metric=None, moment=0.0, layers=False, **matrix,
     ):  # fmt: skip
         self.shapes = [theta.shape for theta in thetas]
         self.thetas = [theta.detach().to(torch.float64).reshape(-1).clone() for theta in thetas]
@@ -61,7 +60,7 @@ class Naive:
         self.num_grads, self.momentum, self.matrix = num_grads, momentum, matrix
         self.density, self.block_size, self.value_dtype = density, block_size, value_dtype
         self.l2, self.dense_gradient, self.layers = l2, dense_gradient, layers
-        self.metric, self.moment, self.centered = metric, moment, centered
+        self.metric, self.moment = metric, moment
         self.seen = [[] for _ in thetas]  # gradients of each parameter, in a metric
         self.rows = []
 
@@ -85,8 +84,9 @@ class Naive:
         return row
 
     def preconditioned(self):
-        """What the matrix is applied to, unless it is the dense gradient."""
-        return self.rows[-1]
+        """What the matrix is applied to, unless it is the dense gradient: the newest row, or a mean of the rows."""
+        weights = [self.moment**age for age in reversed(range(len(self.rows)))]  # 0^0 is 1
+        return sum(w * row for w, row in zip(weights, self.rows, strict=True)) / sum(weights)
 
     def update(self, x):
         """The inverse of the matrix, applied to x."""
@@ -103,7 +103,8 @@ class Naive:
             if self.metric and gradient is not None:
                 self.seen[i].append(g.double())
                 g = (g.double() * self.whitening(i)).float()
-            dense.append(g.double() if gradient is None or not self.moment else self.first_moment(i))
+            whole = gradient is not None and self.moment and self.dense_gradient
+            dense.append(self.first_moment(i) if whole else g.double())
             # float32, as documented: which entries are kept and how they round hangs on the last bit.
             kept = torch.zeros_like(self.thetas[i])  # without a gradient nothing is pushed and the error stays
             accumulators.append(kept if gradient is None else (self.errors[i].float() + g).double())
@@ -128,20 +129,14 @@ class Naive:
 
     def update_of_all(self, x, sizes):
         """The update of each parameter, by one matrix or, with `layers`, by one for each."""
+        if not self.layers:
+            return self.update(x).split(sizes)
         rows, parts = self.rows, []
-        units = [sum(sizes)] if not self.layers else sizes
-        for start, size in zip(itertools.accumulate(units, initial=0), units, strict=False):
-            self.rows = self.centering([row[start : start + size] for row in rows])
+        for start, size in zip(itertools.accumulate(sizes, initial=0), sizes, strict=False):
+            self.rows = [row[start : start + size] for row in rows]
             parts.append(self.update(x[start : start + size]))
         self.rows = rows
-        return torch.cat(parts).split(sizes)
-
-    def centering(self, rows):
-        """Rows whose sum of `r r^T` is that of their deviations from the mean, and of the mean once."""
-        if not self.centered:
-            return rows
-        mean = sum(rows) / len(rows)
-        return [row - mean + mean / math.sqrt(len(rows)) for row in rows]
+        return parts
 
     def whitening(self, i):
         """`D^-1/2` of a parameter: AdamW's second moment, from all gradients so far, with its bias correction."""
@@ -189,7 +184,7 @@ class NaiveGGT(Naive):
     def preconditioned(self):
         beta1 = self.matrix.get("beta1", 0.0)
         if not beta1:
-            return self.rows[-1]
+            return super().preconditioned()
         return sum((1 - beta1) * beta1**age * g for age, g in enumerate(reversed(self.rows)))
 
     def update(self, x):

@@ -12,9 +12,9 @@ def test_direction_off_is_adamws_direction_as_short_as_the_matrix_makes_it(recip
     generator = torch.Generator().manual_seed(0)
     starts = [torch.randn(shape, generator=generator) for shape in ((20, 12), (12,))]
     kinds = {
-        "matrix": lambda params: LowRankMFAC(params, 1e-2),
-        "direction off": lambda params: recipe.ablations.ShortenedAdamW(params, 1e-2),
-        "matrix off": lambda params: LowRankMFAC(params, 1e-2, relative_damp=1e30),
+        "matrix": lambda params: LowRankMFAC(params, 4e-4),
+        "direction off": lambda params: recipe.ablations.ShortenedAdamW(params, 4e-4),
+        "matrix off": lambda params: LowRankMFAC(params, 4e-4, relative_damp=1e30),
     }
     params = {name: [torch.nn.Parameter(start.clone()) for start in starts] for name in kinds}
     optimizers = {name: make(params[name]) for name, make in kinds.items()}
@@ -64,8 +64,7 @@ def test_they_have_names_in_comparisons_and_the_settings_of_the_default(recipe, 
     assert efcp_name(name) == name
     assert parse_optim_args(name, "") == {}
     settings = [
-        dict(cls([torch.nn.Parameter(torch.zeros(3, 4))]).param_groups[0])
-        for cls in (OPTIMIZERS[name], LowRankMFAC)
+        dict(cls([torch.nn.Parameter(torch.zeros(3, 4))]).param_groups[0]) for cls in (OPTIMIZERS[name], LowRankMFAC)
     ]
     assert settings[0].pop("params")
     assert settings[1].pop("params")
