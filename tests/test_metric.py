@@ -202,7 +202,10 @@ def test_fewer_bits_change_little(kept, low, high):
     ends = []
     for changes in ({}, kept):
         params = problem.parameters()
-        optimizer = DenseMFAC(params, 1e-2, num_grads=8, **{"momentum_dtype": torch.float32, **changes})
+        optimizer = DenseMFAC(
+                params, 1e-2, num_grads=8, relative_damp=1.0, precondition="momentum",
+                **{"momentum_dtype": torch.float32, **changes},
+            )  # fmt: skip
         for step in range(40):
             set_gradients(params, problem.gradients(problem.start, step))
             optimizer.step()
