@@ -80,7 +80,7 @@ def fit(memory_budget: int | str, parameters: int, plan: Callable[[int], dict[st
             f"gradient takes {one['total']:,}: {row + square:,} for the row, and {always:,} whatever num_grads is "
             f"({parts or 'nothing'}). Raise the budget, or lower what the optimizer has of these: density or rank, "
             "momentum, error_dtype (torch.int8 or torch.uint4), value_dtype (torch.int8); or keep less of the metric: "
-            'metric="factored", metric_dtype (torch.bfloat16 or torch.int8), precondition="gradient"'
+            'metric="factored", metric_dtype (torch.bfloat16 or torch.int8), precondition="row"'
         )
     if not square:
         return (limit - always) // row

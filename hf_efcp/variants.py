@@ -19,9 +19,10 @@ from .preconditioners import GGT, MFAC
 class Options(TypedDict, total=False):
     """What every named optimizer takes beside its own arguments; `EFCP` says what each of them is.
 
-    What is not given depends on the metric. With "adam": `precondition="momentum"`, `beta1=0.9` (0 for any other
-    `precondition`), `scope="layer"`, errors in int8 and the momentum in bfloat16. With "none", the paper's rule:
-    `precondition="row"`, `scope="model"`, errors in float32.
+    What is not given depends on the metric. With one: `precondition="row"` and `beta1=0.9`, AdamW's first moment over
+    the window's rows (`beta1=0` for `precondition="gradient"`), `scope="layer"`, errors in int8, and a dense first
+    moment in bfloat16. With "none", the paper's rule: `precondition="row"`, `beta1=0`, `scope="model"`, errors in
+    float32.
     """
 
     momentum: float
@@ -53,8 +54,8 @@ class SparseMFAC(EFCP):
     and one gradient clipping. 5e-4 is a good one at `num_grads=256, damp=1e-5`, clipping at 1.0 and a warm-up of 10 %
     of the steps (the error starts empty, so early rows are small and early updates large).
 
-    Bytes per parameter, beside metric, momentum and error (4, 2 and 17 / 16 at the defaults): `num_grads * density *
-    (index + value)` for the window, 0.64 at the defaults.
+    Bytes per parameter: 17 / 16 for the error, and `num_grads * density * (index + value)` for the window, 0.64 at the
+    defaults. 4 more with `metric="adam"`, 2 more with `precondition="momentum"`.
 
     Args:
         params: Parameters or groups.
@@ -71,8 +72,9 @@ class SparseMFAC(EFCP):
         block_size: Entries `B_d` of a Top-k block, 1 to 65,536.
         value_dtype: How the window stores values: float32, bfloat16, or int8 with a bfloat16 scale for each row and
             4,096 entries of the parameters.
-        metric: "adam", AdamW's metric; "factored", the same near 0 bytes; or "none", the paper's rule.
-        beta1: Decay of the first moment that `precondition="momentum"` keeps, in (0, 1).
+        metric: "factored", AdamW's metric with a second moment of rows and columns, near 0 bytes; "adam", with one of
+            every entry, 4 bytes; or "none", the paper's rule.
+        beta1: Decay of the first moment, in [0, 1), in a metric; see `EFCP`.
         **options: See `Options`.
 
     Raises:
@@ -92,7 +94,7 @@ class SparseMFAC(EFCP):
         trust_lr: float | None = None,
         block_size: int = 4096,
         value_dtype: torch.dtype = torch.bfloat16,
-        metric: str = "adam",
+        metric: str = "factored",
         beta1: float | None = None,
         **options: Unpack[Options],
     ) -> None:
@@ -106,12 +108,13 @@ class LowRankMFAC(EFCP):
     """M-FAC over a window of low-rank gradients with error feedback: EFCP's low-rank variant (arXiv 2306.06098).
 
     Every matrix of a row is `P Q^T` of rank `rank`; see `LowRank` for the compression and `EFCP` for the step. The
-    defaults are AdamW's metric and momentum, `u = D^-1/2 (I + F / mu)^-1 D^-1/2 m_hat` with a matrix for each tensor,
-    `F = sum_i row_i row_i^T` and `mu` the mean `|row|^2`.
+    defaults are AdamW's metric and AdamW's first moment over the window's rows, with a matrix for each tensor::
 
-    Bytes per parameter, beside metric, momentum and error (4, 2 and 17 / 16 at the defaults): `num_grads * rank *
-    (1 / rows + 1 / cols) * 2` for the window of a `(rows, cols)` matrix, and `8 num_grads^2` in all for each Gram
-    matrix. A step costs `2 num_grads * rank` operations per parameter for each of two products with the window.
+        u = D^-1/2 (I + lr / trust_lr F / mu)^-1 sum_i w_i row_i,   F = sum_i row_i row_i^T,   mu = mean |row_i|^2
+
+    Bytes per parameter: 17 / 16 for the error, and `num_grads * rank * (1 / rows + 1 / cols) * 2` for the window of a
+    `(rows, cols)` matrix; 1.6 in all for a BERT at the defaults. 4 more with `metric="adam"`, 2 more with
+    `precondition="momentum"`. A step costs `2 num_grads * rank` operations per parameter for the combination.
 
     Args:
         params: Parameters or groups.
@@ -123,8 +126,9 @@ class LowRankMFAC(EFCP):
         trust_lr: As for `SparseMFAC`.
         value_dtype: How the window stores factors, float32 or bfloat16.
         seed: Of the vectors that the compression starts from, at least 0.
-        metric: "adam", AdamW's metric; "factored", the same near 0 bytes; or "none", the paper's rule.
-        beta1: Decay of the first moment that `precondition="momentum"` keeps, in (0, 1).
+        metric: "factored", AdamW's metric with a second moment of rows and columns, near 0 bytes; "adam", with one of
+            every entry, 4 bytes; or "none", the paper's rule.
+        beta1: Decay of the first moment, in [0, 1), in a metric; see `EFCP`.
         **options: See `Options`.
 
     Raises:
@@ -144,7 +148,7 @@ class LowRankMFAC(EFCP):
         trust_lr: float | None = None,
         value_dtype: torch.dtype = torch.bfloat16,
         seed: int = 0,
-        metric: str = "adam",
+        metric: str = "factored",
         beta1: float | None = None,
         **options: Unpack[Options],
     ) -> None:
@@ -166,8 +170,9 @@ class DenseMFAC(EFCP):
         damp: As for `SparseMFAC`.
         relative_damp: As for `SparseMFAC`.
         trust_lr: As for `SparseMFAC`.
-        metric: "adam", AdamW's metric; "factored", the same near 0 bytes; or "none", the paper's rule.
-        beta1: Decay of the first moment that `precondition="momentum"` keeps, in (0, 1).
+        metric: "factored", AdamW's metric with a second moment of rows and columns, near 0 bytes; "adam", with one of
+            every entry, 4 bytes; or "none", the paper's rule.
+        beta1: Decay of the first moment, in [0, 1), in a metric; see `EFCP`.
         **options: See `Options`.
 
     Raises:
@@ -184,7 +189,7 @@ class DenseMFAC(EFCP):
         damp: float | None = None,
         relative_damp: float | None = None,
         trust_lr: float | None = None,
-        metric: str = "adam",
+        metric: str = "factored",
         beta1: float | None = None,
         **options: Unpack[Options],
     ) -> None:
@@ -222,9 +227,9 @@ class SparseGGT(EFCP):
         block_size: Entries `B_d` of a Top-k block, 1 to 65,536.
         value_dtype: How the window stores values: float32, bfloat16, or int8 with a bfloat16 scale for each row and
             4,096 entries of the parameters.
-        metric: "adam", AdamW's metric; "factored", the same near 0 bytes; or "none", the paper's rule.
-        beta1: Decay of the first moment: of the gradient in a metric; of the window's rows without one, at most
-            `beta2`.
+        metric: "factored", AdamW's metric with a second moment of rows and columns, near 0 bytes; "adam", with one of
+            every entry, 4 bytes; or "none", the paper's rule.
+        beta1: Decay of the first moment, in [0, 1); see `EFCP` in a metric, and `GGT` without one.
         **options: See `Options`.
 
     Raises:
@@ -246,7 +251,7 @@ class SparseGGT(EFCP):
         ridge: float = 0.0,
         block_size: int = 4096,
         value_dtype: torch.dtype = torch.bfloat16,
-        metric: str = "adam",
+        metric: str = "factored",
         beta1: float | None = None,
         **options: Unpack[Options],
     ) -> None:
@@ -273,7 +278,8 @@ class LowRankGGT(EFCP):
             `metric="none"`.
         value_dtype: How the window stores factors, float32 or bfloat16.
         seed: Of the vectors that the compression starts from, at least 0.
-        metric: "adam", AdamW's metric; "factored", the same near 0 bytes; or "none", the paper's rule.
+        metric: "factored", AdamW's metric with a second moment of rows and columns, near 0 bytes; "adam", with one of
+            every entry, 4 bytes; or "none", the paper's rule.
         beta1: As for `SparseGGT`.
         **options: See `Options`.
 
@@ -296,7 +302,7 @@ class LowRankGGT(EFCP):
         ridge: float = 0.0,
         value_dtype: torch.dtype = torch.bfloat16,
         seed: int = 0,
-        metric: str = "adam",
+        metric: str = "factored",
         beta1: float | None = None,
         **options: Unpack[Options],
     ) -> None:
@@ -321,7 +327,8 @@ class DenseGGT(EFCP):
         beta2: Decay of a row's weight with its age, in (0, 1].
         ridge: What is added to the Gram matrix, at least 0; 1e-6 is the published code's (see `GGT`). Needs `eps` and
             `metric="none"`.
-        metric: "adam", AdamW's metric; "factored", the same near 0 bytes; or "none", the paper's rule.
+        metric: "factored", AdamW's metric with a second moment of rows and columns, near 0 bytes; "adam", with one of
+            every entry, 4 bytes; or "none", the paper's rule.
         beta1: As for `SparseGGT`.
         **options: See `Options`.
 
@@ -341,7 +348,7 @@ class DenseGGT(EFCP):
         trust_lr: float | None = None,
         beta2: float = 1.0,
         ridge: float = 0.0,
-        metric: str = "adam",
+        metric: str = "factored",
         beta1: float | None = None,
         **options: Unpack[Options],
     ) -> None:
@@ -472,11 +479,10 @@ def _in_metric(metric: str, beta1: float | None, options: Any) -> dict[str, Any]
     """The options of an optimizer with a matrix, with the defaults of its metric."""
     if metric == "none":
         return {"metric": metric, "beta1": beta1 or 0.0, **options}
-    precondition = options.get("precondition", "momentum")
+    dense = options.get("precondition") == "gradient"
     defaults = {
         "metric": metric,
-        "precondition": precondition,
-        "beta1": beta1 if beta1 is not None else 0.9 if precondition == "momentum" else 0.0,
+        "beta1": beta1 if beta1 is not None else 0.0 if dense else 0.9,
         "scope": "layer",
         "error_dtype": torch.int8,
         "momentum_dtype": torch.bfloat16,

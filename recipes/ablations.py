@@ -16,13 +16,11 @@ from hf_efcp import EFCP, OPTIMIZERS
 from hf_efcp.compressors import Job
 from hf_efcp.kernels import Kernels
 from hf_efcp.lowrank import LowRank
-from hf_efcp.preconditioners import MFAC, Combination
-from hf_efcp.windows import State, Window
+from hf_efcp.preconditioners import MFAC, Moment
 
 DEFAULTS: dict[str, Any] = {  # of `LowRankMFAC`; a test compares them
     "num_grads": 16,
-    "metric": "adam",
-    "precondition": "momentum",
+    "metric": "factored",
     "beta1": 0.9,
     "momentum_dtype": torch.bfloat16,
     "error_dtype": torch.int8,
@@ -32,32 +30,20 @@ DEFAULTS: dict[str, Any] = {  # of `LowRankMFAC`; a test compares them
 
 @dataclass(frozen=True)
 class OnlyShortened(MFAC):
-    """M-FAC whose update has the length that the matrix gives it, in the metric, and the direction of `x`.
+    """M-FAC whose update has the length that the matrix gives it, in the metric, and the direction of the moment."""
 
-    The length is that of a span, 262,144 entries or a row: large matrices have several. So this control has a little
-    more of the matrix than one length for a tensor.
-    """
-
-    def update(
-        self,
-        plan: Combination,
-        window: Window,
-        state: State,
-        shape: torch.Size,
-        span: slice,
-        kernels: Kernels,
-        base: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """`|x + G^T c| / |x|` times `x`."""
-        assert base is not None  # the dense vector is preconditioned
-        turned = super().update(plan, window, state, shape, span, kernels, base)
-        length = torch.linalg.vector_norm(base).clamp(min=torch.finfo(torch.float32).tiny)
-        factor: torch.Tensor = torch.linalg.vector_norm(turned) / length
-        return base * factor
+    def shorten(self, grams: torch.Tensor, products: torch.Tensor, moment: Moment) -> torch.Tensor:
+        """`c` such that `x + G^T c` is as long as with the matrix and parallel to `x = G^T w`, for each Gram matrix."""
+        weights = moment.weights(DEFAULTS["beta1"])
+        turned = super().shorten(grams, products, moment) + weights
+        lengths = [(c * (grams @ c[:, :, None]).squeeze(-1)).sum(dim=1) for c in (turned, weights.expand_as(turned))]
+        shortened, whole = (length.clamp(min=torch.finfo(torch.float64).tiny).sqrt() for length in lengths)
+        c: torch.Tensor = (shortened / whole - 1.0)[:, None] * weights
+        return c
 
 
 class ShortenedAdamW(EFCP):
-    """`LowRankMFAC` at its defaults with the direction off: AdamW, shortened as much as the matrix shortens it.
+    """`LowRankMFAC` at its defaults with the direction off: the moment, shortened as much as the matrix shortens it.
 
     Args:
         params: Parameters or groups.
@@ -67,7 +53,7 @@ class ShortenedAdamW(EFCP):
 
     def __init__(self, params: ParamsT, lr: float = 1e-4, **options: Any) -> None:
         rule = OnlyShortened(damp=0.0, trust_lr=4e-4)
-        super().__init__(params, lr, compressor=LowRank(), preconditioner=rule, **DEFAULTS, **options)
+        super().__init__(params, lr, compressor=LowRank(), preconditioner=rule, **{**DEFAULTS, **options})
 
 
 @dataclass(frozen=True)
@@ -93,7 +79,7 @@ class ForgetfulMFAC(EFCP):
 
     def __init__(self, params: ParamsT, lr: float = 1e-4, **options: Any) -> None:
         rule = MFAC(damp=0.0, trust_lr=4e-4)
-        super().__init__(params, lr, compressor=WithoutFeedback(), preconditioner=rule, **DEFAULTS, **options)
+        super().__init__(params, lr, compressor=WithoutFeedback(), preconditioner=rule, **{**DEFAULTS, **options})
 
 
 OPTIMIZERS["shortened_adamw"] = ShortenedAdamW

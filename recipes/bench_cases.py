@@ -43,8 +43,8 @@ SPARSE_256 = "sparse M-FAC, m = 256"
 SPARSE_1024 = "sparse M-FAC, m = 1024"
 SMALLEST = "sparse M-FAC, m = 256, 8 bits"
 LOW_RANK = "low-rank M-FAC"
-LEAN = "low-rank M-FAC, factored, gradient"
-# Ours in AdamW's metric with momentum, which is the default, and lean; then the papers' rules, which have no metric.
+MOMENTS = "low-rank M-FAC, AdamW's moments"
+# Ours at its defaults, and with both moments of AdamW; then the papers' rules, which have no metric.
 DEFAULTS = tuple(
     Contender(label, optimizer, options, optional=True)
     for label, optimizer, options in (
@@ -52,7 +52,7 @@ DEFAULTS = tuple(
         ("SGD, momentum (fused)", "sgd", ""),
         ("GaLore, rank 128, between its SVDs", "galore", ""),
         (LOW_RANK, "lowrank_mfac", ""),
-        (LEAN, "lowrank_mfac", "metric=factored,precondition=gradient"),
+        (MOMENTS, "lowrank_mfac", "metric=adam,precondition=momentum"),
         ("sparse M-FAC, m = 64", "sparse_mfac", "num_grads=64,metric=none"),
         (SPARSE_256, "sparse_mfac", "num_grads=256,metric=none"),
         (SPARSE_1024, "sparse_mfac", "num_grads=1024,metric=none"),

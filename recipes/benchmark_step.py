@@ -27,8 +27,8 @@ import torch
 from bench_cases import (
     ADAMW,
     DEFAULTS,
-    LEAN,
     LOW_RANK,
+    MOMENTS,
     SPARSE_256,
     SPARSE_1024,
     Contender,
@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    trained = "|".join(map(re.escape, (ADAMW, LOW_RANK, LEAN, SPARSE_256, SPARSE_1024)))
+    trained = "|".join(map(re.escape, (ADAMW, LOW_RANK, MOMENTS, SPARSE_256, SPARSE_1024)))
     add = parser.add_argument
     add(
         "--contender",

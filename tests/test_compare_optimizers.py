@@ -244,7 +244,7 @@ def test_the_key_holds_what_decides_the_result_and_nothing_else(recipe, write_co
     efcp, adamw = keys()
     assert efcp["optimizer"] == "sparse_mfac"
     assert (efcp["options"]["num_grads"], efcp["options"]["density"]) == (16, 0.05)
-    assert efcp["options"]["relative_damp"] == 1.0  # a default, which may change
+    assert efcp["options"]["trust_lr"] == 4e-4  # a default, which may change
     assert (adamw["optimizer"], adamw["options"]) == ("adamw_torch", {})
     arguments = {"max_steps": 40, "per_device_train_batch_size": 16, "warmup_steps": 0.1, "use_cpu": True}
     assert efcp["arguments"] == adamw["arguments"] == arguments

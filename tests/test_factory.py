@@ -14,7 +14,7 @@ from hf_efcp import OPTIMIZERS, SparseMFAC, create_optimizer
 from hf_efcp.factory import _settings, default_lr, parse_optim_args
 
 # And more: the optimizer's own come first, and then what all take.
-SETTINGS = "num_grads, density, damp, relative_damp, block_size, value_dtype, metric, beta1, momentum"
+SETTINGS = "num_grads, density, damp, relative_damp, trust_lr, block_size, value_dtype, metric, beta1, momentum"
 
 
 def names_of(model: nn.Module, group: dict) -> list[str]:

@@ -31,7 +31,10 @@ SETTINGS = {
     "low rank": (LowRankMFAC, dict(lr=0.03, num_grads=5, damp=1e-3, rank=1, momentum=0.5)),
     "4-bit error": (MicroAdam, dict(lr=0.02, num_grads=5, density=0.2, block_size=16)),
     "ggt": (SparseGGT, dict(lr=0.1, num_grads=5, eps=1e-3, density=0.1, block_size=16)),
-    "metric": (DenseMFAC, dict(lr=0.01, num_grads=5, metric="adam", momentum_dtype=torch.float32)),
+    "metric": (
+        DenseMFAC,
+        dict(lr=0.01, num_grads=5, metric="adam", precondition="momentum", momentum_dtype=torch.float32),
+    ),
     "metric of the model": (
         SparseGGT,
         dict(
@@ -39,9 +42,13 @@ SETTINGS = {
             scope="model", error_dtype=torch.float32,
         ),
     ),
-    "metric in few bits": (LowRankMFAC, dict(lr=0.01, num_grads=5, rank=1, metric="adam", metric_dtype=torch.int8)),
+    "metric in few bits": (
+        LowRankMFAC,
+        dict(lr=0.01, num_grads=5, rank=1, metric="adam", precondition="momentum", metric_dtype=torch.int8),
+    ),
+    "default": (LowRankMFAC, dict(lr=0.01, num_grads=5, rank=1)),
 }  # fmt: skip
-RESUMED = ("dense", "sparse", "int8", "wide indices", "low rank", "4-bit error", "metric in few bits")
+RESUMED = ("dense", "sparse", "int8", "wide indices", "low rank", "4-bit error", "metric in few bits", "default")
 
 
 def network():

@@ -39,12 +39,19 @@ IN_METRIC = {
     "lowrank_mfac_metric": (LowRankMFAC, dict(rank=2)),
     "lowrank_mfac_metric_exact": (
         LowRankMFAC,
-        dict(rank=2, error_dtype=torch.float32, momentum_dtype=torch.float32, value_dtype=torch.float32),
+        dict(rank=2, error_dtype=torch.float32, value_dtype=torch.float32, metric="adam"),
     ),
-    "lowrank_mfac_metric_int8": (LowRankMFAC, dict(rank=1, metric_dtype=torch.int8, precondition="gradient")),
-    "lowrank_mfac_metric_factored": (LowRankMFAC, dict(rank=2, metric="factored", precondition="gradient")),
-    "lowrank_ggt_metric": (LowRankGGT, dict(rank=2, beta2=0.9, metric_dtype=torch.bfloat16, scope="model")),
-    "sparse_mfac_metric": (SparseMFAC, dict(density=0.2, block_size=16, precondition="row", scope="model")),
+    "lowrank_mfac_metric_int8": (
+        LowRankMFAC,
+        dict(rank=1, metric="adam", metric_dtype=torch.int8, precondition="gradient"),
+    ),
+    "lowrank_mfac_metric_momentum": (LowRankMFAC, dict(rank=2, metric="adam", precondition="momentum")),
+    "lowrank_mfac_metric_gradient": (LowRankMFAC, dict(rank=2, precondition="gradient")),
+    "lowrank_ggt_metric": (
+        LowRankGGT,
+        dict(rank=2, beta2=0.9, metric="adam", metric_dtype=torch.bfloat16, scope="model", precondition="momentum"),
+    ),
+    "sparse_mfac_metric": (SparseMFAC, dict(density=0.2, block_size=16, metric="adam", beta1=0.0, scope="model")),
     "sparse_ggt_metric": (SparseGGT, dict(density=0.2, block_size=16)),
     "dense_mfac_metric": (DenseMFAC, dict(momentum=0.5)),
 }
@@ -52,7 +59,10 @@ VARIANTS = {
     name: (cls, settings if cls in (SparseAdaGrad, MicroAdam) else {**settings, "metric": "none"})
     for name, (cls, settings) in PAPERS.items()
 }
-VARIANTS |= {name: (cls, {"lr": 0.01, "num_grads": 5, **settings}) for name, (cls, settings) in IN_METRIC.items()}
+VARIANTS |= {
+    name: (cls, {"lr": 0.01, "num_grads": 5, "trust_lr": 0.01, **settings})
+    for name, (cls, settings) in IN_METRIC.items()
+}
 
 
 def build(name, params, **changes):
@@ -82,9 +92,7 @@ def exact(name):
     """Changes after which nothing depends on the positions of the parameters, as rounding and random starts do."""
     changes = taken(name, error_dtype=torch.float32, rank=100)
     if in_metric(name):
-        changes |= {"momentum_dtype": torch.float32}
-        if VARIANTS[name][1].get("metric") != "factored":
-            changes |= {"metric_dtype": torch.float32}
+        changes |= {"momentum_dtype": torch.float32, "metric_dtype": torch.float32}
     return changes
 
 
