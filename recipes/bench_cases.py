@@ -43,7 +43,7 @@ SPARSE_256 = "sparse M-FAC, m = 256"
 SPARSE_1024 = "sparse M-FAC, m = 1024"
 SMALLEST = "sparse M-FAC, m = 256, 8 bits"
 LOW_RANK = "low-rank M-FAC"
-MOMENTS = "low-rank M-FAC, AdamW's moments"
+MOMENTS = "low-rank M-FAC, both moments"
 # Ours at its defaults, and with both moments of AdamW; then the papers' rules, which have no metric.
 DEFAULTS = tuple(
     Contender(label, optimizer, options, optional=True)

@@ -33,13 +33,15 @@ SETTINGS = {
     "ggt": (SparseGGT, dict(lr=0.1, num_grads=5, eps=1e-3, density=0.1, block_size=16)),
     "metric": (
         DenseMFAC,
-        dict(lr=0.01, num_grads=5, metric="adam", precondition="momentum", momentum_dtype=torch.float32),
+        dict(
+            lr=0.01, num_grads=5, metric="adam", precondition="momentum", momentum_dtype=torch.float32, trust_lr=0.01,
+        ),
     ),
     "metric of the model": (
         SparseGGT,
         dict(
             lr=0.01, num_grads=5, density=1.0, value_dtype=torch.float32, metric="adam", precondition="gradient",
-            scope="model", error_dtype=torch.float32,
+            scope="model", error_dtype=torch.float32, trust_lr=0.01,
         ),
     ),
     "metric in few bits": (

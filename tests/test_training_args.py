@@ -81,7 +81,7 @@ def test_a_learning_rate_that_is_given_stays(optim, given, caplog):
         ("density=2", "density"),
         ("num_grads=0", "num_grads"),
         ("damp=-1", "damp"),
-        ("damp=1,relative_damp=1", "damp=1.0 and relative_damp=1.0 both choose the dampening"),
+        ("damp=1,relative_damp=1", "damp=1.0 and relative_damp=1.0 all choose the dampening"),
         ("metric=rms", "metric must be one of 'none', 'adam', 'factored', got 'rms'"),
         ("backend=fast", "backend"),
         ("exclude_lr=-1", "lr must be a finite number"),
