@@ -77,7 +77,7 @@ class EFCP(torch.optim.Optimizer):
 
     Parameters that FSDP2 has sharded (`fully_shard`) are stepped where they are: every rank keeps the window and the
     error of its shards, and the new Gram column is summed over the ranks. Top-k then equals that of one process whose
-    parameters are cut at the shards' borders.
+    parameters are cut at the shards' borders; so do low-rank rows and a factored second moment.
 
     Args:
         params: Parameters or groups, as for any `torch.optim.Optimizer`.
@@ -588,18 +588,17 @@ class EFCP(torch.optim.Optimizer):
 
 def _squares(active: list[Member], kernels: Kernels) -> dict[int, float]:
     """`|g|^2` by position."""
-    groups: list[list[torch.Tensor]] = [[]]
-    positions, sums, entries = [], [], 0
+    positions, sums = [], []
+    waiting: list[torch.Tensor] = []  # converted, and so not all at a time
     for member in active:
-        if member.param.grad is None:
-            continue
-        positions.append(member.position)
-        groups[-1].append(dense(member.param.grad).view(-1))
-        entries += len(groups[-1][-1])
-        if entries > _SQUARED:
-            sums.append(kernels.squares(groups.pop()))
-            groups, entries = [[]], 0
-    sums += [kernels.squares(group) for group in groups if group]
+        if member.param.grad is not None:
+            positions.append(member.position)
+            waiting.append(dense(member.param.grad).view(-1))
+        if sum(map(len, waiting)) > _SQUARED:
+            sums.append(kernels.squares(waiting))
+            waiting = []
+    if waiting:
+        sums.append(kernels.squares(waiting))
     return dict(zip(positions, torch.cat(sums).tolist(), strict=True)) if sums else {}
 
 
