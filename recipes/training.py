@@ -32,7 +32,7 @@ from hf_efcp import EFCPTrainer, EFCPTrainingArguments
 from hf_efcp.glue import GlueTask, compute_metrics
 
 # A checkpoint has the optimizer's window in it, and is as large.
-DEFAULTS = {"optim": "sparse_mfac", "warmup_steps": 0.1, "logging_nan_inf_filter": False, "save_total_limit": 1}
+DEFAULTS = {"optim": "lowrank_mfac", "warmup_steps": 0.1, "logging_nan_inf_filter": False, "save_total_limit": 1}
 PACKAGED = "packaged-minilm"
 
 

@@ -114,7 +114,7 @@ def test_flags_win_over_yaml(parse, tmp_path):
 
 def test_the_recipes_own_defaults(parse):
     _, _, _, args = parse("--task_name", "sst2")
-    assert (args.optim, args.warmup_steps, args.logging_nan_inf_filter) == ("sparse_mfac", 0.1, False)
+    assert (args.optim, args.warmup_steps, args.logging_nan_inf_filter) == ("lowrank_mfac", 0.1, False)
 
 
 @pytest.mark.parametrize(

@@ -159,7 +159,7 @@ def test_the_defaults(parse):
     data, _, _, args = parse()
     assert (data.dataset_name, data.data_dir, data.max_train_samples, data.max_eval_samples) == (SQUAD, *[None] * 3)
     assert (data.max_seq_length, data.doc_stride, data.n_best_size, data.max_answer_length) == (384, 128, 20, 30)
-    assert (args.optim, args.warmup_steps, args.logging_nan_inf_filter) == ("sparse_mfac", 0.1, False)
+    assert (args.optim, args.warmup_steps, args.logging_nan_inf_filter) == ("lowrank_mfac", 0.1, False)
 
 
 @pytest.mark.parametrize(
