@@ -20,9 +20,9 @@ class Options(TypedDict, total=False):
     """What every named optimizer takes beside its own arguments; `EFCP` says what each of them is.
 
     What is not given depends on the metric. With one: `precondition="row"` and `beta1=0.9`, AdamW's first moment over
-    the window's rows (`beta1=0` for `precondition="gradient"`), `scope="layer"`, errors in int8, and a dense first
-    moment in bfloat16. With "none", the paper's rule: `precondition="row"`, `beta1=0`, `scope="model"`, errors in
-    float32.
+    the window's rows (`beta1=0` for `precondition="gradient"`), `scope="layer"`, errors and a second moment of every
+    entry in int8, and a dense first moment in bfloat16. With "none", the paper's rule: `precondition="row"`, `beta1=0`,
+    `scope="model"`, errors in float32.
     """
 
     momentum: float
@@ -54,8 +54,8 @@ class SparseMFAC(EFCP):
     and one gradient clipping. 5e-4 is a good one at `num_grads=256, damp=1e-5`, clipping at 1.0 and a warm-up of 10 %
     of the steps (the error starts empty, so early rows are small and early updates large).
 
-    Bytes per parameter: 17 / 16 for the error, and `num_grads * density * (index + value)` for the window, 0.64 at the
-    defaults. 4 more with `metric="adam"`, 2 more with `precondition="momentum"`.
+    Bytes per parameter: 17 / 16 for the error, 17 / 16 for the second moment, and `num_grads * density * (index +
+    value)` for the window, 0.64 at the defaults. 2 more with `precondition="momentum"`.
 
     Args:
         params: Parameters or groups.
@@ -72,8 +72,8 @@ class SparseMFAC(EFCP):
         block_size: Entries `B_d` of a Top-k block, 1 to 65,536.
         value_dtype: How the window stores values: float32, bfloat16, or int8 with a bfloat16 scale for each row and
             4,096 entries of the parameters.
-        metric: "factored", AdamW's metric with a second moment of rows and columns, near 0 bytes; "adam", with one of
-            every entry, 4 bytes; or "none", the paper's rule.
+        metric: "adam", AdamW's metric; "factored", the same with a second moment of rows and columns, near 0 bytes; or
+            "none", the paper's rule.
         beta1: Decay of the first moment, in [0, 1), in a metric; see `EFCP`.
         **options: See `Options`.
 
@@ -94,7 +94,7 @@ class SparseMFAC(EFCP):
         trust_lr: float | None = None,
         block_size: int = 4096,
         value_dtype: torch.dtype = torch.bfloat16,
-        metric: str = "factored",
+        metric: str = "adam",
         beta1: float | None = None,
         **options: Unpack[Options],
     ) -> None:
@@ -112,9 +112,10 @@ class LowRankMFAC(EFCP):
 
         u = D^-1/2 (I + lr / trust_lr F / mu)^-1 sum_i w_i row_i,   F = sum_i row_i row_i^T,   mu = mean |row_i|^2
 
-    Bytes per parameter: 17 / 16 for the error, and `num_grads * rank * (1 / rows + 1 / cols) * 2` for the window of a
-    `(rows, cols)` matrix; 1.6 in all for a BERT at the defaults. 4 more with `metric="adam"`, 2 more with
-    `precondition="momentum"`. A step costs `2 num_grads * rank` operations per parameter for the combination.
+    Bytes per parameter: 17 / 16 for the error, 17 / 16 for the second moment, and `num_grads * rank * (1 / rows + 1 /
+    cols) * 2` for the window of a `(rows, cols)` matrix; about 2.5 in all for a BERT at the defaults, and 1.5 with
+    `metric="factored"`. 2 more with `precondition="momentum"`. A step costs `2 num_grads * rank` operations per
+    parameter for the combination.
 
     Args:
         params: Parameters or groups.
@@ -126,8 +127,8 @@ class LowRankMFAC(EFCP):
         trust_lr: As for `SparseMFAC`.
         value_dtype: How the window stores factors, float32 or bfloat16.
         seed: Of the vectors that the compression starts from, at least 0.
-        metric: "factored", AdamW's metric with a second moment of rows and columns, near 0 bytes; "adam", with one of
-            every entry, 4 bytes; or "none", the paper's rule.
+        metric: "adam", AdamW's metric; "factored", the same with a second moment of rows and columns, near 0 bytes; or
+            "none", the paper's rule.
         beta1: Decay of the first moment, in [0, 1), in a metric; see `EFCP`.
         **options: See `Options`.
 
@@ -148,7 +149,7 @@ class LowRankMFAC(EFCP):
         trust_lr: float | None = None,
         value_dtype: torch.dtype = torch.bfloat16,
         seed: int = 0,
-        metric: str = "factored",
+        metric: str = "adam",
         beta1: float | None = None,
         **options: Unpack[Options],
     ) -> None:
@@ -170,8 +171,8 @@ class DenseMFAC(EFCP):
         damp: As for `SparseMFAC`.
         relative_damp: As for `SparseMFAC`.
         trust_lr: As for `SparseMFAC`.
-        metric: "factored", AdamW's metric with a second moment of rows and columns, near 0 bytes; "adam", with one of
-            every entry, 4 bytes; or "none", the paper's rule.
+        metric: "adam", AdamW's metric; "factored", the same with a second moment of rows and columns, near 0 bytes; or
+            "none", the paper's rule.
         beta1: Decay of the first moment, in [0, 1), in a metric; see `EFCP`.
         **options: See `Options`.
 
@@ -189,7 +190,7 @@ class DenseMFAC(EFCP):
         damp: float | None = None,
         relative_damp: float | None = None,
         trust_lr: float | None = None,
-        metric: str = "factored",
+        metric: str = "adam",
         beta1: float | None = None,
         **options: Unpack[Options],
     ) -> None:
@@ -227,8 +228,8 @@ class SparseGGT(EFCP):
         block_size: Entries `B_d` of a Top-k block, 1 to 65,536.
         value_dtype: How the window stores values: float32, bfloat16, or int8 with a bfloat16 scale for each row and
             4,096 entries of the parameters.
-        metric: "factored", AdamW's metric with a second moment of rows and columns, near 0 bytes; "adam", with one of
-            every entry, 4 bytes; or "none", the paper's rule.
+        metric: "adam", AdamW's metric; "factored", the same with a second moment of rows and columns, near 0 bytes; or
+            "none", the paper's rule.
         beta1: Decay of the first moment, in [0, 1); see `EFCP` in a metric, and `GGT` without one.
         **options: See `Options`.
 
@@ -251,7 +252,7 @@ class SparseGGT(EFCP):
         ridge: float = 0.0,
         block_size: int = 4096,
         value_dtype: torch.dtype = torch.bfloat16,
-        metric: str = "factored",
+        metric: str = "adam",
         beta1: float | None = None,
         **options: Unpack[Options],
     ) -> None:
@@ -278,8 +279,8 @@ class LowRankGGT(EFCP):
             `metric="none"`.
         value_dtype: How the window stores factors, float32 or bfloat16.
         seed: Of the vectors that the compression starts from, at least 0.
-        metric: "factored", AdamW's metric with a second moment of rows and columns, near 0 bytes; "adam", with one of
-            every entry, 4 bytes; or "none", the paper's rule.
+        metric: "adam", AdamW's metric; "factored", the same with a second moment of rows and columns, near 0 bytes; or
+            "none", the paper's rule.
         beta1: As for `SparseGGT`.
         **options: See `Options`.
 
@@ -302,7 +303,7 @@ class LowRankGGT(EFCP):
         ridge: float = 0.0,
         value_dtype: torch.dtype = torch.bfloat16,
         seed: int = 0,
-        metric: str = "factored",
+        metric: str = "adam",
         beta1: float | None = None,
         **options: Unpack[Options],
     ) -> None:
@@ -327,8 +328,8 @@ class DenseGGT(EFCP):
         beta2: Decay of a row's weight with its age, in (0, 1].
         ridge: What is added to the Gram matrix, at least 0; 1e-6 is the published code's (see `GGT`). Needs `eps` and
             `metric="none"`.
-        metric: "factored", AdamW's metric with a second moment of rows and columns, near 0 bytes; "adam", with one of
-            every entry, 4 bytes; or "none", the paper's rule.
+        metric: "adam", AdamW's metric; "factored", the same with a second moment of rows and columns, near 0 bytes; or
+            "none", the paper's rule.
         beta1: As for `SparseGGT`.
         **options: See `Options`.
 
@@ -348,7 +349,7 @@ class DenseGGT(EFCP):
         trust_lr: float | None = None,
         beta2: float = 1.0,
         ridge: float = 0.0,
-        metric: str = "factored",
+        metric: str = "adam",
         beta1: float | None = None,
         **options: Unpack[Options],
     ) -> None:
@@ -482,6 +483,7 @@ def _in_metric(metric: str, beta1: float | None, options: Any) -> dict[str, Any]
     dense = options.get("precondition") == "gradient"
     defaults = {
         "metric": metric,
+        "metric_dtype": torch.int8 if metric == "adam" else torch.float32,
         "beta1": beta1 if beta1 is not None else 0.0 if dense else 0.9,
         "scope": "layer",
         "error_dtype": torch.int8,

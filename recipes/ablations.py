@@ -20,7 +20,8 @@ from hf_efcp.preconditioners import MFAC, Moment
 
 DEFAULTS: dict[str, Any] = {  # of `LowRankMFAC`; a test compares them
     "num_grads": 16,
-    "metric": "factored",
+    "metric": "adam",
+    "metric_dtype": torch.int8,
     "beta1": 0.9,
     "momentum_dtype": torch.bfloat16,
     "error_dtype": torch.int8,

@@ -52,7 +52,7 @@ DEFAULTS = tuple(
         ("SGD, momentum (fused)", "sgd", ""),
         ("GaLore, rank 128, between its SVDs", "galore", ""),
         (LOW_RANK, "lowrank_mfac", ""),
-        (MOMENTS, "lowrank_mfac", "metric=adam,precondition=momentum"),
+        (MOMENTS, "lowrank_mfac", "metric_dtype=float32,precondition=momentum"),
         ("sparse M-FAC, m = 64", "sparse_mfac", "num_grads=64,metric=none"),
         (SPARSE_256, "sparse_mfac", "num_grads=256,metric=none"),
         (SPARSE_1024, "sparse_mfac", "num_grads=1024,metric=none"),

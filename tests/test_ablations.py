@@ -12,9 +12,9 @@ def test_direction_off_is_adamws_direction_as_short_as_the_matrix_makes_it(recip
     generator = torch.Generator().manual_seed(0)
     starts = [torch.randn(shape, generator=generator) for shape in ((20, 12), (12,))]
     kinds = {
-        "matrix": lambda params: LowRankMFAC(params, 4e-4, metric="adam"),
-        "direction off": lambda params: recipe.ablations.ShortenedAdamW(params, 4e-4, metric="adam"),
-        "matrix off": lambda params: LowRankMFAC(params, 4e-4, metric="adam", relative_damp=1e30),
+        "matrix": lambda params: LowRankMFAC(params, 4e-4, metric_dtype=torch.float32),
+        "direction off": lambda params: recipe.ablations.ShortenedAdamW(params, 4e-4, metric_dtype=torch.float32),
+        "matrix off": lambda params: LowRankMFAC(params, 4e-4, metric_dtype=torch.float32, relative_damp=1e30),
     }
     params = {name: [torch.nn.Parameter(start.clone()) for start in starts] for name in kinds}
     optimizers = {name: make(params[name]) for name, make in kinds.items()}

@@ -133,7 +133,7 @@ def test_the_published_window_shrinks_to_the_memory_there_is_and_its_time_grows_
         "microadam num_grads=9,density=0.05",
         "sparse_adagrad",
         "lowrank_mfac num_grads=9,rank=2",
-        "lowrank_mfac num_grads=9,rank=2,metric=adam,precondition=momentum",
+        "lowrank_mfac num_grads=9,rank=2,metric=factored,precondition=momentum",
         "lowrank_ggt num_grads=9,metric=none",
         "dense_mfac num_grads=9,scope=model",
     ],
@@ -344,8 +344,8 @@ def test_the_default_contenders_can_be_built(recipe):
     assert set(built) == {contender.label for contender in contenders}
     assert left_out == {}
     default, moments = built[cases.LOW_RANK].param_groups[0], built[cases.MOMENTS].param_groups[0]
-    assert (default["metric"], default["precondition"], default["num_grads"]) == ("factored", "row", 16)
-    assert (moments["metric"], moments["precondition"]) == ("adam", "momentum")
+    assert (default["metric_dtype"], default["precondition"], default["num_grads"]) == ("int8", "row", 16)
+    assert (moments["metric_dtype"], moments["precondition"]) == ("float32", "momentum")
     assert cases.state_memory(built[cases.LOW_RANK])["metric"] < cases.state_memory(built[cases.MOMENTS])["metric"]
     for label in (cases.SPARSE_256, cases.SPARSE_1024, cases.SMALLEST):
         assert built[label].param_groups[0]["metric"] == "none"
@@ -396,7 +396,7 @@ def test_the_benchmark_from_end_to_end(recipe, tiny_model, tmp_path, capsys):
     assert large["stream_bytes"] == 2 * (large["memory"]["indices"] + large["memory"]["values"])
     assert adamw["stream_bytes"] == 0
     assert ("metric" in mine["parts"], "metric" in large["parts"]) == (True, False)
-    assert 0 < mine["memory"]["metric"] < saved["parameters"]
+    assert mine["memory"]["metric"] == mine["memory"]["error"] > saved["parameters"]  # both in int8, with scales
     assert mine["bytes_per_parameter"] == pytest.approx(mine["memory"]["total"] / saved["parameters"])
     assert saved["peak_method"] in ("VmHWM", "sampled")
     assert {"cpu", "threads", "torch", "numba", "seed"} <= saved["machine"].keys()

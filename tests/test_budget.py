@@ -203,11 +203,11 @@ def test_a_budget_that_is_too_small_says_what_is_needed():
         "for the row, and 28,960 whatever num_grads is (error 4,360, momentum 8,200, metric 16,400). Raise the budget, "
         "or lower what the optimizer has of these: "
     )
-    moments = {"metric": "adam", "precondition": "momentum"}
+    moments = {"metric_dtype": torch.float32, "precondition": "momentum"}
     with pytest.raises(ValueError, match=re.escape(message)):
         SparseMFAC(params, memory_budget="4B/param", **moments)
     assert largest_window(params, SparseMFAC, memory_budget=29_144, **moments) == 1
-    settings = {"precondition": "gradient", "metric": "adam", "metric_dtype": torch.int8}
+    settings = {"metric": "factored"}
     assert largest_window(params, SparseMFAC, memory_budget="4B/param", **settings) > 1
     # Without a metric: one Gram matrix, and the error in float32.
     with pytest.raises(ValueError, match=r"takes 16,576: 176 for the row, and 16,400 whatever .* \(error 16,400\)\."):
@@ -289,11 +289,12 @@ def test_trainer_takes_the_same_window(tmp_path):
 
 def test_the_plan_prints_as_a_table():
     params = [nn.Parameter(torch.zeros(1000, 1000))]
-    settings = {"memory_budget": "8B/param", "metric": "adam", "precondition": "momentum"}
+    settings = {"memory_budget": "8B/param", "metric_dtype": torch.float32, "precondition": "momentum"}
     plan = estimate_memory(params, SparseMFAC, **settings)
     assert plan.num_grads == largest_window(params, SparseMFAC, **settings) == 23
     assert type(plan["total"]) is int
-    assert plan == SparseMFAC(params, num_grads=23, metric="adam", precondition="momentum").planned_memory()
+    del settings["memory_budget"]
+    assert plan == SparseMFAC(params, num_grads=23, **settings).planned_memory()
     # 244 blocks keep 41 entries each, the tail of 576 keeps 6: 40,040 bytes a row.
     table = """\
 SparseMFAC: num_grads=23, 1,000,000 trainable parameters

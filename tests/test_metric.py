@@ -27,7 +27,7 @@ from hf_efcp.lowrank import LowRank
 from hf_efcp.preconditioners import GGT, MFAC, Moment
 
 BACKENDS = [pytest.param(reference, id="reference"), pytest.param(cpu, id="numba")]
-EXACT = dict(error_dtype=torch.float32, momentum_dtype=torch.float32)
+EXACT = dict.fromkeys(("error_dtype", "momentum_dtype", "metric_dtype"), torch.float32)
 SHAPES = [(40, 30), (30,), (3, 4, 5), ()]
 
 
@@ -204,7 +204,7 @@ def test_fewer_bits_change_little(kept, low, high):
         params = problem.parameters()
         optimizer = DenseMFAC(
                 params, 1e-2, num_grads=8, relative_damp=1.0, precondition="momentum",
-                **{"momentum_dtype": torch.float32, **changes},
+                **{"momentum_dtype": torch.float32, "metric_dtype": torch.float32, **changes},
             )  # fmt: skip
         for step in range(40):
             set_gradients(params, problem.gradients(problem.start, step))

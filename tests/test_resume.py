@@ -211,12 +211,12 @@ def test_a_damage_inside_the_optimizer_file_is_seen(folder):
     """In the second moment, where neither torch.load nor the shapes of tensors would notice."""
     path = folder / "checkpoint-8" / "optimizer.pt"
     data = bytearray(path.read_bytes())
-    moment = torch.load(path)["state"][0]["second_moment_rows"]
+    moment = torch.load(path)["state"][0]["second_moment"]
     found = data.find(moment.numpy().tobytes())
     assert found > 0
-    data[found + 6] ^= 0x40  # of the second entry
+    data[found + 6] ^= 0x40
     path.write_bytes(bytes(data))
-    assert not torch.equal(torch.load(path)["state"][0]["second_moment_rows"], moment)
+    assert not torch.equal(torch.load(path)["state"][0]["second_moment"], moment)
     for asked in (True, str(folder / "checkpoint-8")):
         with pytest.raises(ValueError, match="checkpoint-8/optimizer.pt is damaged .the checksum of its entry .*data/"):
             trainer(folder, max_steps=9).train(resume_from_checkpoint=asked)

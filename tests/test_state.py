@@ -253,7 +253,7 @@ def test_memory_of_groups_and_models():
     groups = [{"params": [model.weight]}, {"params": [model.bias], "preconditioned": False}]
     estimate = estimate_memory(groups, hf_efcp.SparseMFAC, num_grads=8)
     assert estimate["momentum"] == 2 * 2 * 4 + 4  # AdamW's of the bias
-    assert estimate["metric"] == (2 + 4096) * 4
+    assert estimate["metric"] == estimate["error"] == 2 * 4096 + 4 * 2 * 4096 // 64  # int8, and scales
     assert set(groups[0]) == {"params"}
     optimizer = hf_efcp.SparseMFAC(groups, num_grads=8)
     set_gradients([model.weight, model.bias], [torch.ones(2, 4096), torch.ones(2)])

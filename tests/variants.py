@@ -39,19 +39,19 @@ IN_METRIC = {
     "lowrank_mfac_metric": (LowRankMFAC, dict(rank=2)),
     "lowrank_mfac_metric_exact": (
         LowRankMFAC,
-        dict(rank=2, error_dtype=torch.float32, value_dtype=torch.float32, metric="adam"),
+        dict(rank=2, error_dtype=torch.float32, value_dtype=torch.float32, metric_dtype=torch.float32),
     ),
     "lowrank_mfac_metric_int8": (
         LowRankMFAC,
-        dict(rank=1, metric="adam", metric_dtype=torch.int8, precondition="gradient"),
+        dict(rank=1, precondition="gradient"),
     ),
-    "lowrank_mfac_metric_momentum": (LowRankMFAC, dict(rank=2, metric="adam", precondition="momentum")),
-    "lowrank_mfac_metric_gradient": (LowRankMFAC, dict(rank=2, precondition="gradient")),
+    "lowrank_mfac_metric_momentum": (LowRankMFAC, dict(rank=2, metric_dtype=torch.float32, precondition="momentum")),
+    "lowrank_mfac_metric_factored": (LowRankMFAC, dict(rank=2, metric="factored", precondition="gradient")),
     "lowrank_ggt_metric": (
         LowRankGGT,
-        dict(rank=2, beta2=0.9, metric="adam", metric_dtype=torch.bfloat16, scope="model", precondition="momentum"),
+        dict(rank=2, beta2=0.9, metric_dtype=torch.bfloat16, scope="model", precondition="momentum"),
     ),
-    "sparse_mfac_metric": (SparseMFAC, dict(density=0.2, block_size=16, metric="adam", beta1=0.0, scope="model")),
+    "sparse_mfac_metric": (SparseMFAC, dict(density=0.2, block_size=16, beta1=0.0, scope="model")),
     "sparse_ggt_metric": (SparseGGT, dict(density=0.2, block_size=16)),
     "dense_mfac_metric": (DenseMFAC, dict(momentum=0.5)),
 }
@@ -92,7 +92,7 @@ def exact(name):
     """Changes after which nothing depends on the positions of the parameters, as rounding and random starts do."""
     changes = taken(name, error_dtype=torch.float32, rank=100)
     if in_metric(name):
-        changes |= {"momentum_dtype": torch.float32, "metric_dtype": torch.float32}
+        changes |= dict.fromkeys(("momentum_dtype", "metric_dtype"), torch.float32)
     return changes
 
 
