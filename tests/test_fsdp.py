@@ -41,8 +41,8 @@ SETTINGS = {
     "metric of the model": (
         SparseGGT,
         dict(
-            lr=0.01, num_grads=5, density=1.0, value_dtype=torch.float32, metric_dtype=torch.float32, precondition="gradient",
-            scope="model", error_dtype=torch.float32, trust_lr=0.01,
+            lr=0.01, num_grads=5, density=1.0, value_dtype=torch.float32, metric_dtype=torch.float32,
+            precondition="gradient", scope="model", error_dtype=torch.float32, trust_lr=0.01,
         ),
     ),
     "metric in few bits": (
