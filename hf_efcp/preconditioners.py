@@ -249,19 +249,23 @@ class MFAC(GramPreconditioner):
         _check_at_least_zero("trust_lr", self.trust_lr)
 
     def check(self, precondition: str, metric: str) -> None:
-        """Refuse no dampening at all for a dense vector: what the window has not seen would be divided by it.
+        """Refuse no dampening at all, except in the paper's rule.
+
+        What the window has not seen of a dense vector would be divided by it, and what it has seen would be removed.
 
         Args:
             precondition: What is preconditioned.
             metric: The metric.
 
         Raises:
-            ValueError: All dampening is 0, and the vector is dense; or there is a `trust_lr` without a metric.
+            ValueError: All dampening is 0, and the vector is dense or there is a metric; or there is a `trust_lr`
+                without a metric.
         """
         _check_trust(self.trust_lr, metric)
-        if precondition != "row" and self.damp == self.relative_damp == self.trust_lr == 0.0:
+        papers_rule = precondition == "row" and metric == "none"
+        if not papers_rule and self.damp == self.relative_damp == self.trust_lr == 0.0:
             raise ValueError(
-                f'precondition="{precondition}" needs dampening, but damp and relative_damp are 0: use '
+                f'precondition="{precondition}" with metric="{metric}" needs dampening, but all of it is 0: use '
                 "relative_damp=1.0, or another positive number"
             )
 

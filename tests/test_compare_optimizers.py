@@ -328,7 +328,9 @@ def test_a_comparison_from_start_to_table(recipe, write_config, counted, tmp_pat
 
     # The same run as run_glue's.
     flags = "--task_name sst2 --max_seq_length 16 --max_steps 40 --per_device_train_batch_size 16 --use_cpu true"
-    flags += " --optim_args num_grads=16,density=0.05 --learning_rate 1e-2 --seed 4 --logging_steps 4"
+    flags += (
+        " --optim sparse_mfac --optim_args num_grads=16,density=0.05 --learning_rate 1e-2 --seed 4 --logging_steps 4"
+    )
     flags += f" --data_dir {tmp_path / 'data'} --model_name_or_path {runs[0]['model']} --output_dir {tmp_path / 'one'}"
     recipe.run_glue.main([*flags.split(), "--save_strategy", "no", "--dataloader_pin_memory", "false"])
     alone = json.loads((tmp_path / "one" / "metrics.json").read_text())

@@ -274,7 +274,9 @@ def test_bad_options_are_refused():
     with pytest.raises(TypeError, match="block_size must be an int, got 64.0"):
         SparseMFAC([param], block_size=64.0)
     param.grad = torch.ones(10)
-    with pytest.raises(ValueError, match='precondition="gradient" needs dampening, but damp and relative_damp are 0'):
+    with pytest.raises(
+        ValueError, match='precondition="gradient" with metric="none" needs dampening, but all of it is 0'
+    ):
         SparseMFAC([param], damp=0.0, precondition="gradient")
     with pytest.raises(ValueError, match="beta1=0.5 of GGT is momentum over the window's rows"):
         SparseGGT([param], beta1=0.5, precondition="gradient")
