@@ -66,7 +66,7 @@ def small_run(model, data_dir, output_dir, *flags):
         "--model_name_or_path": model,
         "--output_dir": output_dir,
         "--optim": "sparse_mfac",
-        "--optim_args": "num_grads=32,density=0.05",
+        "--optim_args": "num_grads=32,density=0.05,trust_lr=1e-2",
         "--learning_rate": "1e-2",
         "--max_seq_length": 16,
         "--per_device_train_batch_size": 16,

@@ -88,7 +88,7 @@ def small_run(model, data_dir, output_dir, *flags):
         "--model_name_or_path": model,
         "--output_dir": output_dir,
         "--optim": "sparse_mfac",
-        "--optim_args": "num_grads=32,density=0.05",
+        "--optim_args": "num_grads=32,density=0.05,trust_lr=1e-2",
         "--learning_rate": "1e-2",
         "--max_seq_length": 96,
         "--doc_stride": 16,
