@@ -34,20 +34,22 @@ SETTINGS = {
     "metric": (
         DenseMFAC,
         dict(
-            lr=0.01, num_grads=5, precondition="momentum", momentum_dtype=torch.float32, metric_dtype=torch.float32,
+            lr=0.01, num_grads=5, metric="adam", precondition="momentum", momentum_dtype=torch.float32,
+            metric_dtype=torch.float32,
             trust_lr=0.01,
         ),
     ),
     "metric of the model": (
         SparseGGT,
         dict(
-            lr=0.01, num_grads=5, density=1.0, value_dtype=torch.float32, metric_dtype=torch.float32,
+            lr=0.01, num_grads=5, density=1.0, value_dtype=torch.float32, metric="adam",
+            metric_dtype=torch.float32,
             precondition="gradient", scope="model", error_dtype=torch.float32, trust_lr=0.01,
         ),
     ),
     "metric in few bits": (
         LowRankMFAC,
-        dict(lr=0.01, num_grads=5, rank=1, precondition="momentum"),
+        dict(lr=0.01, num_grads=5, rank=1, metric="adam", precondition="momentum"),
     ),
     "factored": (LowRankMFAC, dict(lr=0.01, num_grads=5, rank=1, metric="factored")),
 }  # fmt: skip

@@ -295,8 +295,8 @@ def test_the_plain_trainer_takes_the_class(tmp_path):
 @pytest.mark.parametrize(
     ("optim", "options", "rate"),
     [
-        ("lowrank_mfac", None, 4e-3),
-        ("sparse_mfac", "num_grads=32,density=0.1", 2e-3),
+        ("lowrank_mfac", "trust_lr=4e-3", 4e-3),
+        ("sparse_mfac", "num_grads=32,density=0.1,trust_lr=2e-3", 2e-3),
         ("lowrank_ggt", "metric=factored", 2e-3),
     ],
 )
@@ -387,8 +387,8 @@ def test_the_checkpoint_holds_the_window_with_its_dtypes(tmp_path, dtype):
                 "values": torch.bfloat16,
                 "error": torch.int8,
                 "error_scale": torch.float32,
-                "first_moment": torch.bfloat16,
-                "second_moment": torch.float32,
+                "second_moment": torch.int8,
+                "second_moment_scale": torch.float32,
                 "momentum": torch.float32,
                 "gram": torch.float64,
             }
