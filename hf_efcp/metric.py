@@ -233,7 +233,7 @@ class Metric:
 
     def is_factored(self, shape: torch.Size) -> bool:
         """Whether a parameter of a shape has means over rows and columns only."""
-        return self.kind == "factored" and len(shape) > 1 and shape.numel() > 0
+        return self.kind == "factored" and len(shape) > 1
 
     def observe_factored(self, state: State, gradient: torch.Tensor) -> None:
         """`v` of a parameter that is factored: the means of `g^2` over rows and columns.
@@ -243,6 +243,8 @@ class Metric:
             gradient: `g`, in the parameter's shape, float32, contiguous.
         """
         rows, columns = _matrix(gradient.shape)
+        if not gradient.numel():  # an empty shard
+            return
         g, step = gradient.view(rows, columns), max(1, _SLAB // columns)
         total = torch.zeros_like(state["second_moment_columns"])
         mean = state["second_moment_rows"].mul_(self.beta2)

@@ -30,7 +30,8 @@ COMMON = {
 }
 DENSE = {
     "optim": "sparse_mfac",
-    "optim_args": "num_grads=3,density=1.0,block_size=256,value_dtype=float32,precondition=momentum,metric_dtype=float32",
+    "optim_args": "num_grads=3,density=1.0,block_size=256,value_dtype=float32,precondition=momentum,"
+    "metric_dtype=float32,momentum_dtype=float32",
 }
 SPARSE = {"optim": "sparse_mfac", "optim_args": "num_grads=3,density=0.1,block_size=256,momentum=0.5"}
 FULL, SHARDED = "FULL_STATE_DICT", "SHARDED_STATE_DICT"
