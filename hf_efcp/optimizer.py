@@ -60,10 +60,11 @@ class EFCP(torch.optim.Optimizer):
     In AdamW's metric (`metric="adam"`, see `hf_efcp/metric.py`) rows are `D^-1/2 g`, `D = diag(sqrt(v_hat) + eps)` with
     AdamW's second moment `v`, and the update is
 
-        u = D^-1/2 f(G^T G) D^-1/2 x,   f(0) = 1,
+        u = D^-1/2 f(G^T G) y,   f(0) = 1,
 
-    where `x` is the row, the gradient or AdamW's first moment (`precondition`). With so much dampening that `f = 1`
-    this is AdamW, or RMSprop; the matrix turns and shortens what AdamW would do, and learning rates are AdamW's.
+    where `y` is `D^-1/2` times the gradient or AdamW's first moment, or the row, or a first moment over the window's
+    rows (`precondition`, `beta1`). With so much dampening that `f = 1` this is RMSprop or AdamW; the matrix turns and
+    shortens what they would do, and learning rates are AdamW's.
 
     Parameter groups may set `lr`, `weight_decay`, `decoupled_weight_decay`, `momentum` and `preconditioned`; all else
     is one value for the optimizer, because the preconditioner is one matrix over all groups. `preconditioned=False`
@@ -89,8 +90,8 @@ class EFCP(torch.optim.Optimizer):
         weight_decay: Weight decay, at least 0.
         decoupled_weight_decay: True shrinks the parameters (AdamW's way); False adds `weight_decay * theta` to the
             gradient before the accumulator (L2 regularisation).
-        precondition: What `P(G)^-1` is applied to: "row", the compressed row, or "gradient", the dense gradient; in a
-            metric also "momentum", AdamW's first moment.
+        precondition: What `P(G)^-1` is applied to: "row", the compressed row, in a metric with `beta1` a first moment
+            over the window's rows; "gradient", the dense gradient; or, in a metric, "momentum", AdamW's first moment.
         scope: "model", one preconditioner over all parameters, or "layer", one for each parameter.
         metric: "none" for the paper's rule, "adam" for AdamW's metric, or "factored" for the same with a second moment
             of rows and columns (`hf_efcp/metric.py`).
