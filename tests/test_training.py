@@ -6,13 +6,14 @@ from tiny import arguments, parameters, tiny_bert, toy_rows, train
 
 from hf_efcp import OPTIMIZERS, EFCPTrainer
 
-# A tiny model wants larger windows' entries than the defaults, which were measured on a pretrained BERT.
+# A tiny model that starts from nothing wants more entries and longer steps than the defaults, which were measured on a
+# pretrained BERT.
 SETTINGS = {
-    "sparse_mfac": "num_grads=16,density=0.1",
+    "sparse_mfac": "num_grads=16,density=0.1,trust_lr=1e-2",
     "sparse_ggt": "num_grads=16,density=0.1",
-    "dense_mfac": "num_grads=16",
+    "dense_mfac": "num_grads=16,trust_lr=1e-2",
     "dense_ggt": "num_grads=16",
-    "lowrank_mfac": "num_grads=16,rank=2",
+    "lowrank_mfac": "num_grads=16,rank=2,trust_lr=1e-2",
     "lowrank_ggt": "num_grads=16,rank=2",
     "sparse_adagrad": "density=0.1",
     "microadam": "density=0.1",
