@@ -241,7 +241,7 @@ def check_momentum(precondition: str, metric: str, beta1: float) -> None:
         )
     if not 0.0 <= beta1 < 1.0:
         raise ValueError(f"beta1 must be in [0, 1), got {beta1}")
-    if {"momentum": beta1 == 0.0, "gradient": beta1 != 0.0}.get(precondition, False):
+    if (precondition == "momentum" and beta1 == 0.0) or (precondition == "gradient" and beta1 != 0.0):
         raise ValueError(
             f"beta1={beta1} does not go with precondition={precondition!r}: use beta1=0.9 with "
             'precondition="momentum", and beta1=0 with precondition="gradient"'

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from .compressors import Job
-from .kernels import Kernels, pool, widest
+from .kernels import Kernels, dtype_of_sums, pool, widest
 from .threads import one_thread
 from .windows import DenseWindow, Held, State, span_length, stacked
 
@@ -311,7 +311,7 @@ class LowRankWindow:
         if "values" in state:
             return self._whole.project(state, shape, span, dense, rows, kernels)
         P, Q = self._factors(state, span, rows)
-        X, wide = dense.view(-1, Q.shape[1]), torch.float32 if self.sums == torch.float32 else widest(P.device)
+        X, wide = dense.view(-1, Q.shape[1]), dtype_of_sums(self.sums, P.device)
         total = torch.zeros(len(P), dtype=wide, device=P.device)
         for some in _cuts(len(P), _FACTORS):
             image = P[some].to(wide) @ X.to(wide)

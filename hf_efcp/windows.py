@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from .blocks import Part, Piece, cut, index_dtype, sharing
-from .kernels import BUCKET, Kernels, pool, widest
+from .kernels import BUCKET, Kernels, dtype_of_sums, pool, widest
 
 State = dict[str, torch.Tensor]
 
@@ -512,7 +512,7 @@ def span_length(device: torch.device) -> int:
 
 def _products(values: torch.Tensor, x: torch.Tensor, sums: torch.dtype) -> torch.Tensor:
     """Inner products of rows, `(rows, n)`, with a vector: `(rows,)`, in the widest dtype of the device."""
-    (rows, numel), wide = values.shape, torch.float32 if sums == torch.float32 else widest(values.device)
+    (rows, numel), wide = values.shape, dtype_of_sums(sums, values.device)
     step = max(1, _TILE // rows)
     partial = torch.zeros(-(-numel // step), rows, dtype=wide, device=values.device)
 

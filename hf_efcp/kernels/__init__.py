@@ -138,6 +138,19 @@ def widest(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+def dtype_of_sums(enough: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype for sums over rows.
+
+    Args:
+        enough: float32, if that is enough.
+        device: Where they are taken.
+
+    Returns:
+        float32, or the widest that the device has.
+    """
+    return torch.float32 if enough == torch.float32 else widest(device)
+
+
 def check_name(backend: str) -> None:
     """Refuse a name that is not in `BACKENDS`.
 
