@@ -98,7 +98,7 @@ class Metric:
             & Stern, arXiv 1804.04235): `v_ij = r_i c_j / mean(r)`, near 0 bytes. Vectors are kept whole.
         dtype: How the second moment is kept: float32, bfloat16, or int8 (levels of its root, 17 / 16 bytes). Ignored
             where it is factored.
-        beta1: Decay of the first moment, in [0, 1); 0 keeps none, and the gradient is preconditioned.
+        beta1: Decay of the first moment, in [0, 1); 0 keeps none.
         beta2: Decay of the second moment, in [0, 1).
         eps: What is added to the root of the second moment, positive.
         momentum_dtype: How the first moment is kept: float32 or bfloat16.
