@@ -17,13 +17,14 @@ class Job(NamedTuple):
     """A gradient to compress.
 
     Args:
-        gradient: A parameter's or a slab of it, float32, contiguous, finite.
+        gradient: A parameter's or a slab of it, float32, contiguous, finite. None for a compressor that is given the
+            accumulator `a = e + g` as the error.
         error: `e`, in the same shape, float32, contiguous; updated. None if nothing is dropped.
         row: Where the row goes: views into the window.
         state: The parameter's tensors.
     """
 
-    gradient: torch.Tensor
+    gradient: torch.Tensor | None
     error: torch.Tensor | None
     row: Any
     state: State
@@ -37,6 +38,7 @@ class Compressor(Protocol):
 
     __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
     lossless: ClassVar[bool]  # nothing is dropped: there is no error to keep
+    accumulates: ClassVar[bool]  # it adds the gradient to the error itself; else it is given the sum
 
     def window(self, num_grads: int, sums: torch.dtype = torch.float64) -> Window:
         """The window that stores this compressor's rows, and the dtype that is enough for its sums over rows."""
@@ -45,7 +47,7 @@ class Compressor(Protocol):
         """Tensors of its own that it keeps for the parameter at a position, by their names in the state."""
 
     def compress(self, jobs: Sequence[Job], kernels: Kernels) -> None:
-        """`a = error + gradient; row = C(a); error = a - row`, in place."""
+        """`row = C(a); error = a - row`, in place; `a` is the error, or error + gradient (`accumulates`)."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ class TopK:
     """
 
     lossless: ClassVar[bool] = False
+    accumulates: ClassVar[bool] = True  # in the pass in which it selects
     density: float = 0.01
     block_size: int = 4096
     value_dtype: torch.dtype = torch.bfloat16
@@ -109,6 +112,7 @@ class Identity:
     """No compression: rows are the gradients, and there is no error. For the dense baselines."""
 
     lossless: ClassVar[bool] = True
+    accumulates: ClassVar[bool] = False
 
     def window(self, num_grads: int, sums: torch.dtype = torch.float64) -> DenseWindow:
         """The window that stores the rows.
@@ -134,6 +138,7 @@ class Identity:
             kernels: Not used.
         """
         for gradient, _, row, _ in jobs:
+            assert gradient is not None  # there is no error that it could be in
             row.copy_(gradient.view(-1))
 
 
@@ -141,7 +146,8 @@ def _compress(jobs: Sequence[Job], kernels: Kernels) -> None:
     """Top-k of every block of flat accumulators."""
     gradients, errors, rows = [], [], []
     for gradient, error, row, _ in jobs:
-        assert error is not None  # Top-k is not lossless
+        assert gradient is not None  # Top-k accumulates by itself
+        assert error is not None  # and is not lossless
         for part in row:
             gradients.append(part.piece.of(gradient.view(-1)))
             errors.append(part.piece.of(error.view(-1)))

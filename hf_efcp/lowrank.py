@@ -23,9 +23,6 @@ _TILE = 1 << 17  # entries of a matrix that a thread compresses at a time
 _FACTORS = 2048  # vectors of P^T or Q^T that exist in the dtype of sums at a time
 _TILE_FACTORS = 256  # the same, of a thread in `dots`
 
-# The accumulator saturates here, so that float32 products of its rows and columns cannot overflow.
-_LARGEST = 2.0**96
-
 
 @dataclass(frozen=True)
 class LowRank:
@@ -58,6 +55,7 @@ class LowRank:
     """
 
     lossless: ClassVar[bool] = False
+    accumulates: ClassVar[bool] = False
     rank: int = 4
     value_dtype: torch.dtype = torch.bfloat16
     seed: int = 0
@@ -104,35 +102,39 @@ class LowRank:
         return {"start": torch.from_numpy(start).to(device)}
 
     def compress(self, jobs: Sequence[Job], kernels: Kernels) -> None:
-        """`a = error + gradient; row = P Q^T; error = a - row`, in place; see the class for P and Q.
+        """`row = P Q^T; error = a - row`, in place; see the class for P and Q. Threads share the jobs.
 
         Args:
-            jobs: Whole parameters; "start" of their states is updated.
+            jobs: Whole parameters, their accumulators as errors; "start" of their states is updated.
             kernels: Not used.
         """
-        for gradient, error, row, state in jobs:
-            self._compress(gradient, error, row, state)
 
-    def _compress(self, gradient: torch.Tensor, error: torch.Tensor | None, row: Row, state: State) -> None:
+        def work(index: int, begin: int, end: int) -> None:
+            _, error, row, state = jobs[index]
+            assert error is not None  # low rank is not lossless
+            self._compress(error, row, state)
+
+        if jobs:
+            device = next(error.device for _, error, *_ in jobs if error is not None)
+            pool.run_torch(work, len(jobs), 1, device)
+
+    def _compress(self, error: torch.Tensor, row: Row, state: State) -> None:
         """Threads share the tiles of the matrix's rows; sums over tiles are added in their order."""
-        assert error is not None  # low rank is not lossless
         if isinstance(row, torch.Tensor):
-            error.add_(gradient).clamp_(-_LARGEST, _LARGEST)
             row.copy_(error.view(-1))
             error.view(-1).sub_(row)
             return
         left, right = row
-        A, g, start = error.view(left.shape[1], right.shape[1]), gradient.view(left.shape[1], -1), state["start"]
+        A, start = error.view(left.shape[1], right.shape[1]), state["start"]
         # Of equal lengths: only directions count, and products of two small numbers would vanish.
         Q = (start / start.abs().amax(dim=1, keepdim=True)).T.contiguous()
         step = max(1, _TILE // A.shape[1])
         image = torch.empty(len(A), len(start), dtype=torch.float32, device=A.device)
 
-        def accumulate(index: int, begin: int, end: int) -> None:
-            tile = A[begin:end].add_(g[begin:end]).clamp_(-_LARGEST, _LARGEST)
-            torch.mm(tile, Q, out=image[begin:end])
+        def sketch(index: int, begin: int, end: int) -> None:
+            torch.mm(A[begin:end], Q, out=image[begin:end])
 
-        pool.run_torch(accumulate, len(A), step, A.device)
+        pool.run_torch(sketch, len(A), step, A.device)
         with one_thread():
             basis = torch.linalg.qr(image).Q
         parts = torch.empty(-(-len(A) // step), *start.shape, dtype=torch.float32, device=A.device)
@@ -257,7 +259,14 @@ class LowRankWindow:
         Returns:
             `(parameters, rows)`, in the widest dtype of the device.
         """
-        return stacked([self._dots(*one, newest, rows, kernels) for one in held], rows)
+        columns: list[torch.Tensor] = [torch.empty(0, device="cpu")] * len(held)
+
+        def work(index: int, begin: int, end: int) -> None:
+            columns[index] = self._dots(*held[index], newest, rows, kernels)
+
+        if held:
+            pool.run_torch(work, len(held), 1, next(iter(held[0][0].values())).device)
+        return stacked(columns, rows)
 
     def _dots(self, state: State, shape: torch.Size, newest: int, rows: int, kernels: Kernels) -> torch.Tensor:
         if "values" in state:

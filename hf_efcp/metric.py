@@ -80,8 +80,36 @@ class Buffer:
             position: Position of the parameter, for the noise.
             kernels: The backend.
         """
-        channel = noise.mix(step * _CHANNELS + self.channel & noise.MASK)
-        error_store(self.dtype).save(self._stored(state), values, slab, channel, position, kernels)
+        error_store(self.dtype).save(self._stored(state), values, slab, self._draw(step), position, kernels)
+
+    def levels(self, state: State, slab: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """Levels and scales of a slab of whole buckets, of an int8 buffer.
+
+        Args:
+            state: The parameter's tensors.
+            slab: Where.
+
+        Returns:
+            Views of what is stored.
+        """
+        buckets = slice(slab.start // BUCKET, -(-slab.stop // BUCKET))
+        return state[self.name][slab], state[self.name + "_scale"][buckets]
+
+    def key(self, step: int, position: int) -> int:
+        """The key of the noise that `save` rounds with.
+
+        Args:
+            step: Number of the step.
+            position: Position of the parameter.
+
+        Returns:
+            A number of 32 bits.
+        """
+        return noise.key(self._draw(step), position)
+
+    def _draw(self, step: int) -> int:
+        """What stands for the step, so that no two buffers of a parameter are rounded with the same noise."""
+        return noise.mix(step * _CHANNELS + self.channel & noise.MASK)
 
     def _stored(self, state: State) -> State:
         """The tensors, by the names that an error has."""
@@ -161,8 +189,11 @@ class Metric:
         step: int,
         position: int,
         kernels: Kernels,
+        out: torch.Tensor,
     ) -> None:
-        """`m <- beta1 m + (1 - beta1) g`, `v <- beta2 v + (1 - beta2) g^2` in a span; see `observe_factored` as well.
+        """`m <- beta1 m + (1 - beta1) g`, `v <- beta2 v + (1 - beta2) g^2`, and `out += D^-1/2 g`, in a span.
+
+        A factored second moment has to have the whole gradient before: see `observe_factored`.
 
         Args:
             state: The parameter's tensors; updated.
@@ -172,15 +203,23 @@ class Metric:
             step: Gradients that the parameter has had, this one included.
             position: Position of the parameter.
             kernels: The backend.
+            out: `(n,)`, float32, contiguous; updated.
         """
         if self.beta1:
             m = self._first.load(state, span, kernels)
             m.lerp_(gradient, 1.0 - self.beta1)
             self._first.save(state, m, span, step, position, kernels)
+        if self._has_levels(shape):
+            levels, key = self._second.levels(state, span), self._second.key(step, position)
+            kernels.observe_levels(*levels, gradient, self.beta2, key, span.start, *self._numbers(step), out)
+            return
         if not self.is_factored(shape):
-            v = self._load_second(state, span, kernels)
+            v = self._second.load(state, span, kernels)
             kernels.observe(v, gradient, self.beta2)
-            self._second.save(state, v.sqrt_() if self.dtype == torch.int8 else v, span, step, position, kernels)
+            self._second.save(state, v, span, step, position, kernels)
+        whitened = torch.empty_like(out)
+        kernels.whiten(gradient, self._second_moment(state, shape, span, kernels), 1.0, *self._numbers(step), whitened)
+        out += whitened
 
     def whiten(
         self,
@@ -190,29 +229,28 @@ class Metric:
         x: torch.Tensor,
         step: int,
         kernels: Kernels,
-        *,
         factor: float = 1.0,
-        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """`factor D^-1/2 x` in a span; 0 where the second moment is: what never had a gradient does not move.
+        """`x <- factor D^-1/2 x` in a span; 0 where the second moment is: what never had a gradient does not move.
 
         Args:
             state: The parameter's tensors.
             shape: Shape of the parameter.
             span: Of the flattened parameter.
-            x: The span of a vector, `(n,)`, float32.
+            x: The span of a vector, `(n,)`, float32, contiguous; updated.
             step: Gradients that the parameter has had.
             kernels: The backend.
             factor: A number.
-            out: Where to write; may be `x`. None for a new tensor.
 
         Returns:
-            `(n,)`, float32.
+            `x`.
         """
-        out = torch.empty_like(x) if out is None else out
-        correction = 1.0 / math.sqrt(1.0 - self.beta2**step)
-        kernels.whiten(x, self._second_moment(state, shape, span, kernels), factor, correction, self.eps, out)
-        return out
+        if self._has_levels(shape):
+            levels = self._second.levels(state, slice(0, shape.numel()))
+            kernels.whiten_levels(x, *levels, span.start, factor, *self._numbers(step))
+        else:
+            kernels.whiten(x, self._second_moment(state, shape, span, kernels), factor, *self._numbers(step), x)
+        return x
 
     def momentum(self, state: State, shape: torch.Size, span: slice, step: int, kernels: Kernels) -> torch.Tensor:
         """`D^-1/2 m_hat` in a span, `m_hat = m / (1 - beta1^step)`.
@@ -228,8 +266,8 @@ class Metric:
             `(n,)`, float32.
         """
         m, factor = self._first.load(state, span, kernels), 1.0 / (1.0 - self.beta1**step)
-        out = torch.empty_like(m) if self.momentum_dtype == torch.float32 else m
-        return self.whiten(state, shape, span, m, step, kernels, factor=factor, out=out)
+        m = m.clone() if self.momentum_dtype == torch.float32 else m  # not what is stored
+        return self.whiten(state, shape, span, m, step, kernels, factor)
 
     def is_factored(self, shape: torch.Size) -> bool:
         """Whether a parameter of a shape has means over rows and columns only."""
@@ -254,16 +292,18 @@ class Metric:
             mean[start : start + step].add_(squares.mean(dim=1), alpha=1.0 - self.beta2).clamp_(max=_LARGEST)
         state["second_moment_columns"].mul_(self.beta2).add_(total / rows, alpha=1.0 - self.beta2).clamp_(max=_LARGEST)
 
-    def _load_second(self, state: State, slab: slice, kernels: Kernels) -> torch.Tensor:
-        v = self._second.load(state, slab, kernels)
-        return v.square_() if self.dtype == torch.int8 else v
+    def _has_levels(self, shape: torch.Size) -> bool:
+        """Whether the root of a parameter's second moment is kept as levels."""
+        return self.dtype == torch.int8 and not self.is_factored(shape)
+
+    def _numbers(self, step: int) -> tuple[float, float]:
+        """What makes the metric of a second moment: the correction of its start, and `eps`."""
+        return 1.0 / math.sqrt(1.0 - self.beta2**step), self.eps
 
     def _second_moment(self, state: State, shape: torch.Size, span: slice, kernels: Kernels) -> torch.Tensor:
         """`v` of a span, `(n,)`, float32."""
         if not self.is_factored(shape):
-            # Whole buckets, which int8 cannot be read without.
-            first, last = span.start // BUCKET * BUCKET, min(-(-span.stop // BUCKET) * BUCKET, shape.numel())
-            return self._load_second(state, slice(first, last), kernels)[span.start - first : span.stop - first]
+            return self._second.load(state, span, kernels)
         _, columns = _matrix(shape)
         first, last = span.start // columns, -(-span.stop // columns)
         r, c = state["second_moment_rows"][first:last], state["second_moment_columns"]

@@ -353,8 +353,7 @@ class EFCP(torch.optim.Optimizer):
         self._allocate(active)
         vectors = Vectors(self._layout.metric, self.state, kernels)
         units = [self._sites(unit) for unit in self._units()]
-        vectors.observe([site for unit in units for site in unit if site.member.param.grad is not None])
-        pushed = [self._push(unit, preconditioner, kernels, vectors) for unit in units]
+        pushed = self._push(units, preconditioner, kernels, vectors)
         pushed = self._collect(pushed, processes, device)
         plans = self._plan(pushed, preconditioner, device)
         moves = []
@@ -461,29 +460,50 @@ class EFCP(torch.optim.Optimizer):
                 group["skipped_steps"] += 1
         return count > 0.0
 
-    def _push(self, sites: list[Site], preconditioner: Preconditioner, kernels: Kernels, vectors: Vectors) -> Pushed:
-        """Push a row, of zeros where there is no gradient, and take the products that the matrix needs."""
-        keeper = self._keeper(site.member for site in sites)
-        capacity, window = self._structure["num_grads"], self._layout.window
+    def _push(
+        self, units: list[list[Site]], preconditioner: Preconditioner, kernels: Kernels, vectors: Vectors
+    ) -> list[Pushed]:
+        """Push a row, of zeros where there is no gradient, and take the products that the matrices need."""
+        window, pushed = self._layout.window, []
+        for sites in units:
+            keeper, moment = self._place(sites)
+            present = [site for site in sites if site.member.param.grad is not None]
+            for site in sites:
+                if site.member.param.grad is None:
+                    window.clear(site.state, site.shape, moment.newest)
+            device = sites[0].member.param.device
+            column = torch.zeros(moment.rows, dtype=widest(device), device=device)
+            products = torch.zeros(moment.rows + 1, dtype=widest(device), device=device)
+            pushed.append(Pushed(keeper, present, moment, column, products))
+        rows = [(site, unit.moment) for unit in pushed for site in unit.sites]
+        vectors.begin([site for site, _ in rows])
+        push(rows, self._layout, kernels, vectors)
+        for site, moment in rows:
+            preconditioner.observe(moment, window, site.state, site.shape, kernels)
+        for unit in pushed:
+            unit.keeper["pushed"] = unit.moment.steps
+        if preconditioner.uses_gram:
+            self._add_columns(pushed, kernels)
+        if self._precondition != "row":
+            for unit in pushed:
+                unit.products.add_(self._products(unit.sites, unit.moment, kernels, vectors))
+        return pushed
+
+    def _place(self, sites: list[Site]) -> tuple[dict[str, Any], Moment]:
+        """What a unit has in common, and where its window stands in this step."""
+        keeper, capacity = self._keeper(site.member for site in sites), self._structure["num_grads"]
         steps = keeper["pushed"] + 1
         lr = max(float(site.member.group["lr"]) for site in sites)
-        moment = Moment((steps - 1) % capacity, min(steps, capacity), capacity, steps, lr)
-        present = [site for site in sites if site.member.param.grad is not None]
-        for site in sites:
-            if site.member.param.grad is None:
-                window.clear(site.state, site.shape, moment.newest)
-        push(present, moment, self._layout, kernels, vectors)
-        for site in present:
-            preconditioner.observe(moment, window, site.state, site.shape, kernels)
-        keeper["pushed"] = steps
-        device = sites[0].member.param.device
-        column = torch.zeros(moment.rows, dtype=widest(device), device=device)
-        products = torch.zeros(moment.rows + 1, dtype=widest(device), device=device)
-        if preconditioner.uses_gram and present:
-            column += window.dots([(s.state, s.shape) for s in present], moment.newest, moment.rows, kernels).sum(dim=0)
-        if self._precondition != "row":
-            products += self._products(present, moment, kernels, vectors)
-        return Pushed(keeper, present, moment, column, products)
+        return keeper, Moment((steps - 1) % capacity, min(steps, capacity), capacity, steps, lr)
+
+    def _add_columns(self, pushed: list[Pushed], kernels: Kernels) -> None:
+        """The new columns of the Gram matrices; those of windows that stand at the same place are taken together."""
+        for moment in dict.fromkeys(unit.moment for unit in pushed):
+            units = [unit for unit in pushed if unit.moment == moment]
+            held = [(site.state, site.shape) for unit in units for site in unit.sites]
+            columns = self._layout.window.dots(held, moment.newest, moment.rows, kernels)
+            for unit, some in zip(units, torch.split(columns, [len(unit.sites) for unit in units]), strict=True):
+                unit.column.add_(some.sum(dim=0))
 
     def _products(self, sites: list[Site], moment: Moment, kernels: Kernels, vectors: Vectors) -> torch.Tensor:
         """`G x` of the dense vector, and without a metric `|x|^2` behind it, `(rows + 1,)`. Threads share the spans."""
@@ -589,15 +609,16 @@ class EFCP(torch.optim.Optimizer):
 
 def _squares(active: list[Member], kernels: Kernels) -> dict[int, float]:
     """`|g|^2` by position."""
-    positions, sums = [], []
+    positions, sums, count = [], [], 0
     waiting: list[torch.Tensor] = []  # converted, and so not all at a time
     for member in active:
         if member.param.grad is not None:
             positions.append(member.position)
             waiting.append(dense(member.param.grad).view(-1))
-        if sum(map(len, waiting)) > _SQUARED:
+            count += member.param.grad.numel()
+        if count > _SQUARED:
             sums.append(kernels.squares(waiting))
-            waiting = []
+            waiting, count = [], 0
     if waiting:
         sums.append(kernels.squares(waiting))
     return dict(zip(positions, torch.cat(sums).tolist(), strict=True)) if sums else {}

@@ -2,68 +2,92 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
 
 from .compressors import Job
-from .kernels import Kernels
+from .kernels import Kernels, pool
 from .layout import Layout
 from .preconditioners import Moment
-from .shards import local
 from .sites import Site
 from .vectors import Vectors
 
-_MADE = 1 << 20  # entries that wait in errors and gradients made for it; a made gradient is whole, however large
+_MADE = 1 << 21  # entries of errors and gradients that are made to be compressed, and exist at a time
 
 
 class _Slab(NamedTuple):
-    """A slab that waits to be compressed: whose, and where in it."""
+    """What is compressed as one: whose, where in it, into what, and when."""
 
     site: Site
     place: slice
-    job: Job
+    row: Any
+    moment: Moment
 
 
-def push(sites: Iterable[Site], moment: Moment, layout: Layout, kernels: Kernels, vectors: Vectors) -> None:
-    """Compress gradients into the newest row, many at once.
+def push(sites: Sequence[tuple[Site, Moment]], layout: Layout, kernels: Kernels, vectors: Vectors) -> None:
+    """Compress gradients into the newest rows, many at once. Threads share the slabs, or a large one.
 
     Args:
-        sites: Parameters that have a gradient.
-        moment: Where the window stands.
+        sites: Parameters that have a gradient, and where their windows stand.
         layout: What their state is made of.
         kernels: The backend.
         vectors: What of their gradients enters the window.
     """
-    waiting: list[_Slab] = []
-    made = 0
-    for site in sites:
-        gradient, row = vectors.row(site), layout.window.row(site.state, site.shape, moment.newest)
-        if layout.compressor.lossless:
-            layout.compressor.compress([Job(gradient, None, row, site.state)], kernels)
-            continue
-        own = site.member.param.grad
-        is_made = own is None or local(own).data_ptr() != gradient.data_ptr()
+    for slabs in _batches(sites, layout, vectors):
+        device = slabs[0].site.member.param.device
+        jobs: dict[int, Job] = {}
+
+        def accumulate(index: int, _: int, __: int, slabs: list[_Slab] = slabs, jobs: dict[int, Job] = jobs) -> None:
+            jobs[index] = _job(slabs[index], layout, kernels, vectors)
+
+        pool.run_torch(accumulate, len(slabs), 1, device)
+        layout.compressor.compress([jobs[index] for index in range(len(slabs))], kernels)
+
+        def keep(index: int, _: int, __: int, slabs: list[_Slab] = slabs, jobs: dict[int, Job] = jobs) -> None:
+            site, place, _row, moment = slabs[index]
+            error = jobs[index].error
+            if error is not None:
+                state, position = site.state, site.member.position
+                layout.errors.save(state, error.view(-1), place, moment.steps, position, kernels)
+
+        if not layout.errors.in_place:
+            pool.run_torch(keep, len(slabs), 1, device)
+
+
+def _batches(sites: Iterable[tuple[Site, Moment]], layout: Layout, vectors: Vectors) -> Iterator[list[_Slab]]:
+    """Slabs that are compressed together: as many as may be made at a time, or a larger one alone."""
+    batch: list[_Slab] = []
+    total = 0
+    for site, moment in sites:
+        takes_gradient = layout.compressor.lossless or layout.compressor.accumulates
+        copies = (takes_gradient and vectors.is_made(site)) + (not layout.errors.in_place)
+        row = layout.window.row(site.state, site.shape, moment.newest)
         for place, part in layout.window.slabs(row, site.shape):
-            new = (place.stop - place.start) * (is_made + (not layout.errors.in_place))
-            if waiting and made + new > _MADE:
-                _compress(waiting, moment, layout, kernels)
-                waiting, made = [], 0
-            error = layout.errors.load(site.state, place, kernels)
-            size = site.shape if error.numel() == site.shape.numel() else error.shape
-            job = Job(gradient.view(-1)[place].view(size), error.view(size), part, site.state)
-            waiting.append(_Slab(site, place, job))
-            made += new
-            del error, job
-        if waiting and is_made and site.shape.numel() > _MADE:
-            _compress(waiting, moment, layout, kernels)
-            waiting, made = [], 0
-        del gradient  # before the next one is made
-    if waiting:
-        _compress(waiting, moment, layout, kernels)
+            made = copies * (place.stop - place.start)
+            if batch and total + made > _MADE:
+                yield batch
+                batch, total = [], 0
+            batch.append(_Slab(site, place, part, moment))
+            total += made
+    if batch:
+        yield batch
 
 
-def _compress(waiting: list[_Slab], moment: Moment, layout: Layout, kernels: Kernels) -> None:
-    layout.compressor.compress([slab.job for slab in waiting], kernels)
-    for site, place, job in waiting:
-        assert job.error is not None  # what is lossless does not wait
-        layout.errors.save(site.state, job.error.view(-1), place, moment.steps, site.member.position, kernels)
+def _job(slab: _Slab, layout: Layout, kernels: Kernels, vectors: Vectors) -> Job:
+    """A slab with its error loaded, and its gradient beside it or in it."""
+    site, place, row, _ = slab
+    gradient = error = None
+    if layout.compressor.lossless or layout.compressor.accumulates:
+        gradient = vectors.enter(site, place)
+    if not layout.compressor.lossless:
+        error = layout.errors.load(site.state, place, kernels)
+        if gradient is None:
+            vectors.accumulate(site, place, error)
+    return Job(_shaped(gradient, site), _shaped(error, site), row, site.state)
+
+
+def _shaped(part: torch.Tensor | None, site: Site) -> torch.Tensor | None:
+    """A whole parameter in its shape; a slab of it is flat."""
+    return part if part is None or part.numel() != site.shape.numel() else part.view(site.shape)

@@ -38,6 +38,13 @@ def gradient_of(site: Site) -> torch.Tensor:
     return spans_of_gradient(site)(slice(0, site.shape.numel())).view(site.shape)
 
 
+def is_float32(site: Site) -> bool:
+    """Whether `gradient_of` is the gradient as it is, if that is contiguous."""
+    _, group, param = site.member
+    assert param.grad is not None
+    return param.grad.dtype == torch.float32 and (not group["weight_decay"] or group["decoupled_weight_decay"])
+
+
 def spans_of_gradient(site: Site) -> Callable[[slice], torch.Tensor]:
     """What makes a span of the flattened `gradient_of`, so that no copy of it exists unless it is not contiguous."""
     _, group, param = site.member

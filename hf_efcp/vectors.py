@@ -11,8 +11,11 @@ import torch
 from .kernels import Kernels, pool
 from .metric import Metric
 from .shards import local
-from .sites import Site, gradient_of, spans_of_gradient
+from .sites import Site, gradient_of, is_float32, spans_of_gradient
 from .windows import span_length
+
+# Without a metric accumulators saturate here, so that float32 products of low-rank rows cannot overflow.
+_LARGEST = 2.0**96
 
 
 @dataclass(frozen=True)
@@ -29,53 +32,66 @@ class Vectors:
     states: Mapping[torch.Tensor, dict[str, Any]]
     kernels: Kernels
 
-    def observe(self, sites: list[Site]) -> None:
-        """Take the gradients of parameters into their moments, once a step.
+    def begin(self, sites: list[Site]) -> None:
+        """Count the gradients of parameters, and take them into second moments that need them whole; once a step.
 
         Args:
             sites: The parameters.
         """
         metric = self.metric
-        if metric is None:
+        if metric is None or not sites:
             return
-        tasks = []
         for site in sites:
             self.states[site.member.param]["gradients"] += 1
-            if metric.is_factored(site.shape):
-                metric.observe_factored(site.state, gradient_of(site))
-            gradient = spans_of_gradient(site)
-            step = span_length(site.member.param.device)  # a multiple of `kernels.BUCKET`
-            for start in range(0, site.shape.numel(), step):
-                tasks.append((site, slice(start, min(start + step, site.shape.numel())), gradient))
+        factored = [site for site in sites if metric.is_factored(site.shape)]
 
         def work(index: int, begin: int, end: int) -> None:
-            site, span, gradient = tasks[index]
-            position, step = site.member.position, self._step(site)
-            metric.observe(site.state, site.shape, span, gradient(span), step, position, self.kernels)
+            metric.observe_factored(factored[index].state, gradient_of(factored[index]))
 
-        if tasks:
-            pool.run_torch(work, len(tasks), 1, sites[0].member.param.device)
+        pool.run_torch(work, len(factored), 1, sites[0].member.param.device)
 
-    def row(self, site: Site) -> torch.Tensor:
-        """What compression adds to the error, in the parameter's shape.
+    def is_made(self, site: Site) -> bool:
+        """Whether what enters the window is no view of the gradient."""
+        return self.metric is not None or not is_float32(site)
+
+    def enter(self, site: Site, place: slice) -> torch.Tensor:
+        """What enters the window of a slab, once a step.
 
         Args:
             site: The parameter.
+            place: The slab, whole buckets.
 
         Returns:
-            `D^-1/2 g`, float32, contiguous.
+            `D^-1/2 g`, `(n,)`, float32, contiguous.
         """
         if self.metric is None:
-            return gradient_of(site)
-        gradient, metric, step = spans_of_gradient(site), self.metric, self._step(site)
-        out = torch.empty(site.shape, dtype=torch.float32, device=local(site.member.param).device)
+            return spans_of_gradient(site)(place)
+        length, device = place.stop - place.start, local(site.member.param).device
+        return self.accumulate(site, place, torch.zeros(length, dtype=torch.float32, device=device))
+
+    def accumulate(self, site: Site, place: slice, accumulator: torch.Tensor) -> torch.Tensor:
+        """The same, added to an error; moments take the gradient, once a step. Threads share a large slab.
+
+        Args:
+            site: The parameter.
+            place: The slab, whole buckets.
+            accumulator: `(n,)`, float32, contiguous; updated.
+
+        Returns:
+            The accumulator.
+        """
+        gradient, position = spans_of_gradient(site), site.member.position
 
         def work(_: int, begin: int, end: int) -> None:
-            x, whitened = gradient(slice(begin, end)), out.view(-1)[begin:end]
-            metric.whiten(site.state, site.shape, slice(begin, end), x, step, self.kernels, out=whitened)
+            span, out = slice(place.start + begin, place.start + end), accumulator[begin:end]
+            g = gradient(span)
+            if self.metric is None:
+                out.add_(g).clamp_(-_LARGEST, _LARGEST)
+            else:
+                self.metric.observe(site.state, site.shape, span, g, self._step(site), position, self.kernels, out)
 
-        pool.run_torch(work, out.numel(), span_length(out.device), out.device)
-        return out
+        pool.run_torch(work, len(accumulator), span_length(accumulator.device), accumulator.device)
+        return accumulator
 
     def preconditioned(self, site: Site) -> Callable[[slice], torch.Tensor]:
         """The dense vector `x` that is preconditioned, `D^-1/2 m_hat`, or `D^-1/2 g` without momentum.
@@ -92,7 +108,8 @@ class Vectors:
         gradient = spans_of_gradient(site)
         if metric is None:
             return gradient
-        return lambda span: metric.whiten(state, shape, span, gradient(span), self._step(site), kernels)
+        step = self._step(site)
+        return lambda span: metric.whiten(state, shape, span, gradient(span).clone(), step, kernels)
 
     def out_of_metric(self, site: Site, span: slice, update: torch.Tensor) -> torch.Tensor:
         """`D^-1/2 u`, in the memory of `u`; without a metric, `u`.
@@ -107,7 +124,7 @@ class Vectors:
         """
         if self.metric is None:
             return update
-        return self.metric.whiten(site.state, site.shape, span, update, self._step(site), self.kernels, out=update)
+        return self.metric.whiten(site.state, site.shape, span, update, self._step(site), self.kernels)
 
     def _step(self, site: Site) -> int:
         return int(self.states[site.member.param]["gradients"])

@@ -260,7 +260,7 @@ def test_the_parts_of_a_step_add_up_and_nothing_stays_patched(recipe, text, with
     ("text", "function", "part"),
     [
         ("sparse_mfac num_grads=9", "hf_efcp.kernels.cpu.combine", "combine"),  # while the update is applied
-        ("lowrank_mfac num_grads=9", "hf_efcp.kernels.cpu.whiten", "metric"),  # in all of the parts around it
+        ("lowrank_mfac num_grads=9", "hf_efcp.kernels.cpu.whiten_levels", "metric"),  # in all of the parts around it
         ("lowrank_mfac num_grads=9", "hf_efcp.kernels.cpu.apply", "apply"),
         ("lowrank_mfac num_grads=9", "torch.linalg.qr", "compress"),
         ("lowrank_mfac num_grads=9", "torch.linalg.cholesky_ex", "solve"),

@@ -50,7 +50,7 @@ class Compression:
 
     def push(self, gradient):
         row = self.window.row(self.state, self.shape, 0)
-        self.compressor.compress([Job(gradient, self.error, row, self.state)], reference)
+        self.compressor.compress([Job(None, self.error.add_(gradient), row, self.state)], reference)
         return dense_rows(self.state)[0].view(self.shape)
 
     @property

@@ -22,7 +22,7 @@ from hf_efcp import (
     estimate_memory,
 )
 from hf_efcp.compressors import Identity, TopK
-from hf_efcp.kernels import WHITENED, cpu, reference
+from hf_efcp.kernels import BUCKET, WHITENED, cpu, reference
 from hf_efcp.lowrank import LowRank
 from hf_efcp.preconditioners import GGT, MFAC, Moment
 
@@ -171,6 +171,65 @@ def test_the_kernels_are_adamws_formulas(backend):
 
 
 @pytest.mark.parametrize("metric", ["adam", "factored"])
+def levels(numel, seed=0):
+    """Roots of a second moment in levels: scales of very different size, and buckets of zeros."""
+    generator = torch.Generator().manual_seed(seed)
+    scale = torch.randn(-(-numel // BUCKET), generator=generator).exp2() * 1e-3
+    scale[1::5] = 0.0
+    return torch.randint(0, 128, (numel,), dtype=torch.int8, generator=generator), scale
+
+
+@pytest.mark.parametrize("numel", [1, 63, 64, 65, 5000, 300_001])
+def test_levels_are_observed_and_whitened_in_one_pass(numel):
+    """As `dequantize`, `observe`, `quantize` and `whiten` one after the other; and numba's bits are the reference's."""
+    generator = torch.Generator().manual_seed(1)
+    gradient = torch.randn(numel, generator=generator) * torch.rand(numel, generator=generator) ** 6
+    gradient[::7] = 0.0
+    gradient[-1] = 1e15
+    found = []
+    for backend in (reference, cpu):
+        roots, scale = levels(numel)
+        out = torch.ones(numel)
+        for step in range(3):
+            backend.observe_levels(roots, scale, gradient, 0.999, 123 + step, 640, 1.7, 1e-8, out)
+        found.append((roots, scale, out))
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+    roots, scale = levels(numel)
+    v, expected = torch.empty(numel), torch.ones(numel)
+    for step in range(3):
+        reference.dequantize(roots, scale, v)
+        v.square_()
+        reference.observe(v, gradient, 0.999)
+        reference.quantize(v.sqrt(), roots, scale, 123 + step, 640)
+        reference.dequantize(roots, scale, v)
+        whitened = torch.empty(numel)
+        reference.whiten(gradient, v.square(), 1.0, 1.7, 1e-8, whitened)
+        expected += whitened
+    away = (found[0][0] - roots).abs()  # the last bit of a root decides a level in a few of a million
+    assert away.max() <= 1
+    assert away.sum() <= numel / 10_000
+    same = away == 0
+    torch.testing.assert_close(found[0][2][same], expected[same], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 5000), (64, 65), (1, 63), (100, 4900), (4999, 5000)])
+def test_a_span_of_levels_is_whitened_from_anywhere(start, stop):
+    roots, scale = levels(5000)
+    x = torch.randn(stop - start, generator=torch.Generator().manual_seed(2))
+    v = torch.empty(5000)
+    reference.dequantize(roots, scale, v)
+    expected = torch.empty_like(x)
+    reference.whiten(x, v[start:stop].square(), 3.0, 1.3, 1e-8, expected)
+    found = [x.clone() for _ in range(2)]
+    for backend, own in zip((reference, cpu), found, strict=True):
+        backend.whiten_levels(own, roots, scale, start, 3.0, 1.3, 1e-8)
+    assert torch.equal(*found)
+    torch.testing.assert_close(found[0], expected, rtol=1e-6, atol=0.0)
+    assert torch.equal(found[0] == 0.0, v[start:stop] == 0.0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 @pytest.mark.parametrize("cls", [DenseMFAC, SparseGGT, LowRankMFAC])
 def test_what_never_had_a_gradient_does_not_move(cls, dtype, metric):

@@ -93,6 +93,32 @@ class Kernels(Protocol):
     ) -> None:
         """`out = factor x / sqrt(correction sqrt(v) + eps)`, 0 where v is."""
 
+    def observe_levels(
+        self,
+        roots: torch.Tensor,
+        scale: torch.Tensor,
+        gradient: torch.Tensor,
+        beta2: float,
+        key: int,
+        start: int,
+        correction: float,
+        eps: float,
+        out: torch.Tensor,
+    ) -> None:
+        """`observe` where `sqrt(v)` is kept as levels times scales, and `out += whiten(gradient)`, in one pass."""
+
+    def whiten_levels(
+        self,
+        x: torch.Tensor,
+        roots: torch.Tensor,
+        scale: torch.Tensor,
+        start: int,
+        factor: float,
+        correction: float,
+        eps: float,
+    ) -> None:
+        """`x = whiten(x)` where `sqrt(v)` is kept as levels times scales."""
+
     def apply(
         self,
         theta: torch.Tensor,

@@ -53,9 +53,9 @@ _CHUNKS = np.uint64(32)  # vectors of indices that are looked up before what was
 _SHIFT, _SPAN = np.uint64(40), np.uint64(1 << 40)  # see `_add_found`
 
 
-def _jit(function: Callable[..., Any]) -> Callable[..., Any]:
+def _jit(function: Callable[..., Any], fastmath: Any = _FASTMATH) -> Callable[..., Any]:
     """What Python calls, from any thread. Dividing by zero gives infinity: Python's error would cost the vectors."""
-    options: dict[str, Any] = {"nogil": True, "fastmath": _FASTMATH, "error_model": "numpy"}
+    options: dict[str, Any] = {"nogil": True, "fastmath": fastmath, "error_model": "numpy"}
     try:
         compiled: Callable[..., Any] = njit(cache=True, **options)(function)
     except RuntimeError:  # no directory that the cache could be written to
@@ -63,9 +63,18 @@ def _jit(function: Callable[..., Any]) -> Callable[..., Any]:
     return compiled
 
 
+def _jit_as_written(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same for what rounds stochastically: one bit of a sum would be a whole level."""
+    return _jit(function, fastmath=False)
+
+
 def _inner(function: Callable[..., Any]) -> Any:
     """What only compiled code calls, and is kept on disk with that: wrappers and a file of its own take time."""
     return njit(fastmath=_FASTMATH, **_UNSEEN)(function)
+
+
+def _inner_as_written(function: Callable[..., Any]) -> Any:
+    return njit(**_UNSEEN)(function)
 
 
 def _inner_in_order(function: Callable[..., Any]) -> Any:
@@ -789,6 +798,16 @@ def _noise(entry, key):
     return np.uint32(bits ^ (bits >> np.uint32(15)))
 
 
+@_inner
+def _rounded(magnitude, unit, levels, entry, key):
+    """Stochastically, to a level."""
+    multiple = min(magnitude, _LARGEST) / unit
+    whole = np.int32(multiple)
+    threshold = np.int32((multiple - np.float32(whole)) * np.float32(2.0**31))
+    noise = np.int32(_noise(entry, key) >> np.uint32(1))
+    return min(np.int32(whole + np.int32(noise < threshold)), np.int32(levels))
+
+
 @_jit
 def _quantize(error, stored, scale, levels, key, where, begin, end):
     signed = np.zeros(BUCKET, np.int32)
@@ -803,11 +822,7 @@ def _quantize(error, stored, scale, levels, key, where, begin, end):
         scale[bucket] = unit
         first = np.uint32(where + start)
         for i in range(count):
-            multiple = min(abs(x[i]), _LARGEST) / unit
-            whole = np.int32(multiple)
-            threshold = np.int32((multiple - np.float32(whole)) * np.float32(2.0**31))
-            noise = np.int32(_noise(first + np.uint32(i), key) >> np.uint32(1))
-            level = min(np.int32(whole + np.int32(noise < threshold)), np.int32(levels))
+            level = _rounded(abs(x[i]), unit, levels, first + np.uint32(i), key)
             signed[i] = -level if x[i] < 0.0 else level
         if levels > 7:
             out = stored[start : start + count]
@@ -878,6 +893,47 @@ def _whiten_in_place(vector, moments, factor, correction, eps, begin, end):
     x, v = vector[begin:end], moments[begin:end]
     for i in range(x.shape[0]):
         x[i] = _whitened(x[i], v[i], factor, correction, eps)
+
+
+@_inner_as_written
+def _divided(x, root, factor, correction, eps):
+    y = min(max(factor * x * (np.float32(1.0) / np.sqrt(root * correction + eps)), -_WHITENED), _WHITENED)
+    return y if root > np.float32(0.0) else np.float32(0.0)
+
+
+@_jit_as_written
+def _observe_levels(roots, scale, gradient, kept, new, key, where, correction, eps, begin, end, out):
+    root = np.empty(BUCKET, np.float32)
+    for bucket in range(begin, end):
+        start = bucket * BUCKET
+        level = roots[start : min(start + BUCKET, roots.shape[0])]
+        count = level.shape[0]
+        g, total = gradient[start : start + count], out[start : start + count]
+        unit = scale[bucket]
+        for i in range(count):
+            old = np.float32(np.int32(level[i])) * unit
+            root[i] = np.sqrt(min(kept * (old * old) + new * (g[i] * g[i]), _FLOAT32_MAX))
+        largest = np.int32(0)
+        for i in range(count):
+            largest = max(largest, _bits_of_float(root[i]))
+        unit = max(min(_float_of_bits(largest), _LARGEST) / np.float32(127), _SMALLEST)
+        scale[bucket] = unit
+        first = np.uint32(where + start)
+        for i in range(count):
+            rounded = _rounded(root[i], unit, 127, first + np.uint32(i), key)
+            level[i] = rounded
+            total[i] += _divided(g[i], np.float32(rounded) * unit, np.float32(1.0), correction, eps)
+
+
+@_jit_as_written
+def _whiten_levels(x, roots, scale, start, factor, correction, eps):
+    end = start + x.shape[0]
+    for bucket in range(start // BUCKET, (end + BUCKET - 1) // BUCKET):
+        begin, unit = max(bucket * BUCKET, start), scale[bucket]
+        level = roots[begin : min((bucket + 1) * BUCKET, end)]
+        y = x[begin - start : begin - start + level.shape[0]]
+        for i in range(level.shape[0]):
+            y[i] = _divided(y[i], np.float32(np.int32(level[i])) * unit, factor, correction, eps)
 
 
 @_jit
@@ -1086,6 +1142,37 @@ def whiten(
         pool.run(lambda _, begin, end: _whiten_in_place(vector, v, *numbers, begin, end), len(v), _LIGHT)
     else:
         pool.run(lambda _, begin, end: _whiten(vector, v, *numbers, begin, end, total), len(v), _LIGHT)
+
+
+def observe_levels(
+    roots: torch.Tensor,
+    scale: torch.Tensor,
+    gradient: torch.Tensor,
+    beta2: float,
+    key: int,
+    start: int,
+    correction: float,
+    eps: float,
+    out: torch.Tensor,
+) -> None:
+    """See `reference.observe_levels`; bucket by bucket, and with the same bits."""
+    level, unit, g, total, bits = _array(roots), _array(scale), _array(gradient), _array(out), np.uint32(key)
+    numbers = np.float32(beta2), np.float32(1.0 - beta2), bits, start, np.float32(correction), np.float32(eps)
+    step = _LIGHT // BUCKET
+    pool.run(lambda _, begin, end: _observe_levels(level, unit, g, *numbers, begin, end, total), len(unit), step)
+
+
+def whiten_levels(
+    x: torch.Tensor, roots: torch.Tensor, scale: torch.Tensor, start: int, factor: float, correction: float, eps: float
+) -> None:
+    """See `reference.whiten_levels`; in one pass, and with the same bits."""
+    vector, level, unit = _array(x), _array(roots), _array(scale)
+    numbers = np.float32(factor), np.float32(correction), np.float32(eps)
+
+    def work(_: int, begin: int, end: int) -> None:
+        _whiten_levels(vector[begin:end], level, unit, start + begin, *numbers)
+
+    pool.run(work, len(vector), _LIGHT)
 
 
 def apply(
