@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -11,7 +13,7 @@ from transformers import Trainer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer_utils import TrainOutput, unwrap_peft_model
 
-from . import checkpoints, setups
+from . import card, checkpoints, setups
 from .callbacks import EFCPCallback
 from .factory import create_optimizer, efcp_name, parse_optim_args
 from .optimizer import EFCP
@@ -36,6 +38,7 @@ class EFCPTrainer(Trainer):
     - Checkpoints are written file by file. `train(resume_from_checkpoint=True)` takes the newest complete one and
       warns about newer ones; a given one that is incomplete is refused, where the parent would go on with an empty
       window without a word. Stock optimizers are resumed as by the parent.
+    - The model card has a section on the optimizer, however it was given, and the tag `hf_efcp`.
     - Steps that `nonfinite="skip"` left out are in the logs as `skipped_steps`, with a warning at the end.
     - The values of an `EFCPCallback` are in the logs. `efcp_diagnostics_steps` of the arguments adds one, unless there
       is one.
@@ -149,6 +152,27 @@ class EFCPTrainer(Trainer):
             elif values:
                 super().log(values)  # not into the summary, which train() returns
         super().log(logs, start_time)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write the model card as the parent does, which knows the optimizer by `args.optim` only, and describe it.
+
+        Args:
+            *args: The parent's arguments.
+            **kwargs: The parent's arguments.
+        """
+        optimizer = self._efcp_optimizer()
+        if optimizer is None:
+            super().create_model_card(*args, **kwargs)
+            return
+        own, self.args = self.args, copy.copy(self.args)
+        self.args.optim = ""  # the parent then leaves it out
+        self.args.learning_rate = card.learning_rate(optimizer)
+        try:
+            super().create_model_card(*args, **kwargs)
+        finally:
+            self.args = own
+        if self.is_world_process_zero():
+            card.add_optimizer(Path(cast(str, self.args.output_dir), "README.md"), optimizer)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if self._efcp:
