@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers import Trainer
-from transformers.trainer_utils import TrainOutput
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.trainer_utils import TrainOutput, unwrap_peft_model
 
-from . import checkpoints, setups
+from . import card, checkpoints, setups
 from .callbacks import EFCPCallback
 from .factory import create_optimizer, efcp_name, parse_optim_args
 from .optimizer import EFCP
 
 logger = logging.getLogger(__name__)
-
-# Heads whose loss is a mean over their own batch, by what the names of their classes have in common.
-_MEAN_HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForMultipleChoice", "ForQuestionAnswering")
 
 
 class EFCPTrainer(Trainer):
@@ -26,16 +26,19 @@ class EFCPTrainer(Trainer):
 
     - `args.optim` may be a key of `hf_efcp.OPTIMIZERS`, with its options in `args.optim_args`. As in the parent,
       `optimizers` and `optimizer_cls_and_kwargs` come before it.
-    - The gradient is that of the mean loss, with any optimizer. Trainer believes of every model that takes keyword
-      arguments that its loss is already divided by the number of items in all accumulated batches of all processes.
-      The classification, multiple-choice and question-answering heads take the mean over their own batch, and their
-      gradient came out too large by the accumulation steps and the number of processes. The steps and processes are
-      now averaged, each with the same weight. A `compute_loss_func` is left to its author.
+    - The gradient is that of the mean loss, with any optimizer and any model. Trainer believes of every model that
+      takes keyword arguments that its loss is divided by `num_items_in_batch`, the number of items in all accumulated
+      batches of all processes. Most heads that are not language models take the mean over their own batch instead, and
+      their gradient came out too large by the accumulation steps and the number of processes. Here what a model
+      divides by that number is, as in the parent, the mean over all those items; all else in its loss is averaged over
+      steps and processes, each with the same weight. A `compute_loss_func`, and a `compute_loss` that does not call
+      this one, are left to their author, who says in `loss_is_scaled_for_ga` what the loss is.
     - What an EFCP optimizer cannot do is refused at construction: DeepSpeed, FSDP version 1, float16 parameters
       under fp16. FSDP version 2 is Trainer's default and works.
     - Checkpoints are written file by file. `train(resume_from_checkpoint=True)` takes the newest complete one and
       warns about newer ones; a given one that is incomplete is refused, where the parent would go on with an empty
       window without a word. Stock optimizers are resumed as by the parent.
+    - The model card has a section on the optimizer, however it was given, and the tag `hf_efcp`.
     - Steps that `nonfinite="skip"` left out are in the logs as `skipped_steps`, with a warning at the end.
     - The values of an `EFCPCallback` are in the logs. `efcp_diagnostics_steps` of the arguments adds one, unless there
       is one.
@@ -50,8 +53,8 @@ class EFCPTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if self.compute_loss_func is None and _takes_own_mean(self._module()):
-            self.model_accepts_loss_kwargs = False
+        # The parent knows by the name "...ForCausalLM" only that there is one label less than tokens in a row.
+        self._loss_shifts_labels = self._loss_shifts_labels or _is_causal(unwrap_peft_model(self._module()))
         self._efcp = self._asks_for_efcp()
         if self._efcp:
             setups.refuse_what_cannot_work(self)
@@ -100,6 +103,39 @@ class EFCPTrainer(Trainer):
             )
         return output
 
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
+        """Compute a batch's share of the loss of a step.
+
+        With `n` items, a model's loss is `a / n + b`: `a` is a sum over items that the model counts (language models),
+        `b` a mean over the batch (BERT's heads) or a penalty, and mixtures of experts have both. Only the model knows
+        which. Told of `n / batches` items, those of one batch on average, its loss is right for one batch whatever `a`
+        and `b` are, and that loss over the number of batches is the share, `a / n + b / batches`.
+
+        Args:
+            model: The model, wrapped or not.
+            inputs: The batch.
+            return_outputs: Whether to return what the model returned, too.
+            num_items_in_batch: The number of items in all batches of the step, or None if they were not counted.
+
+        Returns:
+            The loss, with the outputs if they are asked for.
+        """
+        if num_items_in_batch is None or not self.model_accepts_loss_kwargs or self.compute_loss_func is not None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        steps = getattr(self, "current_gradient_accumulation_steps", 1) if model.training else 1
+        devices = self._devices_counted()
+        items_of_one = torch.as_tensor(num_items_in_batch) / (steps * devices)
+        loss, outputs = super().compute_loss(model, inputs, True, items_of_one)
+        # The parent's `training_step` divides by the steps where it was told that `compute_loss` does not.
+        loss = loss / (devices if self.loss_is_scaled_for_ga is False else steps * devices)
+        return (loss, outputs) if return_outputs else loss
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, as the parent does, with the steps that were skipped so far if there are any, and with diagnostics.
 
@@ -117,6 +153,27 @@ class EFCPTrainer(Trainer):
                 super().log(values)  # not into the summary, which train() returns
         super().log(logs, start_time)
 
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write the model card as the parent does, which knows the optimizer by `args.optim` only, and describe it.
+
+        Args:
+            *args: The parent's arguments.
+            **kwargs: The parent's arguments.
+        """
+        optimizer = self._efcp_optimizer()
+        if optimizer is None:
+            super().create_model_card(*args, **kwargs)
+            return
+        own, self.args = self.args, copy.copy(self.args)
+        self.args.optim = ""  # the parent then leaves it out
+        self.args.learning_rate = card.learning_rate(optimizer)
+        try:
+            super().create_model_card(*args, **kwargs)
+        finally:
+            self.args = own
+        if self.is_world_process_zero():
+            card.add_optimizer(Path(cast(str, self.args.output_dir), "README.md"), optimizer)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if self._efcp:
             checkpoints.invalidate(self, self._get_output_dir(trial=trial))
@@ -131,6 +188,12 @@ class EFCPTrainer(Trainer):
         except Exception as error:
             error.add_note(f"raised while the optimizer was loaded from {checkpoint}")
             raise
+
+    def _devices_counted(self) -> int:
+        # On how many devices the items were counted, which is also what the parent multiplies the loss by.
+        if not self.args.average_tokens_across_devices:
+            return 1
+        return int(self.args.n_gpu if self.args.n_gpu > 1 else self.accelerator.num_processes // self.get_tp_size())
 
     def _add_diagnostics(self, every: int) -> None:
         if not every or self._diagnostics():
@@ -163,7 +226,8 @@ class EFCPTrainer(Trainer):
         return efcp_name(self.args.optim) is not None
 
 
-def _takes_own_mean(model: nn.Module) -> bool:
-    # All modules, to look through whatever wraps the head: PEFT's models, the user's own.
-    classes = {base.__name__ for module in model.modules() for base in type(module).__mro__}
-    return any(head in name for name in classes for head in _MEAN_HEADS)
+def _is_causal(model: nn.Module) -> bool:
+    # A language model without "ForCausalLM" in its name, such as GPT2LMHeadModel, or a subclass of one.
+    names = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    decoder = not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return decoder and any(base.__name__ in names for base in type(model).__mro__)

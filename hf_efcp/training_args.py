@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import Field, dataclass, field
+from typing import Any, get_type_hints
 
 import torch
 from transformers import TrainingArguments
@@ -26,6 +27,9 @@ class EFCPTrainingArguments(TrainingArguments):
     - `learning_rate` is None: the default of the optimizer that `optim` names (the parent's own for a stock
       optimizer). It is filled in at construction, so that copies made with `dataclasses.replace` or from `to_dict`
       carry the number: a copy that changes `optim` needs `learning_rate=None` to take the new optimizer's.
+
+    A dataclass that derives from this class and from another configuration, `Seq2SeqTrainingArguments` or TRL's
+    `SFTConfig`, in either order, keeps the other's defaults; one for `learning_rate` then holds for every optimizer.
 
     `adam_beta1`, `adam_beta2`, `adam_epsilon` and `optim_target_modules` are of no use to an EFCP optimizer.
 
@@ -52,13 +56,30 @@ class EFCPTrainingArguments(TrainingArguments):
         metadata={"help": "Measure what preconditioning does every so many steps, and log it; 0 does not."},
     )
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Declare in a subclass the fields that its bases have set and that `dataclass` would take from elsewhere.
+
+        It takes a field from the first base that has it, declared or inherited: with this class first, the defaults of
+        `TrainingArguments` would hide those of a second base, and with this class second the types of our fields.
+
+        Args:
+            **kwargs: Those of the class statement.
+        """
+        super().__init_subclass__(**kwargs)
+        for name, (kind, found) in _hidden(cls).items():
+            if name not in vars(cls):
+                cls.__annotations__[name] = kind
+                setattr(cls, name, copy.copy(found))
+
     def __post_init__(self) -> None:
         """Resolve the optimizer and its learning rate, check its options, and let the parent do the rest.
 
         Raises:
+            TypeError: If the class has several bases and is no dataclass.
             ValueError: If `optim`, `optim_args`, `efcp_diagnostics_steps` or anything that the parent checks is not
                 valid.
         """
+        _check_class(type(self))
         if self.efcp_diagnostics_steps < 0:
             raise ValueError(
                 "efcp_diagnostics_steps is the number of steps from one sample to the next, or 0 for none; got "
@@ -66,7 +87,7 @@ class EFCPTrainingArguments(TrainingArguments):
             )
         optim = _optimizer(self.optim)
         # Before the parent's turn: a DeepSpeed configuration may copy the learning rate.
-        self.learning_rate = _learning_rate(optim, self.learning_rate)
+        self.learning_rate = self._rate(optim, self.learning_rate)
         self.optim = _stock(optim)
         super().__post_init__()
         self.optim = optim
@@ -90,7 +111,7 @@ class EFCPTrainingArguments(TrainingArguments):
             ValueError: If a name or an option is not valid.
         """
         optim = _optimizer(name)
-        super().set_optimizer(_stock(optim), _learning_rate(optim, learning_rate), *args, **kwargs)
+        super().set_optimizer(_stock(optim), self._rate(optim, learning_rate), *args, **kwargs)
         self.optim = optim
         self._check_optimizer()
         return self
@@ -106,8 +127,20 @@ class EFCPTrainingArguments(TrainingArguments):
         Returns:
             These arguments.
         """
-        super().set_training(_learning_rate(self.optim, learning_rate), *args, **kwargs)
+        super().set_training(self._rate(self.optim, learning_rate), *args, **kwargs)
         return self
+
+    def _rate(self, optim: str, given: float | None) -> float:
+        if given is not None:
+            return given
+        if isinstance(optim, OptimizerNames):
+            # That of the next configuration that has one: TrainingArguments, if none between does.
+            rates = (vars(base).get("learning_rate") for base in type(self).__mro__)
+            default = next(float(rate) for rate in rates if rate is not None)
+        else:
+            default = default_lr(optim)
+        logger.info("learning_rate is not given: taking %g, the default of %s", default, optim)
+        return default
 
     def _check_optimizer(self) -> None:
         # The optimizer judges its options now: a mistake should not wait until the model is loaded.
@@ -142,9 +175,33 @@ def _stock(optim: str) -> OptimizerNames:
     return optim if isinstance(optim, OptimizerNames) else OptimizerNames.ADAMW_TORCH
 
 
-def _learning_rate(optim: str, given: float | None) -> float:
-    if given is not None:
-        return given
-    default = TrainingArguments.learning_rate if isinstance(optim, OptimizerNames) else default_lr(optim)
-    logger.info("learning_rate is not given: taking %g, the default of %s", default, optim)
-    return default
+def _declared(cls: type) -> dict[str, Field[Any]]:
+    # The fields that a dataclass has itself: those inherited are its parents' objects.
+    own = vars(cls).get("__dataclass_fields__", {})
+    inherited = [getattr(base, "__dataclass_fields__", {}) for base in cls.__bases__]
+    return {name: f for name, f in own.items() if all(f is not others.get(name) for others in inherited)}
+
+
+def _hidden(cls: type) -> dict[str, tuple[Any, Field[Any]]]:
+    # Types and fields by name. Ours give way to those of other bases, whose defaults were chosen for a task.
+    ours = _declared(EFCPTrainingArguments)
+    taken: dict[str, Field[Any]] = {}
+    wanted: dict[str, tuple[type, Field[Any]]] = {name: (EFCPTrainingArguments, f) for name, f in ours.items()}
+    for base in reversed(cls.__mro__[1:]):
+        taken |= vars(base).get("__dataclass_fields__", {})
+        if base not in (TrainingArguments, EFCPTrainingArguments):
+            wanted |= {name: (base, f) for name, f in _declared(base).items()}
+    return {
+        name: (get_type_hints(EFCPTrainingArguments if name in ours else base)[name], f)
+        for name, (base, f) in wanted.items()
+        if f is not taken[name] or (name in ours and not issubclass(base, EFCPTrainingArguments))
+    }
+
+
+def _check_class(cls: type) -> None:
+    made, *others = (base for base in cls.__mro__ if "__dataclass_fields__" in vars(base))
+    if lost := [base.__name__ for base in others if not issubclass(made, base)]:
+        raise TypeError(
+            f"{cls.__name__} has the constructor of {made.__name__}, which does not know the fields and defaults of "
+            f"{', '.join(lost)}: put @dataclass above class {cls.__name__}"
+        )

@@ -10,19 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard, ModelCardData
+from peft import LoraConfig, get_peft_model
 from ranks import leave
-from tiny import VOCAB, arguments, parameters, tiny_bert, toy_rows, train
+from tiny import arguments, parameters, tiny_bert, toy_rows, train
 from torch import nn
 from transformers import (
-    BertForMaskedLM,
-    BertForMultipleChoice,
-    BertForQuestionAnswering,
-    BertForTokenClassification,
     Trainer,
     TrainerCallback,
     TrainingArguments,
 )
 
+import hf_efcp
 from hf_efcp import EFCP, EFCPTrainer, SparseMFAC
 from hf_efcp.compressors import TopK
 from hf_efcp.preconditioners import MFAC
@@ -86,34 +85,11 @@ class Wrapped(nn.Module):
         return self.inner(**kwargs)
 
 
-def head_rows(head: str) -> list[dict[str, torch.Tensor]]:
-    rows = toy_rows(16)
-    for row in rows:
-        tokens = row["input_ids"]
-        if head == "token":
-            row["labels"] = (tokens >= VOCAB // 2).long()
-        elif head == "choice":
-            row["input_ids"], row["attention_mask"] = torch.stack([tokens, tokens.flip(0)]), torch.ones(2, len(tokens))
-        elif head == "answer":
-            row["start_positions"], row["end_positions"] = tokens[0] % 8, tokens[1] % 8
-            del row["labels"]
-    return rows
-
-
-@pytest.mark.parametrize(
-    ("head", "model"),
-    [
-        ("token", lambda: tiny_bert(BertForTokenClassification)),
-        ("choice", lambda: tiny_bert(BertForMultipleChoice)),
-        ("answer", lambda: tiny_bert(BertForQuestionAnswering)),
-        ("wrapped", Wrapped),
-        ("subclass", lambda: tiny_bert(type("Mine", (type(tiny_bert()),), {}))),
-    ],
-)
-def test_the_gradient_is_true_for_every_head_that_takes_its_own_mean(tmp_path, head, model):
+@pytest.mark.parametrize("model", [Wrapped, lambda: tiny_bert(type("Mine", (type(tiny_bert()),), {}))])
+def test_the_gradient_is_true_for_models_that_transformers_does_not_know(tmp_path, model):
     def gradient(**batches: int) -> torch.Tensor:
         args = arguments(tmp_path, max_steps=1, max_grad_norm=0.0, remove_unused_columns=False, **SPARSE, **batches)
-        return train(args, model(), head_rows(head))[1][0]
+        return train(args, model(), toy_rows(16))[1][0]
 
     one = gradient(**ONE_BATCH)
     assert one.norm() > 0.01
@@ -140,11 +116,6 @@ def test_a_loss_of_ones_own_is_left_alone(tmp_path):
     one = train(args, tiny_bert(), toy_rows(16))[1][0]
     assert trainer.model_accepts_loss_kwargs is True
     assert (gradient - one).norm() < 1e-4 * one.norm()
-
-
-def test_a_head_that_counts_its_items_keeps_their_number(tmp_path):
-    trainer = EFCPTrainer(model=tiny_bert(BertForMaskedLM), args=arguments(tmp_path, **SPARSE))
-    assert trainer.model_accepts_loss_kwargs is True
 
 
 def test_the_evaluation_loss_is_the_mean(tmp_path):
@@ -320,6 +291,80 @@ def test_two_epochs_with_loader_workers_and_numba_move_every_parameter(tmp_path)
     assert len(gradients) == 12
     still = [name for name, p in parameters(model).items() if torch.equal(p, before[name])]
     assert still == []
+
+
+# The model card
+
+
+def card_of(trainer: EFCPTrainer, **given: Any) -> tuple[ModelCardData, str]:
+    trainer.create_model_card(**given)
+    text = Path(trainer.args.output_dir, "README.md").read_text()
+    return ModelCard(text).data, text.partition("## Training procedure")[2]
+
+
+def trained_with(folder: Path, way: str) -> EFCPTrainer:
+    model = tiny_bert()
+    settings: dict[str, Any] = {"num_grads": 3, "density": 0.25, "block_size": 256, "metric": "none", "damp": 0.125}
+    given: dict[str, Any] = {}
+    arguments_of = {"optim": "adamw_torch"}
+    if way == "optimizers":
+        given["optimizers"] = (SparseMFAC(model.parameters(), 0.25, **settings), None)
+    elif way == "optimizer_cls_and_kwargs":
+        given["optimizer_cls_and_kwargs"] = (SparseMFAC, {"lr": 0.25, **settings})
+    else:
+        options = ",".join(f"{key}={value}" for key, value in settings.items())
+        arguments_of = {"optim": "sparse_mfac", "optim_args": options, "learning_rate": 0.25}
+    return train(arguments(folder, max_steps=2, **arguments_of), model, toy_rows(16), **given)[0]
+
+
+@pytest.mark.parametrize("way", ["optimizers", "optimizer_cls_and_kwargs", "optim"])
+def test_the_model_card_describes_the_optimizer_however_it_was_given(tmp_path, way):
+    trainer = trained_with(tmp_path, way)
+    data, text = card_of(trainer)
+    assert data.tags == ["generated_from_trainer", "hf_efcp"]
+    numel = sum(p.numel() for p in trainer.model.parameters())
+    each = trainer.optimizer.optimizer.memory()["total"] / numel
+    assert f"`SparseMFAC` of hf_efcp {hf_efcp.__version__}" in text
+    assert "(https://arxiv.org/abs/2306.06098)" in text
+    assert f"{each:.2f} bytes of state per parameter" in text
+    settings = ("lr: 0.25", "num_grads: 3", "density: 0.25", "block_size: 256", "damp: 0.125", "error_dtype: float32")
+    for setting in (*settings, "metric: none", "weight_decay: 0.0", "learning_rate: 0.25"):
+        assert text.count(f"\n- {setting}\n") == 1
+    assert "adam" not in text.lower()
+    assert text.index("### Training hyperparameters") < text.index("### Optimizer") < text.index("### Framework")
+    assert card_of(trainer) == (data, text)  # once more is not twice as long
+    assert trainer.args.optim in ("adamw_torch", "sparse_mfac")
+
+
+def test_the_model_card_keeps_tags_and_names_what_is_excluded_and_where_groups_differ(tmp_path):
+    args = arguments(
+        tmp_path, optim="microadam", optim_args="exclude=embeddings,exclude_lr=2e-5", weight_decay=0.1, max_steps=1
+    )
+    trainer, _ = train(args, tiny_bert(), toy_rows(16))
+    data, text = card_of(trainer, tags="mine")
+    assert data.tags == ["mine", "generated_from_trainer", "hf_efcp"]
+    assert "`MicroAdam` of hf_efcp" in text
+    assert "\n- weight_decay: 0.1 or 0.0\n" in text
+    excluded = sum(p.numel() for name, p in trainer.model.named_parameters() if "embeddings" in name)
+    assert f"not preconditioned: {excluded:,} parameters, stepped as AdamW would at lr 2e-05" in text
+
+
+def test_the_model_card_of_an_adapter_which_peft_writes_once_more(tmp_path):
+    model = get_peft_model(tiny_bert(), LoraConfig(target_modules=["query"]))
+    trainer, _ = train(arguments(tmp_path, optim="lowrank_mfac", max_steps=1), model, toy_rows(16))
+    trainer.save_model()
+    data, text = card_of(trainer)
+    assert data.library_name == "peft"
+    assert {"lora", "hf_efcp"} < set(data.tags)
+    assert text.count("`LowRankMFAC` of hf_efcp") == 1
+
+
+def test_the_model_card_of_a_stock_optimizer_is_the_parents(tmp_path):
+    args = arguments(tmp_path, optim="sgd", max_steps=1)
+    ours = card_of(train(args, tiny_bert(), toy_rows(16))[0])
+    assert ours == card_of(train(args, tiny_bert(), toy_rows(16), trainer_cls=Trainer)[0])
+    assert ours[0].tags == ["generated_from_trainer"]
+    assert "- optimizer: Use " in ours[1]
 
 
 # Resuming
