@@ -109,6 +109,10 @@ def extras():
     return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
 
 
+def sessions():
+    return set(re.findall(r"^def (\w+)\(session", (ROOT / "noxfile.py").read_text(encoding="utf-8"), re.MULTILINE))
+
+
 def check_script(place, argv, read_only):
     """That a recipe exists and takes the arguments, and the YAML that they name."""
     assert (ROOT / place).is_file()
@@ -143,6 +147,8 @@ def check_command(words, read_only):
             check_pytest(argv)
         case ["python", place, *argv] | ["torchrun", "--nproc_per_node", "2", place, *argv]:
             check_script(place, argv, read_only)
+        case ["nox", *argv]:
+            assert set(argv) - {"-s"} <= sessions()
         case [program] if "/" in program:
             assert (ROOT / program).is_file()
         case [program, *_]:
@@ -164,6 +170,7 @@ def test_commands_parse(page, read_only):
         ("python recipes/soak.py --no_such_flag 1", SystemExit),
         ("python -m pytest no_such_folder", AssertionError),
         ('pip install -c constraints.txt -e ".[nothing]"', AssertionError),
+        ("nox -s nothing", AssertionError),
         ("no-such-tool run", AssertionError),
     ],
 )
@@ -184,6 +191,19 @@ def test_every_block_has_a_language_that_is_checked():
         fences = re.findall(r"^```(.*)$", text, re.MULTILINE)
         assert set(fences[::2]) <= {"python", "bash", "yaml"}, path
         assert len(fences) == 2 * sum(len(blocks(path, language)) for language in ("python", "bash", "yaml"))
+
+
+def test_the_tree_has_every_file():
+    """Of the package and the recipes, by the name that CONTRIBUTING.md calls it."""
+    tree = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    package = [path.relative_to(ROOT / "hf_efcp") for path in (ROOT / "hf_efcp").rglob("*.py")]
+    recipes = [path.relative_to(ROOT / "recipes") for path in (ROOT / "recipes").glob("*.py")]
+    named = [str(path) for path in (*package, *recipes) if not path.name.startswith("bench_")]
+    assert not [name for name in named if f"`{name}`" not in tree and name != "__init__.py"]
+    found = re.findall(r"`([\w/]+\.py)`", tree)
+    assert not [
+        name for name in found if not any((ROOT / folder / name).exists() for folder in ("", "hf_efcp", "recipes"))
+    ]
 
 
 # Tables
