@@ -13,6 +13,7 @@ from .optimizer import EFCP
 from .variants import DenseGGT, DenseMFAC, LowRankGGT, LowRankMFAC, MicroAdam, SparseAdaGrad, SparseGGT, SparseMFAC
 
 if TYPE_CHECKING:
+    from .any_trainer import for_trainer
     from .callbacks import EFCPCallback
     from .factory import OPTIMIZERS, create_optimizer
     from .trainer import EFCPTrainer
@@ -37,12 +38,14 @@ __all__ = [
     "SparseMFAC",
     "create_optimizer",
     "estimate_memory",
+    "for_trainer",
     "largest_window",
 ]
 
 _LAZY = {
     "OPTIMIZERS": "factory",
     "create_optimizer": "factory",
+    "for_trainer": "any_trainer",
     "EFCPCallback": "callbacks",
     "EFCPTrainer": "trainer",
     "EFCPTrainingArguments": "training_args",

@@ -132,6 +132,8 @@ def _metric(name: str, predictions: np.ndarray[Any, Any], labels: np.ndarray[Any
         return float(accuracy_score(labels, predictions))
     if name == "f1":
         return float(f1_score(labels, predictions, zero_division=0.0))  # of class 1, the paraphrases
+    if name == "f1_macro":
+        return float(f1_score(labels, predictions, average="macro", zero_division=0.0))
     if name == "matthews_correlation":
         return float(matthews_corrcoef(labels, predictions))
     return float({"pearson": pearsonr, "spearmanr": spearmanr}[name](predictions, labels).statistic)

@@ -5,12 +5,17 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib.util
-from collections.abc import Mapping
+import sys
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from transformers import HfArgumentParser
+
+import hf_efcp
 
 
 def require(extra: str, *modules: str) -> None:
@@ -26,6 +31,29 @@ def require(extra: str, *modules: str) -> None:
     missing = [module for module in modules if importlib.util.find_spec(module) is None]
     if missing:
         raise ImportError(f'this needs {", ".join(missing)}: pip install "hf_efcp[{extra}]"')
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """End the program with a sentence instead of a traceback, for an error that this project raised itself.
+
+    It says what was expected, what came and what to do; where it was raised is of no use to who made the mistake. What
+    others raise, and what is no message to the user, keeps its traceback.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not _explains_itself(error):
+            raise
+        sys.exit(f"error: {error}")
+
+
+def _explains_itself(error: Exception) -> bool:
+    """Whether an error was raised by a `raise` of the recipes or of hf_efcp."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    folders = Path(__file__).parent, Path(hf_efcp.__file__).parent
+    own = any(Path(last.filename).is_relative_to(folder) for folder in folders)
+    return own and (last.line or "").startswith("raise ")
 
 
 def parse_arguments(

@@ -23,7 +23,7 @@ import time
 from typing import Any
 
 from bench import Bench
-from cli import require
+from cli import explained, require
 from plan import Contender, Plan, read_plan
 from report import Curve, Result, rates_table, table
 from runs import RunLog
@@ -226,4 +226,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with explained():
+        main(sys.argv[1:])

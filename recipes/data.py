@@ -165,7 +165,7 @@ def _check_split(task: GlueTask, name: str, split: Any, where: str) -> None:
             f"got {', '.join(split.column_names)}; rename the columns of the file"
         )
     for column in task.text_columns:
-        dtype, empty = _dtype(split, column), split.data.column(column).null_count
+        dtype, empty = column_type(split, column), split.data.column(column).null_count
         if dtype not in {"string", "large_string"} or empty:
             got = f"{empty} empty rows" if empty else dtype
             raise ValueError(f"column {column} of {where} must hold text in every row; got {got}")
@@ -174,7 +174,7 @@ def _check_split(task: GlueTask, name: str, split: Any, where: str) -> None:
 
 
 def _check_labels(task: GlueTask, split: Any, where: str) -> None:
-    dtype, labels = _dtype(split, "label"), split.data.column("label")
+    dtype, labels = column_type(split, "label"), split.data.column("label")
     plain = hasattr(split.features["label"], "dtype")
     values = set(labels.unique().to_pylist() if plain else map(str, labels[:5].to_pylist()))
     shown = f"{', '.join(repr(value) for value in list(values)[:5])} ({dtype})"
@@ -196,7 +196,15 @@ def _check_labels(task: GlueTask, split: Any, where: str) -> None:
         raise ValueError(f"the labels of {where} must be in the order {meaning}; the file has {', '.join(names)}")
 
 
-def _dtype(split: Any, column: str) -> str:
-    # Of what is not a plain value, such as a list, the name of its kind.
+def column_type(split: Any, column: str) -> str:
+    """Say what a column holds.
+
+    Args:
+        split: the dataset.
+        column: the column's name.
+
+    Returns:
+        The dtype of plain values; the name of the kind of others, such as a list.
+    """
     feature = split.features[column]
     return getattr(feature, "dtype", type(feature).__name__)

@@ -1,13 +1,17 @@
-"""Fine-tune a model on a GLUE task, or on Rotten Tomatoes, with an EFCP optimizer.
+"""Fine-tune a model on a GLUE task, on Rotten Tomatoes, or on files of one's own, with an EFCP optimizer.
 
     python recipes/run_glue.py recipes/configs/quickstart.yaml
     python recipes/run_glue.py recipes/configs/quickstart.yaml --baseline adamw_torch --seed 1
     python recipes/run_glue.py --task_name sst2 --data_dir my_folder --model_name_or_path google-bert/bert-base-uncased
+    python recipes/run_glue.py --train_file train.csv --validation_file validation.csv --optim lowrank_mfac
+
+Files of one's own have one or two columns of text, and a column of labels: text or integers are classes, however many,
+and floats a regression.
 
 The folder `output_dir` then holds the model with its tokenizer, `metrics.json`, `history.json` and `training.png`, and
-with `--do_predict true` the predictions for GLUE's test splits in `predictions/`, as its server takes them. The recipe
+with `--do_predict true` the predictions for the test splits in `predictions/`, as GLUE's server takes them. The recipe
 always trains and evaluates, whatever `do_train` and `do_eval` say.
-Three defaults are not Trainer's: `optim` is sparse_mfac, `warmup_steps` is 0.1 (of all steps; the window of gradients
+Three defaults are not Trainer's: `optim` is lowrank_mfac, `warmup_steps` is 0.1 (of all steps; the window of gradients
 starts empty), and `logging_nan_inf_filter` is off, for it would show a diverged loss as 0.
 """
 
@@ -18,9 +22,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cli import parse_arguments, require
+from cli import explained, parse_arguments, require
 from data import load_splits
 from fine_tuning import BaselineArguments, fine_tune, runs_of
+from own_data import FileArguments, load_files
 from submission import write_predictions
 from training import (
     DEFAULTS,
@@ -33,14 +38,39 @@ from training import (
 from transformers import set_seed
 
 from hf_efcp import EFCPTrainer, EFCPTrainingArguments
-from hf_efcp.glue import get_task
+from hf_efcp.glue import GlueTask, get_task
 
 
 @dataclasses.dataclass(kw_only=True)
-class DataArguments(TextArguments):
+class DataArguments(FileArguments, TextArguments):
     """What to train on."""
 
-    task_name: str = dataclasses.field(metadata={"help": "a GLUE task such as sst2, or rotten_tomatoes"})
+    task_name: str | None = dataclasses.field(
+        default=None, metadata={"help": "a GLUE task such as sst2, or rotten_tomatoes"}
+    )
+
+
+def load(data: DataArguments, predict: bool) -> tuple[GlueTask, dict[str, Any]]:
+    """Load what the command line says.
+
+    Args:
+        data: a task, or files of one's own.
+        predict: whether the test splits are to be predicted.
+
+    Returns:
+        The task and its splits.
+
+    Raises:
+        ValueError: if there is neither, or both.
+    """
+    if data.task_name is not None and data.train_file is not None:
+        raise ValueError(f"give --task_name {data.task_name} or --train_file {data.train_file}, not both")
+    if data.train_file is not None:
+        return load_files(data, predict)
+    if data.task_name is None:
+        raise ValueError("give --task_name with a task of GLUE, or --train_file and --validation_file")
+    task = get_task(data.task_name)
+    return task, load_splits(task, data.data_dir, predict)
 
 
 def main(argv: list[str]) -> None:
@@ -53,8 +83,8 @@ def main(argv: list[str]) -> None:
     data_arguments, model_arguments, baseline, args = parse_arguments(
         (DataArguments, ModelArguments, BaselineArguments, EFCPTrainingArguments), argv, DEFAULTS
     )
-    task, runs = get_task(data_arguments.task_name), runs_of(args, baseline)
-    loaded = load_splits(task, data_arguments.data_dir, args.do_predict)
+    runs = runs_of(args, baseline)
+    task, loaded = load(data_arguments, args.do_predict)
     set_seed(args.seed)  # the new head's weights
     tokenizer, model = load_model(model_arguments, task)
     with args.main_process_first():
@@ -66,11 +96,12 @@ def main(argv: list[str]) -> None:
     def write(trainer: EFCPTrainer, folder: Path) -> list[str]:
         if args.do_predict:
             write_predictions(trainer, task, splits, folder / "predictions")
-            print(f"{' and '.join(task.test_files)} for GLUE's server: in {folder / 'predictions'}")
+            print(f"{' and '.join(task.test_files)}: in {folder / 'predictions'}")
         return []
 
     fine_tune(runs, task, splits, model, model_arguments, build, write, {})
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with explained():
+        main(sys.argv[1:])

@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cli import parse_arguments, require
+from cli import explained, parse_arguments, require
 from fine_tuning import BaselineArguments, fine_tune, runs_of
 from qa_data import has_unanswerable, load_questions
 from qa_features import AnswerFinder, check_tokenizer, cut_windows
@@ -204,4 +204,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with explained():
+        main(sys.argv[1:])
