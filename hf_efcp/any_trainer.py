@@ -43,6 +43,7 @@ def for_trainer(name: str, args: Any, optim_args: str | None = None, **options: 
 
     Examples:
         >>> from transformers import TrainingArguments
+        >>> from hf_efcp import for_trainer
         >>> cls, kwargs = for_trainer("lowrank_mfac", TrainingArguments("out", learning_rate=2e-4), num_grads=32)
         >>> kwargs
         {'name': 'lowrank_mfac', 'lr': 0.0002, 'weight_decay': 0.0, 'num_grads': 32}

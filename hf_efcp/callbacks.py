@@ -38,6 +38,21 @@ class EFCPCallback(TrainerCallback):
     Raises:
         ValueError: `every` is below 1.
         TypeError: `every` is not an int.
+
+    Examples:
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        >>> model = BertForSequenceClassification(BertConfig(vocab_size=20, **small))
+        >>> dataset = [{"input_ids": [number, 3, 4], "labels": number % 2} for number in range(16)]
+        >>> quiet = {"report_to": "none", "save_strategy": "no", "logging_steps": 2, "disable_tqdm": True}
+        >>> from hf_efcp import EFCPCallback, EFCPTrainer, EFCPTrainingArguments
+        >>> args = EFCPTrainingArguments("out", optim="lowrank_mfac", max_steps=2, **quiet)
+        >>> trainer = EFCPTrainer(model=model, args=args, train_dataset=dataset, callbacks=[EFCPCallback(every=2)])
+        >>> output = trainer.train()  # Trainer prints what it logs
+        {'loss': ..., 'efcp/cosine': ...}
+        {'train_runtime': ...}
+        >>> trainer.state.log_history[0]["efcp/sampled_step"]
+        2
     """
 
     def __init__(self, every: int = 50) -> None:

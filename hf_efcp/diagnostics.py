@@ -1,6 +1,6 @@
 """What preconditioning does to gradients, measured from outside the optimizer: rotation, scaling, error, rank.
 
-In a loop of one's own, around any step::
+In a loop of one's own, around any step:
 
     loss.backward()
     before = snapshot(optimizer)

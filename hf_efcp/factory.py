@@ -88,6 +88,18 @@ def create_optimizer(
         TypeError: If `model` is not a module, or an argument is not one of the optimizer's.
         ValueError: If the name is unknown, nothing is trainable, a pattern is not a regular expression or matches no
             trainable parameter, everything is excluded, or an argument is not valid.
+
+    Examples:
+        >>> import torch
+        >>> from hf_efcp import create_optimizer
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.LayerNorm(8), torch.nn.Linear(8, 2))
+        >>> optimizer = create_optimizer("lowrank_mfac", model, lr=2e-4, weight_decay=0.01, exclude="^2")
+        >>> for group in optimizer.param_groups:
+        ...     print(group["preconditioned"], group["lr"], group["weight_decay"], len(group["params"]))
+        True 0.0002 0.01 1
+        True 0.0002 0.0 3
+        False 5e-05 0.01 1
+        False 5e-05 0.0 1
     """
     name = _known(name)
     settings = _settings(name)

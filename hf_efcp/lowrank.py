@@ -28,7 +28,7 @@ _TILE_FACTORS = 256  # the same, of a thread in `dots`
 class LowRank:
     """Rank-`rho` approximation of each matrix by one warm-started power iteration (PowerSGD, arXiv 1905.13727).
 
-    For a parameter of shape `(rows, cols)`, or of more dimensions as `(shape[0], all others)`::
+    For a parameter of shape `(rows, cols)`, or of more dimensions as `(shape[0], all others)`:
 
         A = error + gradient
         P = orth(A Q)               Q is the one of the step before

@@ -23,6 +23,15 @@ class MemoryPlan(dict[str, int]):
         num_grads: Capacity of the window.
         parameters: How many trainable parameters there are.
         adamw: Bytes that `torch.optim.AdamW` would keep for them.
+
+    Examples:
+        >>> import torch
+        >>> from hf_efcp import estimate_memory
+        >>> plan = estimate_memory(torch.nn.Linear(1000, 1000))
+        >>> plan.num_grads, plan.parameters, plan.adamw
+        (16, 1001000, 8008008)
+        >>> plan["total"] < plan.adamw
+        True
     """
 
     def __init__(self, parts: Mapping[str, int], *, title: str, num_grads: int, parameters: int, adamw: int) -> None:
@@ -47,7 +56,7 @@ def estimate_memory(
 ) -> MemoryPlan:
     """Bytes of an optimizer's state, as its `memory()` will report them after the first step.
 
-    Parameters that do not require a gradient cost nothing. With a `memory_budget`, also the window that fits::
+    Parameters that do not require a gradient cost nothing. With a `memory_budget`, also the window that fits:
 
         print(estimate_memory(model, memory_budget="8B/param", rank=2))
 
@@ -59,6 +68,22 @@ def estimate_memory(
     Returns:
         Bytes by part: `indices`, `values`, `error`, `momentum`, `metric`, `gram` and their `total`. A dictionary that
         prints as a table, with `num_grads` as an attribute.
+
+    Examples:
+        >>> import torch
+        >>> from hf_efcp import SparseMFAC, estimate_memory
+        >>> plan = estimate_memory(torch.nn.Linear(1000, 1000), SparseMFAC, num_grads=32, density=0.01)
+        >>> print(plan)
+        SparseMFAC: num_grads=32, 1,001,000 trainable parameters
+                                             bytes  B/param
+        indices                            641,280     0.64
+        values                             641,280     0.64
+        error                            1,063,564     1.06
+        momentum                                 0     0.00
+        metric                           1,063,564     1.06
+        gram                                16,384     0.02
+        total, as in checkpoints         3,426,072     3.42
+        AdamW, for comparison            8,008,008     8.00
     """
     params = model_or_params.parameters() if isinstance(model_or_params, torch.nn.Module) else model_or_params
     made = optimizer(params, **arguments)
@@ -89,5 +114,11 @@ def largest_window(
 
     Returns:
         It.
+
+    Examples:
+        >>> import torch
+        >>> from hf_efcp import largest_window
+        >>> largest_window(torch.nn.Linear(1000, 1000), memory_budget="4B/param", rank=8)
+        52
     """
     return estimate_memory(model_or_params, optimizer, memory_budget=memory_budget, **arguments).num_grads

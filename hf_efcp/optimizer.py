@@ -47,7 +47,7 @@ class Pushed(NamedTuple):
 class EFCP(torch.optim.Optimizer):
     """Full-matrix preconditioning over a window of compressed gradients, with error feedback.
 
-    One step, for all parameters together (EFCP, arXiv 2306.06098, algorithm 1)::
+    One step, for all parameters together (EFCP, arXiv 2306.06098, algorithm 1):
 
         a_t   = e_t + g_t               accumulator: error + gradient
         row_t = C(a_t)                  compressor
@@ -114,6 +114,19 @@ class EFCP(torch.optim.Optimizer):
     Raises:
         ValueError: A value outside its range, or a budget that no window fits.
         TypeError: `num_grads` is not an int, or a parameter has a dtype that is not supported.
+
+    Examples:
+        >>> import torch
+        >>> from hf_efcp import EFCP
+        >>> from hf_efcp.compressors import TopK
+        >>> from hf_efcp.preconditioners import MFAC
+        >>> layer = torch.nn.Linear(20, 5)
+        >>> parts = {"compressor": TopK(density=0.1), "preconditioner": MFAC(damp=1e-3)}
+        >>> optimizer = EFCP(layer.parameters(), lr=0.01, num_grads=8, **parts)
+        >>> layer(torch.ones(4, 20)).square().sum().backward()
+        >>> optimizer.step()
+        >>> optimizer.memory()["values"]  # 8 rows of 10 and of 1 entries in bfloat16
+        176
     """
 
     def __init__(

@@ -49,6 +49,20 @@ class EFCPTrainer(Trainer):
 
     Raises:
         ValueError: If an EFCP optimizer is asked for where it cannot work.
+
+    Examples:
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        >>> model = BertForSequenceClassification(BertConfig(vocab_size=20, **small))
+        >>> dataset = [{"input_ids": [number, 3, 4], "labels": number % 2} for number in range(16)]
+        >>> quiet = {"report_to": "none", "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
+        >>> from hf_efcp import EFCPTrainer, EFCPTrainingArguments
+        >>> args = EFCPTrainingArguments("out", optim="lowrank_mfac", max_steps=2, **quiet)
+        >>> trainer = EFCPTrainer(model=model, args=args, train_dataset=dataset)
+        >>> output = trainer.train()  # Trainer prints its summary
+        {'train_runtime': ...}
+        >>> output.global_step
+        2
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

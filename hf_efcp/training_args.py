@@ -40,6 +40,12 @@ class EFCPTrainingArguments(TrainingArguments):
             `exclude` and `exclude_lr` of `hf_efcp.create_optimizer`. Checked at construction.
         efcp_diagnostics_steps: Log what preconditioning does to the gradient, measured every so many steps: see
             `hf_efcp.EFCPCallback`. 0 does not.
+
+    Examples:
+        >>> from hf_efcp import EFCPTrainingArguments
+        >>> args = EFCPTrainingArguments("out", optim="lowrank_mfac", optim_args="num_grads=32,rank=8")
+        >>> args.optim, args.learning_rate
+        ('lowrank_mfac', 0.0001)
     """
 
     # Typed str, not the parent's enum, for HfArgumentParser would accept the members of the enum only.

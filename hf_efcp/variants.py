@@ -80,6 +80,18 @@ class SparseMFAC(EFCP):
     Raises:
         ValueError: A value outside its range, or a budget that no window fits.
         TypeError: `num_grads` or `block_size` is not an int, or a parameter has a dtype that is not supported.
+
+    Examples:
+        The paper's rule:
+
+        >>> import torch
+        >>> from hf_efcp import SparseMFAC
+        >>> layer = torch.nn.Linear(64, 64)
+        >>> optimizer = SparseMFAC(layer.parameters(), lr=5e-4, metric="none", num_grads=256, damp=1e-5)
+        >>> layer(torch.ones(4, 64)).square().sum().backward()
+        >>> optimizer.step()
+        >>> optimizer.param_groups[0]["damp"]
+        1e-05
     """
 
     def __init__(
@@ -108,7 +120,7 @@ class LowRankMFAC(EFCP):
     """M-FAC over a window of low-rank gradients with error feedback: EFCP's low-rank variant (arXiv 2306.06098).
 
     Every matrix of a row is `P Q^T` of rank `rank`; see `LowRank` for the compression and `EFCP` for the step. The
-    defaults are AdamW's metric and AdamW's first moment over the window's rows, with a matrix for each tensor::
+    defaults are AdamW's metric and AdamW's first moment over the window's rows, with a matrix for each tensor:
 
         u = D^-1/2 (I + lr / trust_lr F / mu)^-1 sum_i w_i row_i,   F = sum_i row_i row_i^T,   mu = mean |row_i|^2
 
@@ -135,6 +147,16 @@ class LowRankMFAC(EFCP):
     Raises:
         ValueError: A value outside its range, or a budget that no window fits.
         TypeError: `num_grads`, `rank` or `seed` is not an int, or a parameter has a dtype that is not supported.
+
+    Examples:
+        >>> import torch
+        >>> from hf_efcp import LowRankMFAC
+        >>> layer = torch.nn.Linear(256, 256)
+        >>> optimizer = LowRankMFAC(layer.parameters(), lr=2e-4)
+        >>> layer(torch.ones(4, 256)).square().sum().backward()
+        >>> optimizer.step()
+        >>> round(optimizer.memory()["error"] / 256**2, 2)  # bytes per parameter
+        1.07
     """
 
     def __init__(
@@ -179,6 +201,16 @@ class DenseMFAC(EFCP):
     Raises:
         ValueError: A value outside its range, or a budget that no window fits.
         TypeError: `num_grads` is not an int, or a parameter has a dtype that is not supported.
+
+    Examples:
+        >>> import torch
+        >>> from hf_efcp import DenseMFAC
+        >>> layer = torch.nn.Linear(10, 10)
+        >>> optimizer = DenseMFAC(layer.parameters(), lr=2e-4, num_grads=8)
+        >>> layer(torch.ones(4, 10)).square().sum().backward()
+        >>> optimizer.step()
+        >>> optimizer.memory()["values"] == 4 * 8 * 110
+        True
     """
 
     def __init__(
@@ -236,6 +268,18 @@ class SparseGGT(EFCP):
     Raises:
         ValueError: A value outside its range, or a budget that no window fits.
         TypeError: `num_grads` or `block_size` is not an int, or a parameter has a dtype that is not supported.
+
+    Examples:
+        The paper's rule, whose first step is `lr` long:
+
+        >>> import torch
+        >>> from hf_efcp import SparseGGT
+        >>> param = torch.nn.Parameter(torch.zeros(100))
+        >>> optimizer = SparseGGT([param], lr=0.1, metric="none", density=0.5)
+        >>> param.grad = torch.arange(100.0)
+        >>> optimizer.step()
+        >>> round(float(param.norm()), 3)
+        0.1
     """
 
     def __init__(
@@ -287,6 +331,16 @@ class LowRankGGT(EFCP):
     Raises:
         ValueError: A value outside its range, or a budget that no window fits.
         TypeError: `num_grads`, `rank` or `seed` is not an int, or a parameter has a dtype that is not supported.
+
+    Examples:
+        >>> import torch
+        >>> from hf_efcp import LowRankGGT
+        >>> layer = torch.nn.Linear(64, 64)
+        >>> optimizer = LowRankGGT(layer.parameters(), lr=2e-4, num_grads=8, rank=2)
+        >>> layer(torch.ones(4, 64)).square().sum().backward()
+        >>> optimizer.step()
+        >>> optimizer.param_groups[0]["rank"]
+        2
     """
 
     def __init__(
@@ -336,6 +390,16 @@ class DenseGGT(EFCP):
     Raises:
         ValueError: A value outside its range, or a budget that no window fits.
         TypeError: `num_grads` is not an int, or a parameter has a dtype that is not supported.
+
+    Examples:
+        >>> import torch
+        >>> from hf_efcp import DenseGGT
+        >>> param = torch.nn.Parameter(torch.zeros(100))
+        >>> optimizer = DenseGGT([param], lr=0.1, metric="none")
+        >>> param.grad = torch.arange(100.0)
+        >>> optimizer.step()
+        >>> round(float(param.norm()), 3)  # the first step is `lr` long
+        0.1
     """
 
     def __init__(
@@ -380,6 +444,16 @@ class SparseAdaGrad(EFCP):
     Raises:
         ValueError: A value outside its range, or an option that it has no use for.
         TypeError: `block_size` is not an int, or a parameter has a dtype that is not supported.
+
+    Examples:
+        >>> import torch
+        >>> from hf_efcp import SparseAdaGrad
+        >>> param = torch.nn.Parameter(torch.zeros(100))
+        >>> optimizer = SparseAdaGrad([param], lr=0.5, density=0.1)
+        >>> param.grad = torch.arange(100.0)
+        >>> optimizer.step()
+        >>> param.min().item(), int((param != 0).sum())  # the ten largest entries move by `lr`
+        (-0.5, 10)
     """
 
     def __init__(
@@ -428,6 +502,16 @@ class MicroAdam(EFCP):
     Raises:
         ValueError: A value outside its range, an option that it has no use for, or a budget that no window fits.
         TypeError: `num_grads` or `block_size` is not an int, or a parameter has a dtype that is not supported.
+
+    Examples:
+        >>> import torch
+        >>> from hf_efcp import MicroAdam
+        >>> param = torch.nn.Parameter(torch.zeros(100))
+        >>> optimizer = MicroAdam([param], lr=0.5, density=0.1)
+        >>> param.grad = torch.arange(100.0)
+        >>> optimizer.step()
+        >>> int((param != 0).sum())  # the ten largest entries
+        10
     """
 
     def __init__(
