@@ -11,6 +11,9 @@ import torch
 from .shards import local
 
 PARAMETER_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+HEAVY_BALL = "heavy_ball"  # the argument `momentum` in the parameter groups: schedulers would cycle one of that name
+# Names in the parameter groups that torch's base class and its schedulers give a meaning to.
+_TAKEN = ("params", "param_names", "initial_lr", "max_lr", "min_lr", "momentum", "betas")
 
 
 def check_group(group: Mapping[str, Any], shared: Mapping[str, Any]) -> None:
@@ -26,8 +29,14 @@ def check_group(group: Mapping[str, Any], shared: Mapping[str, Any]) -> None:
     for name in ("lr", "weight_decay"):
         if not (math.isfinite(group[name]) and group[name] >= 0.0):
             raise ValueError(f"{name} must be a finite number of at least 0, got {group[name]}")
-    if not 0.0 <= group["momentum"] < 1.0:
-        raise ValueError(f"momentum must be in [0, 1), got {group['momentum']}")
+    if not 0.0 <= group[HEAVY_BALL] < 1.0:
+        raise ValueError(f"momentum must be in [0, 1), got {group[HEAVY_BALL]}")
+    if "momentum" in group:
+        raise ValueError(
+            f"a parameter group was given momentum={group['momentum']} afterwards, which has no effect: there it is "
+            f"called {HEAVY_BALL}, where schedulers do not cycle it. Set group[{HEAVY_BALL!r}], and delete "
+            "group['momentum']"
+        )
     for name, value in shared.items():
         if group[name] != value:
             raise ValueError(
@@ -213,7 +222,7 @@ def check_names(names: Iterable[Iterable[str]]) -> None:
     Raises:
         ValueError: Two have one in common.
     """
-    seen: set[str] = {"params", "param_names", "initial_lr"}
+    seen: set[str] = set(_TAKEN)
     for some in map(set, names):
         if both := sorted(seen & some):
             raise ValueError(

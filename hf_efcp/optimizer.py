@@ -70,6 +70,9 @@ class EFCP(torch.optim.Optimizer):
     is one value for the optimizer, because the preconditioner is one matrix over all groups. `preconditioned=False`
     steps a group as `torch.optim.AdamW` would (betas 0.9 and 0.999, eps 1e-8) at the group's own learning rate.
 
+    `momentum` stands in `param_groups` as `heavy_ball`: `OneCycleLR` and `CyclicLR` cycle whatever is called momentum
+    or betas there, up to 0.95, which for this update is a step 20 times as long. They need `cycle_momentum=False`.
+
     Arithmetic is float32, the Gram matrix and every sum over rows float64 (in a metric, low-rank and dense rows are
     summed in float32). A parameter without a gradient is neither
     decayed nor moved, its row is zero and its error kept; a step in which no parameter has a gradient does nothing.
@@ -86,7 +89,8 @@ class EFCP(torch.optim.Optimizer):
         compressor: `C`, for example `TopK(density=0.01)`.
         preconditioner: `P`, for example `MFAC(damp=1e-5)`.
         num_grads: Capacity `m` of the window, in gradients; given unless there is a `memory_budget`.
-        momentum: Heavy-ball factor of the update, in [0, 1); costs 4 bytes per parameter unless it is 0.
+        momentum: Heavy-ball factor of the update, in [0, 1); costs 4 bytes per parameter unless it is 0. An update
+            that stays the same comes to be `1 / (1 - momentum)` times as long.
         weight_decay: Weight decay, at least 0.
         decoupled_weight_decay: True shrinks the parameters (AdamW's way); False adds `weight_decay * theta` to the
             gradient before the accumulator (L2 regularisation).
@@ -189,7 +193,7 @@ class EFCP(torch.optim.Optimizer):
         self._tunable = tuple(asdict(preconditioner))
         defaults = {
             "lr": lr,
-            "momentum": momentum,
+            checks.HEAVY_BALL: momentum,
             "weight_decay": weight_decay,
             "decoupled_weight_decay": decoupled_weight_decay,
             "preconditioned": True,
@@ -227,7 +231,7 @@ class EFCP(torch.optim.Optimizer):
             TypeError: A parameter has a dtype that is not supported.
         """
         shared = self._shared()
-        param_group = {**shared, **_plain(param_group)}
+        param_group = {**shared, **_renamed(_plain(param_group))}
         checks.check_group({**self.defaults, **param_group}, shared)
         super().add_param_group(param_group)
         try:
@@ -428,7 +432,7 @@ class EFCP(torch.optim.Optimizer):
                     # With a parameter, since a checkpoint keeps nothing that no parameter owns.
                     fresh |= self._layout.keeper(param.device)
                 state.update(fresh)  # all of it or, if memory runs out, nothing
-            elif group["preconditioned"] and group["momentum"] and "momentum" not in state:  # switched on since
+            elif group["preconditioned"] and group[checks.HEAVY_BALL] and "momentum" not in state:  # switched on since
                 state.update(shards.allocate(param, layout.momentum, param.device))
 
     def _keeper(self, members: Iterable[Member]) -> dict[str, Any]:
@@ -597,7 +601,7 @@ class EFCP(torch.optim.Optimizer):
     def _check_length(self, sites: list[Site], length: float) -> None:
         """Refuse an update that may not fit the parameters: without dampening it is as long as a row is short."""
         for group, param in ((site.member.group, site.member.param) for site in sites):
-            velocity = length / (1.0 - group["momentum"])
+            velocity = length / (1.0 - group[checks.HEAVY_BALL])
             largest = torch.finfo(param.dtype).max
             if not (velocity <= _FLOAT32_MAX and float(group["lr"]) * velocity <= largest):
                 raise ValueError(
@@ -631,6 +635,15 @@ def _placed(plan: Any, device: torch.device) -> Any:
     if isinstance(plan, tuple):
         return tuple(_placed(part, device) for part in plan)
     return replace(plan, coefficients=_placed(plan.coefficients, device))
+
+
+def _renamed(group: Group) -> Group:
+    """A group as it was given, with its momentum under the name that it has in `param_groups`."""
+    if "momentum" not in group:
+        return group
+    if checks.HEAVY_BALL in group:
+        raise ValueError(f"a group has both momentum={group['momentum']} and {checks.HEAVY_BALL}: give momentum alone")
+    return {checks.HEAVY_BALL if name == "momentum" else name: value for name, value in group.items()}
 
 
 def _plain(settings: Mapping[str, Any]) -> Group:
