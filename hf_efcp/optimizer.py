@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
+from functools import wraps
 from typing import Any, NamedTuple, overload
 
 import torch
@@ -28,6 +29,20 @@ FORMAT = 3  # of the state; a checkpoint says which it has
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 _FITS = 2.0**64  # coefficients below this, times rows of whitened entries, are within float32
 _SQUARED = 4 << 20  # entries of gradients that are converted to float32 at a time
+
+
+def _never_compiled(function: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Have `torch.compile` run a method as it is: it would trace the loops over tensors, and fail at numba's tables."""
+    disabled: Callable[[Any], None] | None = None  # made late, for it imports the compiler, which takes seconds
+
+    @wraps(function)
+    def inner(self: Any) -> None:
+        nonlocal disabled
+        if disabled is None:
+            disabled = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+        disabled(self)
+
+    return inner
 
 
 class Pushed(NamedTuple):
@@ -268,13 +283,7 @@ class EFCP(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        active = [m for m in self._members() if m.param.requires_grad or m.param.grad is not None]
-        if all(member.param.grad is None for member in active):
-            return loss
-        with one_thread():
-            stepped = self._step(active)
-        if stepped:
-            self._step_excluded()
+        self._step_all()
         return loss
 
     def memory(self) -> dict[str, int]:
@@ -330,6 +339,17 @@ class EFCP(torch.optim.Optimizer):
         super().load_state_dict({**state_dict, "state": {}})
         for member, saved in loaded:
             self.state[member.param] = {name: layout.copied(name, value, member.param) for name, value in saved.items()}
+
+    @_never_compiled
+    def _step_all(self) -> None:
+        """Step everything that has a gradient."""
+        active = [m for m in self._members() if m.param.requires_grad or m.param.grad is not None]
+        if all(member.param.grad is None for member in active):
+            return
+        with one_thread():
+            stepped = self._step(active)
+        if stepped:
+            self._step_excluded()
 
     def _step(self, active: list[Member]) -> bool:
         """Check everything, then step what is preconditioned; whether the step was not skipped."""

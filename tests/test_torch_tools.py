@@ -1,4 +1,4 @@
-"""What torch's own tools do to an optimizer: schedulers that cycle momentum."""
+"""What torch's own tools do to an optimizer: schedulers that cycle momentum, its compiler."""
 
 import pytest
 import torch
@@ -75,3 +75,46 @@ def test_momentum_of_groups_is_kept_under_a_name_that_no_scheduler_knows():
     del optimizer.param_groups[0]["momentum"]
     optimizer.step()
     assert "momentum" in optimizer.state[first]
+
+
+# The compiler
+
+
+@pytest.fixture
+def compiler():
+    torch._dynamo.reset()
+    yield lambda function: torch.compile(function, backend="eager")  # traced by the compiler, and then run as it is
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("backend", ["numba", "reference"])
+@pytest.mark.parametrize("name", ["sparse_mfac", "sparse_mfac_int8", "lowrank_mfac_metric", "dense_ggt", "microadam"])
+def test_compiled_steps_are_those_of_the_uncompiled_optimizer(name, backend, compiler):
+    ends = []
+    for compiled in (False, True):
+        params = Regression().parameters()
+        groups = [{"params": params[:2]}, {"params": params[2:3], "preconditioned": False}, {"params": params[3:]}]
+        optimizer = build(name, groups, backend=backend)
+        method = compiler(optimizer.step) if compiled else optimizer.step
+
+        def step(optimizer=optimizer, params=params):
+            optimizer.step()
+            return params[0] * 2
+
+        function = compiler(step) if compiled else step
+        problem = Regression()
+        for number in range(4):
+            gradients = problem.gradients(params, number)
+
+            def closure(params=params, gradients=gradients):
+                set_gradients(params, gradients)
+                return 3.5
+
+            if number % 3 == 0:
+                assert method(closure) == 3.5
+            else:
+                closure()
+                assert torch.equal(function(), params[0] * 2)
+        ends.append(flat(params))
+    assert (ends[0] - flat(Regression().start)).norm() > 1e-3
+    assert torch.equal(*ends)
