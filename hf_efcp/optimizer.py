@@ -132,7 +132,8 @@ class EFCP(torch.optim.Optimizer):
 
     Raises:
         ValueError: A value outside its range, or a budget that no window fits.
-        TypeError: `num_grads` is not an int, or a parameter has a dtype that is not supported.
+        TypeError: `num_grads` is not an int, an argument is text where it should be a number, or a parameter has a
+            dtype that is not supported.
     """
 
     def __init__(
@@ -159,6 +160,7 @@ class EFCP(torch.optim.Optimizer):
         backend: str = "auto",
         memory_budget: int | str | None = None,
     ) -> None:
+        given = dict(locals())
         if memory_budget is not None:
             if not isinstance(num_grads, budget.Default | None):
                 raise ValueError(
@@ -170,6 +172,7 @@ class EFCP(torch.optim.Optimizer):
         if num_grads < 1:
             raise ValueError(f"num_grads is the number of gradients in the window, at least 1; got {num_grads}")
         num_grads = int(num_grads)
+        checks.check_kinds(given, checks.kinds(EFCP.__init__))
         checks.check_choice("precondition", precondition, ("row", "gradient", "momentum"))
         checks.check_choice("metric", metric, METRICS)
         checks.check_choice("scope", scope, ("model", "layer"))
@@ -246,7 +249,7 @@ class EFCP(torch.optim.Optimizer):
             TypeError: A parameter has a dtype that is not supported.
         """
         shared = self._shared()
-        param_group = {**shared, **_renamed(_plain(param_group))}
+        param_group = {**shared, **self._with_names(_renamed(_plain(param_group)))}
         checks.check_group({**self.defaults, **param_group}, shared)
         super().add_param_group(param_group)
         try:
@@ -430,6 +433,18 @@ class EFCP(torch.optim.Optimizer):
         """The settings that are one value for all groups, as they are now."""
         source = self.param_groups[0] if self.param_groups else self.defaults
         return {**self._structure, **{name: source[name] for name in self._tunable}}
+
+    def _with_names(self, group: Group) -> Group:
+        """A group with names for its parameters if the other groups have names: torch wants all or none."""
+        params = group["params"]
+        if isinstance(params, torch.Tensor):
+            params = [params]
+        if isinstance(params, set) or not any("param_names" in other for other in self.param_groups):
+            return group
+        params, number = list(params), len(self.param_groups)
+        if any(isinstance(param, tuple) for param in params):
+            return {**group, "params": params}
+        return {**group, "params": [(f"parameter {place} of group {number}", p) for place, p in enumerate(params)]}
 
     def _name(self, param: torch.Tensor) -> str:
         for number, group in enumerate(self.param_groups):
