@@ -113,3 +113,16 @@ def cut(numel: int, block_size: int, density: float) -> tuple[Piece, ...]:
 def index_dtype(block_size: int) -> torch.dtype:
     """The smallest dtype that holds an index inside a block."""
     return torch.uint8 if block_size <= 256 else torch.uint16
+
+
+def as_indices(stored: torch.Tensor, block_size: int) -> torch.Tensor:
+    """Indices from the bytes in which the state keeps them: torch neither pickles uint16 nor sends it to processes.
+
+    Args:
+        stored: Bytes, one or two for each index, as this machine orders them.
+        block_size: Entries of a block.
+
+    Returns:
+        A view, in `index_dtype`.
+    """
+    return stored.view(index_dtype(block_size))

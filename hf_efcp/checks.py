@@ -4,13 +4,75 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from functools import lru_cache
+from numbers import Real
+from typing import Any, get_args, get_type_hints
 
 import torch
 
 from .shards import local
 
 PARAMETER_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+HEAVY_BALL = "heavy_ball"  # the argument `momentum` in the parameter groups: schedulers would cycle one of that name
+# Names in the parameter groups that torch's base class and its schedulers give a meaning to.
+_TAKEN = ("params", "param_names", "initial_lr", "max_lr", "min_lr", "momentum", "betas")
+
+
+# What is accepted for an annotation, and the words for it. A learning rate may be a tensor; True is no int.
+_KINDS: dict[Any, tuple[str, Callable[[Any], bool]]] = {
+    bool: ("True or False", lambda value: isinstance(value, bool)),
+    int: ("an int", lambda value: isinstance(value, int) and not isinstance(value, bool)),
+    float: ("a number", lambda value: isinstance(value, Real | torch.Tensor)),
+    torch.dtype: ("a torch.dtype such as torch.bfloat16", lambda value: isinstance(value, torch.dtype)),
+}
+_GROUP = {
+    "lr": float,
+    "momentum": float,
+    "weight_decay": float,
+    "decoupled_weight_decay": bool,
+    "preconditioned": bool,
+}
+
+
+@lru_cache(maxsize=64)  # preconditioners are made anew in every step
+def kinds(annotated: Callable[..., Any]) -> dict[str, Any]:
+    """The annotations of a function or of the fields of a class, by name."""
+    return get_type_hints(annotated)
+
+
+def check_kinds(values: Mapping[str, Any], annotations: Mapping[str, Any]) -> None:
+    """Refuse booleans, numbers and dtypes that are given as something else, such as text.
+
+    Args:
+        values: By name.
+        annotations: What each should be. Names that are not in both are not looked at.
+
+    Raises:
+        TypeError: One of them is something else.
+    """
+    for name in values.keys() & annotations.keys():
+        value, kind = values[name], annotations[name]
+        if type(None) in get_args(kind):
+            if value is None:
+                continue
+            kind, *others = (one for one in get_args(kind) if one is not type(None))
+            kind = None if others else kind
+        if kind in _KINDS and not _KINDS[kind][1](value):
+            as_text = ": text is read in optim_args only" if isinstance(value, str) else ""
+            raise TypeError(f"{name} must be {_KINDS[kind][0]}, got {value!r}{as_text}")
+
+
+def check_fields(part: Any) -> None:
+    """`check_kinds` of a dataclass.
+
+    Args:
+        part: It.
+
+    Raises:
+        TypeError: One of its fields is not what its annotation says.
+    """
+    kind: Any = type(part)
+    check_kinds(vars(part), kinds(kind))
 
 
 def check_group(group: Mapping[str, Any], shared: Mapping[str, Any]) -> None:
@@ -21,13 +83,21 @@ def check_group(group: Mapping[str, Any], shared: Mapping[str, Any]) -> None:
         shared: Settings that belong to the optimizer as a whole.
 
     Raises:
+        TypeError: One of them is no number, or neither true nor false.
         ValueError: One of them is wrong.
     """
+    check_kinds({**group, "momentum": group[HEAVY_BALL]}, _GROUP)
     for name in ("lr", "weight_decay"):
         if not (math.isfinite(group[name]) and group[name] >= 0.0):
             raise ValueError(f"{name} must be a finite number of at least 0, got {group[name]}")
-    if not 0.0 <= group["momentum"] < 1.0:
-        raise ValueError(f"momentum must be in [0, 1), got {group['momentum']}")
+    if not 0.0 <= group[HEAVY_BALL] < 1.0:
+        raise ValueError(f"momentum must be in [0, 1), got {group[HEAVY_BALL]}")
+    if "momentum" in group:
+        raise ValueError(
+            f"a parameter group was given momentum={group['momentum']} afterwards, which has no effect: there it is "
+            f"called {HEAVY_BALL}, where schedulers do not cycle it. Set group[{HEAVY_BALL!r}], and delete "
+            "group['momentum']"
+        )
     for name, value in shared.items():
         if group[name] != value:
             raise ValueError(
@@ -213,7 +283,7 @@ def check_names(names: Iterable[Iterable[str]]) -> None:
     Raises:
         ValueError: Two have one in common.
     """
-    seen: set[str] = {"params", "param_names", "initial_lr"}
+    seen: set[str] = set(_TAKEN)
     for some in map(set, names):
         if both := sorted(seen & some):
             raise ValueError(

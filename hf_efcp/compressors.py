@@ -9,6 +9,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import torch
 
 from .blocks import MAX_BLOCK_SIZE
+from .checks import check_fields
 from .kernels import Kernels
 from .windows import DenseWindow, SparseWindow, State, Window
 
@@ -75,9 +76,8 @@ class TopK:
     value_dtype: torch.dtype = torch.bfloat16
 
     def __post_init__(self) -> None:
+        check_fields(self)
         _check_top_k(self.density, self.value_dtype, (torch.float32, torch.bfloat16, torch.int8))
-        if not isinstance(self.block_size, int) or isinstance(self.block_size, bool):
-            raise TypeError(f"block_size must be an int, got {self.block_size!r}")
         if not 1 <= self.block_size <= MAX_BLOCK_SIZE:
             raise ValueError(f"block_size must be between 1 and {MAX_BLOCK_SIZE}, got {self.block_size}")
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from .checks import check_fields
 from .kernels import Kernels, widest
 from .preconditioners import Moment
 from .windows import State, Window
@@ -77,6 +78,7 @@ class AdamMoments(DiagonalPreconditioner):
     eps: float = 1e-8
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name, beta in (("beta1", self.beta1), ("beta2", self.beta2)):
             if not 0.0 <= beta < 1.0:
                 raise ValueError(f"{name} must be in [0, 1), got {beta}")
@@ -141,6 +143,7 @@ class AdaGradSum(DiagonalPreconditioner):
     eps: float = 1e-10
 
     def __post_init__(self) -> None:
+        check_fields(self)
         _check_positive("eps", self.eps)
 
     def allocate(self, shape: torch.Size, device: torch.device | str) -> State:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, get_args, get_type_hints
 
 import torch
 from torch import nn
 
 from .budget import FORMS, in_bytes
+from .checks import check_kinds, kinds
 from .optimizer import EFCP
 from .variants import DenseGGT, DenseMFAC, LowRankGGT, LowRankMFAC, MicroAdam, SparseAdaGrad, SparseGGT, SparseMFAC
 
@@ -40,6 +42,40 @@ def efcp_name(name: str) -> str | None:
     """
     key = name.replace("-", "_")
     return key if key in OPTIMIZERS else None
+
+
+def unknown(name: Any, valid: Iterable[str] = OPTIMIZERS) -> str:
+    """Say that a name is not that of an optimizer, what the names are, and which of them was meant.
+
+    Args:
+        name: What was given.
+        valid: The names.
+
+    Returns:
+        The message.
+    """
+    valid = list(valid)
+    meant = difflib.get_close_matches(str(name).lower().replace("-", "_"), valid, 1)
+    hint = f"; did you mean {meant[0]}?" if meant else ""
+    return f"unknown optimizer {name!r}; expected one of: {', '.join(valid)}{hint}"
+
+
+def maker(optimizer: str | Callable[..., EFCP]) -> Callable[..., EFCP]:
+    """Return what makes the optimizer that a name means.
+
+    Args:
+        optimizer: A key of `OPTIMIZERS` ("-" may stand for "_"), or the class itself, or a function that returns one.
+
+    Returns:
+        The class or the function.
+
+    Raises:
+        TypeError: It is something else.
+        ValueError: The name is unknown.
+    """
+    if callable(optimizer) and (not isinstance(optimizer, type) or issubclass(optimizer, EFCP)):
+        return optimizer
+    return OPTIMIZERS[_known(optimizer)]
 
 
 def default_lr(name: str) -> float:
@@ -85,7 +121,7 @@ def create_optimizer(
         The optimizer.
 
     Raises:
-        TypeError: If `model` is not a module, or an argument is not one of the optimizer's.
+        TypeError: If `name` is not a string, `model` is not a module, or an argument is not one of the optimizer's.
         ValueError: If the name is unknown, nothing is trainable, a pattern is not a regular expression or matches no
             trainable parameter, everything is excluded, or an argument is not valid.
 
@@ -115,16 +151,17 @@ def create_optimizer(
     if len(excluded) == len(trainable):
         raise ValueError(f"exclude={exclude!r} matches every trainable parameter: nothing is left to precondition")
     lr = default_lr(name) if lr is None else lr
+    check_kinds({"exclude_lr": exclude_lr}, kinds(create_optimizer))  # to the optimizer it is the lr of a group
 
     decayed = _decayed(model)
     groups: list[dict[str, Any]] = []
     for outside in (False, True):
         for decay in (True, False):
-            params = [p for key, p in trainable.items() if (key in excluded, key in decayed) == (outside, decay)]
-            group: dict[str, Any] = {"params": params, "weight_decay": weight_decay if decay else 0.0}
+            named = [(key, p) for key, p in trainable.items() if (key in excluded, key in decayed) == (outside, decay)]
+            group: dict[str, Any] = {"params": named, "weight_decay": weight_decay if decay else 0.0}
             if outside:
                 group |= {"preconditioned": False, "lr": exclude_lr}
-            if params:
+            if named:
                 groups.append(group)
 
     factory: Callable[..., EFCP] = OPTIMIZERS[name]
@@ -195,10 +232,16 @@ def parse_optim_args(name: str, text: str | None) -> dict[str, Any]:
     return parsed
 
 
-def _known(name: str) -> str:
+def _known(name: Any) -> str:
+    if not isinstance(name, str):
+        what = name.__name__ if isinstance(name, type) else type(name).__name__
+        raise TypeError(
+            f"an optimizer is named by a string, one of {', '.join(OPTIMIZERS)}; got {what}. In create_optimizer the "
+            "name comes first and then the model"
+        )
     key = efcp_name(name)
     if key is None:
-        raise ValueError(f"unknown optimizer {name!r}; expected one of: {', '.join(OPTIMIZERS)}")
+        raise ValueError(unknown(name))
     return key
 
 

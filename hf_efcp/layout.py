@@ -91,7 +91,7 @@ class Layout:
             state |= self.compressor.allocate(shape, device, member.position)
             state |= self.preconditioner.allocate(shape, device)
             state |= {} if self.metric is None else self.metric.allocate(shape, device)
-            return state | (momentum(shape, device) if member.group["momentum"] else {})
+            return state | (momentum(shape, device) if member.group[checks.HEAVY_BALL] else {})
 
         return make
 
@@ -121,7 +121,7 @@ class Layout:
         Raises:
             ValueError: It does not fit.
         """
-        expected = self.fresh(member._replace(group={**member.group, "momentum": 1.0}), "meta")
+        expected = self.fresh(member._replace(group={**member.group, checks.HEAVY_BALL: 1.0}), "meta")
         own = set(expected) - {"step", "gradients"}
         if member.group["preconditioned"]:
             expected |= {name: v for name, v in self.keeper("meta").items() if name in saved}

@@ -9,6 +9,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
+from .checks import check_fields
 from .compressors import Job
 from .kernels import Kernels, dtype_of_sums, pool, widest
 from .threads import one_thread
@@ -61,10 +62,9 @@ class LowRank:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name, least in (("rank", 1), ("seed", 0)):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(f"{name} must be an int, got {value!r}")
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         if self.value_dtype not in (torch.float32, torch.bfloat16):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 
 from . import adamw
 from .accounting import count_bytes
+from .factory import maker
 from .optimizer import EFCP
 from .shards import local
 from .variants import LowRankMFAC
@@ -52,7 +53,9 @@ class MemoryPlan(dict[str, int]):
 
 
 def estimate_memory(
-    model_or_params: torch.nn.Module | Iterable[Any], optimizer: type[EFCP] = LowRankMFAC, **arguments: Any
+    model_or_params: torch.nn.Module | Iterable[Any],
+    optimizer: str | Callable[..., EFCP] = LowRankMFAC,
+    **arguments: Any,
 ) -> MemoryPlan:
     """Bytes of an optimizer's state, as its `memory()` will report them after the first step.
 
@@ -62,12 +65,16 @@ def estimate_memory(
 
     Args:
         model_or_params: A model, or what would be given to the optimizer: parameters, named parameters or groups.
-        optimizer: The optimizer's class.
+        optimizer: A key of `hf_efcp.OPTIMIZERS` ("-" may stand for "_"), or the class.
         **arguments: The optimizer's own arguments.
 
     Returns:
         Bytes by part: `indices`, `values`, `error`, `momentum`, `metric`, `gram` and their `total`. A dictionary that
         prints as a table, with `num_grads` as an attribute.
+
+    Raises:
+        TypeError: Arguments are swapped, or of the wrong kind.
+        ValueError: The name is unknown, or an argument is refused by the optimizer.
 
     Examples:
         >>> import torch
@@ -85,8 +92,10 @@ def estimate_memory(
         total, as in checkpoints         3,426,072     3.42
         AdamW, for comparison            8,008,008     8.00
     """
+    if isinstance(model_or_params, str):
+        raise TypeError(f"the model or its parameters come first, and then the optimizer; got {model_or_params!r}")
     params = model_or_params.parameters() if isinstance(model_or_params, torch.nn.Module) else model_or_params
-    made = optimizer(params, **arguments)
+    made = maker(optimizer)(params, **arguments)
     trainable = [param for group in made.param_groups for param in group["params"] if param.requires_grad]
     return MemoryPlan(
         made.planned_memory(),
@@ -99,7 +108,7 @@ def estimate_memory(
 
 def largest_window(
     model_or_params: torch.nn.Module | Iterable[Any],
-    optimizer: type[EFCP] = LowRankMFAC,
+    optimizer: str | Callable[..., EFCP] = LowRankMFAC,
     *,
     memory_budget: int | str,
     **arguments: Any,
@@ -108,7 +117,7 @@ def largest_window(
 
     Args:
         model_or_params: A model, or what would be given to the optimizer: parameters, named parameters or groups.
-        optimizer: The optimizer's class.
+        optimizer: A key of `hf_efcp.OPTIMIZERS` ("-" may stand for "_"), or the class.
         memory_budget: What all state may take: "8B/param", "300MB", "2GiB" or an int of bytes; see `EFCP`.
         **arguments: The optimizer's other arguments: density, block size and dtypes decide.
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from .checks import HEAVY_BALL
 from .kernels import Kernels, pool
 from .shards import local
 from .sites import Site
@@ -42,8 +43,8 @@ def move_all(moves: list[Move], kernels: Kernels) -> None:
             update(span),
             lr=lr,
             keep=1.0 - lr * group["weight_decay"] if group["decoupled_weight_decay"] else 1.0,
-            velocity=site.state["momentum"].view(-1)[span] if group["momentum"] else None,
-            momentum=group["momentum"],
+            velocity=site.state["momentum"].view(-1)[span] if group[HEAVY_BALL] else None,
+            momentum=group[HEAVY_BALL],
         )
         if theta.data_ptr() != stored.data_ptr():
             stored.copy_(theta)

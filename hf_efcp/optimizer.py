@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
+from functools import wraps
 from typing import Any, NamedTuple, overload
 
 import torch
@@ -28,6 +29,20 @@ FORMAT = 3  # of the state; a checkpoint says which it has
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 _FITS = 2.0**64  # coefficients below this, times rows of whitened entries, are within float32
 _SQUARED = 4 << 20  # entries of gradients that are converted to float32 at a time
+
+
+def _never_compiled(function: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Have `torch.compile` run a method as it is: it would trace the loops over tensors, and fail at numba's tables."""
+    disabled: Callable[[Any], None] | None = None  # made late, for it imports the compiler, which takes seconds
+
+    @wraps(function)
+    def inner(self: Any) -> None:
+        nonlocal disabled
+        if disabled is None:
+            disabled = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+        disabled(self)
+
+    return inner
 
 
 class Pushed(NamedTuple):
@@ -70,6 +85,9 @@ class EFCP(torch.optim.Optimizer):
     is one value for the optimizer, because the preconditioner is one matrix over all groups. `preconditioned=False`
     steps a group as `torch.optim.AdamW` would (betas 0.9 and 0.999, eps 1e-8) at the group's own learning rate.
 
+    `momentum` stands in `param_groups` as `heavy_ball`: `OneCycleLR` and `CyclicLR` cycle whatever is called momentum
+    or betas there, up to 0.95, which for this update is a step 20 times as long. They need `cycle_momentum=False`.
+
     Arithmetic is float32, the Gram matrix and every sum over rows float64 (in a metric, low-rank and dense rows are
     summed in float32). A parameter without a gradient is neither
     decayed nor moved, its row is zero and its error kept; a step in which no parameter has a gradient does nothing.
@@ -86,7 +104,8 @@ class EFCP(torch.optim.Optimizer):
         compressor: `C`, for example `TopK(density=0.01)`.
         preconditioner: `P`, for example `MFAC(damp=1e-5)`.
         num_grads: Capacity `m` of the window, in gradients; given unless there is a `memory_budget`.
-        momentum: Heavy-ball factor of the update, in [0, 1); costs 4 bytes per parameter unless it is 0.
+        momentum: Heavy-ball factor of the update, in [0, 1); costs 4 bytes per parameter unless it is 0. An update
+            that stays the same comes to be `1 / (1 - momentum)` times as long.
         weight_decay: Weight decay, at least 0.
         decoupled_weight_decay: True shrinks the parameters (AdamW's way); False adds `weight_decay * theta` to the
             gradient before the accumulator (L2 regularisation).
@@ -113,7 +132,8 @@ class EFCP(torch.optim.Optimizer):
 
     Raises:
         ValueError: A value outside its range, or a budget that no window fits.
-        TypeError: `num_grads` is not an int, or a parameter has a dtype that is not supported.
+        TypeError: `num_grads` is not an int, an argument is text where it should be a number, or a parameter has a
+            dtype that is not supported.
 
     Examples:
         >>> import torch
@@ -153,6 +173,7 @@ class EFCP(torch.optim.Optimizer):
         backend: str = "auto",
         memory_budget: int | str | None = None,
     ) -> None:
+        given = dict(locals())
         if memory_budget is not None:
             if not isinstance(num_grads, budget.Default | None):
                 raise ValueError(
@@ -164,6 +185,7 @@ class EFCP(torch.optim.Optimizer):
         if num_grads < 1:
             raise ValueError(f"num_grads is the number of gradients in the window, at least 1; got {num_grads}")
         num_grads = int(num_grads)
+        checks.check_kinds(given, checks.kinds(EFCP.__init__))
         checks.check_choice("precondition", precondition, ("row", "gradient", "momentum"))
         checks.check_choice("metric", metric, METRICS)
         checks.check_choice("scope", scope, ("model", "layer"))
@@ -202,7 +224,7 @@ class EFCP(torch.optim.Optimizer):
         self._tunable = tuple(asdict(preconditioner))
         defaults = {
             "lr": lr,
-            "momentum": momentum,
+            checks.HEAVY_BALL: momentum,
             "weight_decay": weight_decay,
             "decoupled_weight_decay": decoupled_weight_decay,
             "preconditioned": True,
@@ -240,7 +262,7 @@ class EFCP(torch.optim.Optimizer):
             TypeError: A parameter has a dtype that is not supported.
         """
         shared = self._shared()
-        param_group = {**shared, **_plain(param_group)}
+        param_group = {**shared, **self._with_names(_renamed(_plain(param_group)))}
         checks.check_group({**self.defaults, **param_group}, shared)
         super().add_param_group(param_group)
         try:
@@ -277,13 +299,7 @@ class EFCP(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        active = [m for m in self._members() if m.param.requires_grad or m.param.grad is not None]
-        if all(member.param.grad is None for member in active):
-            return loss
-        with one_thread():
-            stepped = self._step(active)
-        if stepped:
-            self._step_excluded()
+        self._step_all()
         return loss
 
     def memory(self) -> dict[str, int]:
@@ -339,6 +355,17 @@ class EFCP(torch.optim.Optimizer):
         super().load_state_dict({**state_dict, "state": {}})
         for member, saved in loaded:
             self.state[member.param] = {name: layout.copied(name, value, member.param) for name, value in saved.items()}
+
+    @_never_compiled
+    def _step_all(self) -> None:
+        """Step everything that has a gradient."""
+        active = [m for m in self._members() if m.param.requires_grad or m.param.grad is not None]
+        if all(member.param.grad is None for member in active):
+            return
+        with one_thread():
+            stepped = self._step(active)
+        if stepped:
+            self._step_excluded()
 
     def _step(self, active: list[Member]) -> bool:
         """Check everything, then step what is preconditioned; whether the step was not skipped."""
@@ -420,6 +447,18 @@ class EFCP(torch.optim.Optimizer):
         source = self.param_groups[0] if self.param_groups else self.defaults
         return {**self._structure, **{name: source[name] for name in self._tunable}}
 
+    def _with_names(self, group: Group) -> Group:
+        """A group with names for its parameters if the other groups have names: torch wants all or none."""
+        params = group["params"]
+        if isinstance(params, torch.Tensor):
+            params = [params]
+        if isinstance(params, set) or not any("param_names" in other for other in self.param_groups):
+            return group
+        params, number = list(params), len(self.param_groups)
+        if any(isinstance(param, tuple) for param in params):
+            return {**group, "params": params}
+        return {**group, "params": [(f"parameter {place} of group {number}", p) for place, p in enumerate(params)]}
+
     def _name(self, param: torch.Tensor) -> str:
         for number, group in enumerate(self.param_groups):
             for position, candidate in enumerate(group["params"]):
@@ -441,7 +480,7 @@ class EFCP(torch.optim.Optimizer):
                     # With a parameter, since a checkpoint keeps nothing that no parameter owns.
                     fresh |= self._layout.keeper(param.device)
                 state.update(fresh)  # all of it or, if memory runs out, nothing
-            elif group["preconditioned"] and group["momentum"] and "momentum" not in state:  # switched on since
+            elif group["preconditioned"] and group[checks.HEAVY_BALL] and "momentum" not in state:  # switched on since
                 state.update(shards.allocate(param, layout.momentum, param.device))
 
     def _keeper(self, members: Iterable[Member]) -> dict[str, Any]:
@@ -610,7 +649,7 @@ class EFCP(torch.optim.Optimizer):
     def _check_length(self, sites: list[Site], length: float) -> None:
         """Refuse an update that may not fit the parameters: without dampening it is as long as a row is short."""
         for group, param in ((site.member.group, site.member.param) for site in sites):
-            velocity = length / (1.0 - group["momentum"])
+            velocity = length / (1.0 - group[checks.HEAVY_BALL])
             largest = torch.finfo(param.dtype).max
             if not (velocity <= _FLOAT32_MAX and float(group["lr"]) * velocity <= largest):
                 raise ValueError(
@@ -644,6 +683,15 @@ def _placed(plan: Any, device: torch.device) -> Any:
     if isinstance(plan, tuple):
         return tuple(_placed(part, device) for part in plan)
     return replace(plan, coefficients=_placed(plan.coefficients, device))
+
+
+def _renamed(group: Group) -> Group:
+    """A group as it was given, with its momentum under the name that it has in `param_groups`."""
+    if "momentum" not in group:
+        return group
+    if checks.HEAVY_BALL in group:
+        raise ValueError(f"a group has both momentum={group['momentum']} and {checks.HEAVY_BALL}: give momentum alone")
+    return {checks.HEAVY_BALL if name == "momentum" else name: value for name, value in group.items()}
 
 
 def _plain(settings: Mapping[str, Any]) -> Group:

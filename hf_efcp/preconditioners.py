@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 
+from .checks import check_fields
 from .kernels import Kernels
 from .threads import one_thread
 from .windows import State, Window
@@ -244,6 +245,7 @@ class MFAC(GramPreconditioner):
     trust_lr: float = 0.0
 
     def __post_init__(self) -> None:
+        check_fields(self)
         _check_at_least_zero("damp", self.damp)
         _check_at_least_zero("relative_damp", self.relative_damp)
         _check_at_least_zero("trust_lr", self.trust_lr)
@@ -338,6 +340,7 @@ class GGT(GramPreconditioner):
     trust_lr: float = 0.0
 
     def __post_init__(self) -> None:
+        check_fields(self)
         _check_at_least_zero("eps", self.eps)
         _check_at_least_zero("relative_eps", self.relative_eps)
         _check_at_least_zero("ridge", self.ridge)

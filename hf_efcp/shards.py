@@ -123,11 +123,11 @@ def allocate(param: torch.Tensor, make: Maker, device: torch.device | str) -> St
     for name, tensor in own.items():
         longest = max(plan[name].numel() for plan in plans)
         if device == "meta":
-            state[name] = _sendable(torch.empty(mesh.size(), longest, dtype=tensor.dtype, device="meta"))
+            state[name] = torch.empty(mesh.size(), longest, dtype=tensor.dtype, device="meta")
             continue
         row = torch.zeros(1, longest, dtype=tensor.dtype, device=tensor.device)
         row[0, : tensor.numel()].copy_(tensor.view(-1))
-        state[name] = DTensor.from_local(_sendable(row), mesh, [Shard(0)], run_check=False)
+        state[name] = DTensor.from_local(row, mesh, [Shard(0)], run_check=False)
     return state
 
 
@@ -145,9 +145,4 @@ def view(state: State, param: torch.Tensor, make: Maker) -> State:
     if not is_sharded(param):
         return state
     plan = make(local(param).shape, "meta")
-    return {name: local(state[name]).view(-1).view(t.dtype)[: t.numel()].view(t.shape) for name, t in plan.items()}
-
-
-def _sendable(rows: torch.Tensor) -> torch.Tensor:
-    """Rows as the collectives of a full checkpoint can send them, which know no uint16."""
-    return rows.view(torch.uint8) if rows.dtype == torch.uint16 else rows
+    return {name: local(state[name]).view(-1)[: t.numel()].view(t.shape) for name, t in plan.items()}

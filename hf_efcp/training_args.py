@@ -12,7 +12,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from .factory import OPTIMIZERS, default_lr, efcp_name, parse_optim_args
+from .factory import OPTIMIZERS, default_lr, efcp_name, parse_optim_args, unknown
 from .optimizer import EFCP
 
 logger = logging.getLogger(__name__)
@@ -173,7 +173,7 @@ def _optimizer(name: str) -> str:
         return efcp_name(name) or OptimizerNames(name)
     except ValueError:
         valid = [*OPTIMIZERS, *(stock.value for stock in OptimizerNames)]
-        raise ValueError(f"unknown optimizer {name!r}; expected one of: {', '.join(valid)}") from None
+        raise ValueError(unknown(name, valid)) from None
 
 
 def _stock(optim: str) -> OptimizerNames:

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
-from .blocks import Part, Piece, cut, index_dtype, sharing
+from .blocks import Part, Piece, as_indices, cut, index_dtype, sharing
 from .kernels import BUCKET, Kernels, dtype_of_sums, pool, widest
 
 State = dict[str, torch.Tensor]
@@ -82,9 +82,9 @@ class Window(Protocol):
 class SparseWindow:
     """The last `m` Top-k rows of a parameter, as block-relative indices and values.
 
-    Stored block-major, `(blocks, m, kept)`, in two flat tensors (`indices`: uint8 up to blocks of 256, else uint16;
-    `values`: `value_dtype`), the tail block behind the full ones: one block of the dense vector stays in the
-    first-level cache while all rows of the block stream past it.
+    Stored block-major, `(blocks, m, kept)`, in two flat tensors (`indices`: as bytes, one of each up to blocks of 256,
+    else two, see `as_indices`; `values`: `value_dtype`), the tail block behind the full ones: one block of the dense
+    vector stays in the first-level cache while all rows of the block stream past it.
 
     With int8, `values` are levels, -127 to 127, and a third tensor has the `scales`, `(groups, m)` in bfloat16: one for
     each row and group of consecutive blocks that together hold up to 4,096 entries. The tail is a group of its own.
@@ -114,8 +114,9 @@ class SparseWindow:
             `{"indices": ..., "values": ...}`, both of `m * kept` entries, and for int8 the `"scales"`.
         """
         entries = self.num_grads * sum(piece.row for piece in self._pieces(shape))
+        size = index_dtype(self.block_size).itemsize
         state = {
-            "indices": torch.zeros(entries, dtype=index_dtype(self.block_size), device=device),
+            "indices": torch.zeros(size * entries, dtype=torch.uint8, device=device),
             "values": torch.zeros(entries, dtype=self.value_dtype, device=device),
         }
         if self.value_dtype == torch.int8:
@@ -150,7 +151,7 @@ class SparseWindow:
             Views, `(blocks, m, kept)` each.
         """
         m, groups = self.num_grads, 0
-        indices, values, scales = state["indices"], state["values"], state.get("scales")
+        indices, values, scales = as_indices(state["indices"], self.block_size), state["values"], state.get("scales")
         views = []
         for piece in self._pieces(shape):
             # One call where slicing and viewing are two: a model has a hundred tensors, and three such calls for each.

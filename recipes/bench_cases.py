@@ -12,7 +12,7 @@ import torch
 from bench_baselines import BASELINES, PUBLISHED_ROWS, AsPublished, parse_options, published_rows
 
 from hf_efcp import EFCP, OPTIMIZERS, create_optimizer
-from hf_efcp.blocks import Piece, cut
+from hf_efcp.blocks import Piece, as_indices, cut
 from hf_efcp.factory import efcp_name, parse_optim_args
 
 # Tensors of a state that are the window. All else (errors, sums, moments) stays as the first step left it.
@@ -163,7 +163,7 @@ def fill_window(optimizer: EFCP, seed: int) -> None:
                 _fill_values(state[name], capacity, generator, positive=name == "scales")
         if "indices" in state:
             pieces = cut(param.numel(), group["block_size"], group["density"])
-            _fill_indices(state["indices"], pieces, capacity, generator)
+            _fill_indices(as_indices(state["indices"], group["block_size"]), pieces, capacity, generator)
         if "pushed" in state:
             state["pushed"] = capacity
         if "gram" in state:

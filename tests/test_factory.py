@@ -10,7 +10,14 @@ from tiny import tiny_bert
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from hf_efcp import OPTIMIZERS, SparseMFAC, create_optimizer
+from hf_efcp import (
+    OPTIMIZERS,
+    EFCPTrainingArguments,
+    SparseMFAC,
+    create_optimizer,
+    estimate_memory,
+    largest_window,
+)
 from hf_efcp.factory import _settings, default_lr, parse_optim_args
 
 # And more: the optimizer's own come first, and then what all take.
@@ -238,3 +245,120 @@ def test_optim_args_of_the_wrong_kind():
         parse_optim_args("sparse_mfac", {"num_grads": 3})
     with pytest.raises(ValueError, match="unknown optimizer 'adamw_torch'"):
         parse_optim_args("adamw_torch", "num_grads=3")
+
+
+# Names, and kinds of values
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("SPARSE_MFAC", "sparse_mfac"),
+        ("SparseMFAC", "sparse_mfac"),
+        ("lowrank-mfca", "lowrank_mfac"),
+        ("micro_adam", "microadam"),
+    ],
+)
+def test_a_name_that_is_nearly_right_is_told(name, meant):
+    message = rf"^unknown optimizer '{name}'; expected one of: sparse_mfac, .*, microadam; did you mean {meant}\?$"
+    model = nn.Linear(2, 2)
+    for call in (
+        lambda: create_optimizer(name, model),
+        lambda: default_lr(name),
+        lambda: parse_optim_args(name, ""),
+        lambda: estimate_memory(model, name),
+        lambda: largest_window(model, name, memory_budget="8B/param"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    with pytest.raises(ValueError, match=rf"unknown optimizer '{name}'; .*adamw_torch.*; did you mean {meant}\?$"):
+        EFCPTrainingArguments(optim=name, use_cpu=True)
+    with pytest.raises(ValueError, match=r"expected one of: .*, microadam$"):
+        create_optimizer("xyz", model)
+
+
+def test_swapped_arguments_are_told():
+    model = nn.Linear(2, 2)
+    with pytest.raises(TypeError, match=r"named by a string, one of sparse_mfac.*; got Linear\. .* name comes first"):
+        create_optimizer(model, "sparse_mfac")
+    with pytest.raises(TypeError, match="named by a string, .*; got SparseMFAC"):
+        create_optimizer(SparseMFAC, model)
+    with pytest.raises(TypeError, match="the model or its parameters come first, .* got 'sparse_mfac'"):
+        estimate_memory("sparse_mfac", model)
+    with pytest.raises(TypeError, match="named by a string, .*; got AdamW"):
+        estimate_memory(model, torch.optim.AdamW)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_memory_is_estimated_by_name_and_by_class(name):
+    model, more = nn.Linear(70, 30), {} if name == "sparse_adagrad" else {"num_grads": 3}
+    expected = estimate_memory(model, OPTIMIZERS[name], **more)
+    for spelling in (name, name.replace("_", "-")):
+        assert estimate_memory(model, spelling, **more) == expected
+        assert create_optimizer(spelling, model, **more).planned_memory() == expected
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_text_is_refused_where_a_number_or_a_dtype_is_expected(name):
+    """Whatever the argument: they are read off the signatures."""
+    examples = {bool: "False", int: "3", float: "1e-5", torch.dtype: "bfloat16"}
+    words = {bool: "True or False", int: "an int", float: "a number", torch.dtype: "a torch.dtype such as torch.bf"}
+    found = {**_settings(name), "lr": float, "weight_decay": float}
+    model, checked = nn.Linear(4, 4), set()
+    for key, annotation in found.items():
+        kinds = get_args(annotation) or (annotation,)
+        kind = next((kind for kind in examples if kind in kinds), None)
+        if kind is None or str in kinds or (name.startswith("dense") and key == "error_dtype"):
+            continue
+        needs = {"ridge": {"eps": 1.0, "metric": "none"}}.get(key, {})
+        for make in (
+            lambda more: create_optimizer(name, model, **more),
+            lambda more: OPTIMIZERS[name](model.parameters(), **more),
+        ):
+            with pytest.raises(TypeError, match=f"^{key} must be {words[kind]}.*, got '{examples[kind]}'"):
+                make({**needs, key: examples[kind]})
+            if kind is not bool:
+                with pytest.raises(TypeError, match=f"^{key} must be .*, got \\[\\]"):
+                    make({**needs, key: []})
+        checked.add(key)
+    assert {"lr", "momentum", "decoupled_weight_decay", "metric_beta2", "momentum_dtype"} <= checked
+
+
+def test_text_is_refused_in_groups_and_parts():
+    param = nn.Parameter(torch.zeros(4))
+    for group in ({"lr": "1e-3"}, {"weight_decay": "0.1"}, {"momentum": "0.5"}, {"preconditioned": "no"}):
+        (key,) = group
+        with pytest.raises(TypeError, match=f"^{key} must be "):
+            SparseMFAC([{"params": [param], **group}])
+    with pytest.raises(TypeError, match="^exclude_lr must be a number, got '1e-3': text is read in optim_args only"):
+        create_optimizer("sparse_mfac", nn.Linear(2, 2), exclude="bias", exclude_lr="1e-3")
+    optimizer = SparseMFAC([param], damp=1e-3)
+    optimizer.param_groups[0]["damp"] = "1e-3"
+    param.grad = torch.ones(4)
+    with pytest.raises(TypeError, match="^damp must be a number"):
+        optimizer.step()
+
+
+def test_errors_name_the_parameters_and_others_can_be_added():
+    model = tiny_bert()
+    optimizer = create_optimizer("sparse_mfac", model, exclude="word_embeddings")
+    groups = optimizer.param_groups
+    names = {n: p for group in groups for n, p in zip(group["param_names"], group["params"], strict=True)}
+    assert names == dict(model.named_parameters())
+    late = [nn.Parameter(torch.zeros(2)) for _ in range(2)]
+    optimizer.add_param_group({"params": iter(late)})
+    optimizer.add_param_group({"params": [("a name", nn.Parameter(torch.zeros(2)))]})
+    for p in names.values():
+        p.grad = torch.zeros_like(p)
+    for name in ("bert.encoder.layer.0.output.dense.weight", "bert.embeddings.word_embeddings.weight"):
+        names[name].grad[0, 0] = float("nan")
+        with pytest.raises(ValueError, match=f"^the gradient of {name} has 1 entries"):
+            optimizer.step()
+        names[name].grad = None
+    late[1].grad = torch.full((2,), float("nan"))
+    with pytest.raises(ValueError, match=r"^the gradient of parameter 1 of group 3 has 2 entries"):
+        optimizer.step()
+    optimizer.param_groups[4]["params"][0].grad = torch.full((2,), float("inf"))
+    late[1].grad = None
+    with pytest.raises(ValueError, match="^the gradient of a name has 2 entries"):
+        optimizer.step()

@@ -146,6 +146,28 @@ def resumed_run(rank, name, full, folder):
     return whole(model), whole(other), middle["0.weight"].full_tensor(), dtypes
 
 
+def broadcast_run(rank):
+    """Whole parameters, of which rank 0 alone has the checkpoint."""
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_optimizer_state_dict,
+        set_optimizer_state_dict,
+    )
+
+    cls, settings = SETTINGS["wide indices"]
+    model, other = network(), network()
+    optimizer, fresh = (cls(some.parameters(), **settings) for some in (model, other))
+    train(model, optimizer, range(7))
+    other.load_state_dict(model.state_dict())
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, broadcast_from_rank0=True)
+    saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=options)) if rank == 0 else {}
+    set_optimizer_state_dict(other, fresh, saved, options=options)
+    middle = whole(model)
+    for some, each in ((model, optimizer), (other, fresh)):
+        train(some, each, range(7, STEPS))
+    return whole(model), whole(other), middle
+
+
 def faulty_run(rank, policy):
     """A gradient that is not finite on rank 1 only."""
     model = shard(network())
@@ -214,6 +236,7 @@ def everything(rank, ranks, folder):
         for name in RESUMED:
             for full in (False, True):
                 results["resumed", name, full] = resumed_run(rank, name, full, f"{folder}/{name}")
+        results["broadcast"] = broadcast_run(rank)
         results["faults"] = [faulty_run(rank, policy) for policy in ("raise", "skip")]
         results["refused"] = refused_run(rank)
     return results
@@ -288,6 +311,13 @@ def test_resuming_through_distributed_checkpoints_is_bit_equal(name, full, two):
         assert not torch.equal(middle, resumed[0])
         if name == "sparse":
             assert {"torch.uint8", "torch.bfloat16", "torch.float32", "torch.float64"} <= dtypes
+
+
+def test_rank_0_sends_its_checkpoint_of_whole_parameters(two):
+    for result in two:
+        through, resumed, middle = result["broadcast"]
+        assert all(torch.equal(one, other) for one, other in zip(through, resumed, strict=True))
+        assert not torch.equal(middle[0], resumed[0])
 
 
 def test_all_ranks_refuse_or_skip_together(two):
