@@ -183,7 +183,7 @@ TWO_BY_TWO = {
 }
 # A model, and whether its items are counted over all processes.
 IN_PROCESSES = [
-    *((name, True) for name in ("BERT classes", "BERT masked", "T5", "Llama uneven", "penalised", "adapted")),
+    *((name, True) for name in ("BERT masked", "Llama uneven", "penalised", "adapted")),
     *((name, False) for name in ("BERT masked", "penalised")),
 ]
 

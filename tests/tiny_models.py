@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import transformers as tf
+import transformers
 from torch import nn
 
 VOCAB, LENGTH, EXAMPLES = 32, 6, 8
@@ -40,9 +40,10 @@ def tokens(shape: tuple[int, ...], below: int = VOCAB) -> torch.Tensor:
     return torch.randint(2, below, shape)
 
 
-def make(model: type[nn.Module], config: type, rows: Callable[[], Rows], **settings: Any) -> Made:
-    tf.set_seed(0)
-    made = model(config(**{**SIZES, **settings}))
+def make(name: str, rows: Callable[[], Rows], settings: dict[str, Any] | None = None) -> Made:
+    transformers.set_seed(0)
+    model = getattr(transformers, name)
+    made = model(model.config_class(**SIZES | (settings or {})))
     for module in made.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.eval().train = lambda mode=True, module=module: module
@@ -139,7 +140,7 @@ class Penalised(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        tf.set_seed(0)
+        transformers.set_seed(0)
         self.embedding = nn.Embedding(VOCAB, 16)
         self.head = nn.Linear(16, 2)
 
@@ -162,47 +163,41 @@ STAGES = {"embedding_size": 16, "hidden_sizes": [16, 16], "depths": [1, 1], "lay
 EXPERTS = {"num_local_experts": 2, "output_router_logits": True, "router_aux_loss_coef": 1.0}
 PATCHES = {"image_size": 32, "patch_size": 8}
 
-# What is built, from what, the examples, and settings that SIZES has not.
+# Class, examples, and settings that SIZES has not. By name, for importing all of them takes seconds.
 MODELS: dict[str, tuple[Any, ...]] = {
-    "BERT classes": (tf.BertForSequenceClassification, tf.BertConfig, classes),
-    "BERT numbers": (tf.BertForSequenceClassification, tf.BertConfig, numbers, {"num_labels": 1}),
-    "BERT topics": (
-        tf.BertForSequenceClassification,
-        tf.BertConfig,
-        topics,
-        {"problem_type": "multi_label_classification"},
-    ),
-    "BERT masked": (tf.BertForMaskedLM, tf.BertConfig, masked),
-    "BERT pretraining": (tf.BertForPreTraining, tf.BertConfig, masked_pairs),
-    "BERT next sentence": (tf.BertForNextSentencePrediction, tf.BertConfig, classes),
-    "BERT continued": (tf.BertLMHeadModel, tf.BertConfig, continued, {"is_decoder": True}),
-    "RoBERTa tags": (tf.RobertaForTokenClassification, tf.RobertaConfig, tags),
-    "RoBERTa masked": (tf.RobertaForMaskedLM, tf.RobertaConfig, masked),
-    "DistilBERT classes": (tf.DistilBertForSequenceClassification, tf.DistilBertConfig, classes),
-    "DistilBERT masked": (tf.DistilBertForMaskedLM, tf.DistilBertConfig, masked),
-    "ELECTRA answers": (tf.ElectraForQuestionAnswering, tf.ElectraConfig, answers),
-    "ELECTRA masked": (tf.ElectraForMaskedLM, tf.ElectraConfig, masked),
-    "ALBERT choices": (tf.AlbertForMultipleChoice, tf.AlbertConfig, choices),
-    "DeBERTa classes": (tf.DebertaV2ForSequenceClassification, tf.DebertaV2Config, classes),
-    "GPT-2": (tf.GPT2LMHeadModel, tf.GPT2Config, continued),
-    "GPT-2 classes": (tf.GPT2ForSequenceClassification, tf.GPT2Config, classes),
-    "Llama": (tf.LlamaForCausalLM, tf.LlamaConfig, continued),
-    "Llama uneven": (tf.LlamaForCausalLM, tf.LlamaConfig, uneven),
-    "Llama classes": (tf.LlamaForSequenceClassification, tf.LlamaConfig, classes),
-    "Mixtral": (tf.MixtralForCausalLM, tf.MixtralConfig, identical, EXPERTS),
-    "T5": (tf.T5ForConditionalGeneration, tf.T5Config, translated),
-    "BART": (tf.BartForConditionalGeneration, tf.BartConfig, translated),
+    "BERT classes": ("BertForSequenceClassification", classes),
+    "BERT numbers": ("BertForSequenceClassification", numbers, {"num_labels": 1}),
+    "BERT topics": ("BertForSequenceClassification", topics, {"problem_type": "multi_label_classification"}),
+    "BERT masked": ("BertForMaskedLM", masked),
+    "BERT pretraining": ("BertForPreTraining", masked_pairs),
+    "BERT next sentence": ("BertForNextSentencePrediction", classes),
+    "BERT continued": ("BertLMHeadModel", continued, {"is_decoder": True}),
+    "RoBERTa tags": ("RobertaForTokenClassification", tags),
+    "RoBERTa masked": ("RobertaForMaskedLM", masked),
+    "DistilBERT classes": ("DistilBertForSequenceClassification", classes),
+    "DistilBERT masked": ("DistilBertForMaskedLM", masked),
+    "ELECTRA answers": ("ElectraForQuestionAnswering", answers),
+    "ELECTRA masked": ("ElectraForMaskedLM", masked),
+    "ALBERT choices": ("AlbertForMultipleChoice", choices),
+    "DeBERTa classes": ("DebertaV2ForSequenceClassification", classes),
+    "GPT-2": ("GPT2LMHeadModel", continued),
+    "GPT-2 classes": ("GPT2ForSequenceClassification", classes),
+    "Llama": ("LlamaForCausalLM", continued),
+    "Llama uneven": ("LlamaForCausalLM", uneven),
+    "Llama classes": ("LlamaForSequenceClassification", classes),
+    "Mixtral": ("MixtralForCausalLM", identical, EXPERTS),
+    "T5": ("T5ForConditionalGeneration", translated),
+    "BART": ("BartForConditionalGeneration", translated),
     "Whisper": (
-        tf.WhisperForConditionalGeneration,
-        tf.WhisperConfig,
+        "WhisperForConditionalGeneration",
         features,
         {"num_mel_bins": 8, "max_source_positions": 8, "max_target_positions": 8},
     ),
-    "ViT": (tf.ViTForImageClassification, tf.ViTConfig, pictures, PATCHES),
-    "ResNet": (tf.ResNetForImageClassification, tf.ResNetConfig, pictures, STAGES),
-    "Segformer": (tf.SegformerForSemanticSegmentation, tf.SegformerConfig, segments, SEGFORMER),
-    "Wav2Vec2": (tf.Wav2Vec2ForCTC, tf.Wav2Vec2Config, sounds, WAV2VEC2),
-    "Wav2Vec2 classes": (tf.Wav2Vec2ForSequenceClassification, tf.Wav2Vec2Config, spoken, WAV2VEC2),
+    "ViT": ("ViTForImageClassification", pictures, PATCHES),
+    "ResNet": ("ResNetForImageClassification", pictures, STAGES),
+    "Segformer": ("SegformerForSemanticSegmentation", segments, SEGFORMER),
+    "Wav2Vec2": ("Wav2Vec2ForCTC", sounds, WAV2VEC2),
+    "Wav2Vec2 classes": ("Wav2Vec2ForSequenceClassification", spoken, WAV2VEC2),
 }
 NAMES = [*MODELS, "penalised"]
 
@@ -211,5 +206,4 @@ def tiny(name: str) -> Made:
     """Build a model and its examples, the same ones every time."""
     if name == "penalised":
         return Penalised(), tags()
-    model, config, rows, *settings = MODELS[name]
-    return make(model, config, rows, **(settings[0] if settings else {}))
+    return make(*MODELS[name])
