@@ -19,6 +19,7 @@ from training import build_trainer, load_model, tokenize, train
 from transformers import PrinterCallback, set_seed
 
 from hf_efcp import EFCP, OPTIMIZERS, EFCPTrainingArguments
+from hf_efcp.checks import HEAVY_BALL
 from hf_efcp.factory import efcp_name, parse_optim_args
 from hf_efcp.glue import GlueTask
 
@@ -145,7 +146,8 @@ def _optimizer_settings(args: EFCPTrainingArguments) -> dict[str, Any]:
     of_the_model = ("exclude", "exclude_lr", "memory_budget")
     own = {key: value for key, value in options.items() if key not in of_the_model}
     (group,) = make([torch.nn.Parameter(torch.zeros(1))], **own).param_groups
-    options |= {key: value for key, value in group.items() if key not in _OF_GROUPS}
+    named = {"momentum" if key == HEAVY_BALL else key: value for key, value in group.items()}
+    options |= {key: value for key, value in named.items() if key not in _OF_GROUPS}
     if "memory_budget" in options:  # which chooses the window
         del options["num_grads"]
     return {"optimizer": name, "options": options}
