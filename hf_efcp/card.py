@@ -14,7 +14,7 @@ from .shards import local
 _TAG = "hf_efcp"
 _PAPER = "https://arxiv.org/abs/2306.06098"
 # Of a group, what is no setting; rates are told as they were before the schedule.
-_NO_SETTINGS = {"params", "preconditioned", "skipped_steps", "efcp_format", "lr", "initial_lr"}
+_NO_SETTINGS = {"params", "preconditioned", "skipped_steps", "efcp_format", "lr", "initial_lr", "given_lr"}
 
 
 def learning_rate(optimizer: EFCP) -> float:

@@ -24,7 +24,6 @@ from transformers.trainer import (
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
-from . import checks
 from .optimizer import EFCP
 
 logger = logging.getLogger(__name__)
@@ -148,7 +147,29 @@ def check_settings(folder: str, trainer: Trainer, optimizer: EFCP) -> None:
     """
     path = Path(folder, _layout(trainer).optimizer)
     groups = _distributed_groups(path) if path.is_dir() else torch.load(path, mmap=True, weights_only=True)[_GROUPS]
-    checks.check_settings(groups, optimizer.param_groups, ("preconditioned", *optimizer._structure))
+    optimizer._check_groups(groups)
+
+
+def refuse_ours(folder: str, reader: str) -> None:
+    """Refuse a checkpoint of ours for another optimizer, whose own words would be `KeyError: 'step'`.
+
+    Args:
+        folder: The checkpoint.
+        reader: What to call the other optimizer.
+
+    Raises:
+        ValueError: An EFCP optimizer has written it.
+    """
+    path = Path(folder, OPTIMIZER_NAME)
+    if not path.is_file() or _damaged(path):
+        return  # for the parent to judge
+    saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)  # tensors stay in the file
+    if any("efcp_format" in group for group in saved.get(_GROUPS, ())):
+        raise ValueError(
+            f"the checkpoint {folder} was written by an optimizer of hf_efcp, and this optimizer is {reader}, whose "
+            "state is another. Resume with the optim that wrote it, or load the model alone and train without "
+            "resume_from_checkpoint"
+        )
 
 
 def invalidate(trainer: Trainer, output_dir: str) -> None:

@@ -71,7 +71,7 @@ def check_fields(part: Any) -> None:
     Raises:
         TypeError: One of its fields is not what its annotation says.
     """
-    kind: Any = type(part)
+    kind: Callable[..., Any] = type(part)
     check_kinds(vars(part), kinds(kind))
 
 
@@ -195,11 +195,87 @@ def check_one_device(params: Iterable[torch.Tensor]) -> torch.device:
     return next(iter(devices.values()), torch.device("cpu"))
 
 
-def check_settings(saved_groups: list[dict[str, Any]], groups: list[dict[str, Any]], structure: Iterable[str]) -> None:
-    """Refuse a checkpoint whose parameter groups were made by another optimizer or with other settings.
+def check_writer(saved_groups: list[dict[str, Any]], settings: Iterable[str], version: int, reader: str) -> None:
+    """Refuse a checkpoint that another optimizer or another version has written.
 
     Args:
         saved_groups: `param_groups` of the checkpoint.
+        settings: The names that every group of this optimizer has.
+        version: The format of its state.
+        reader: What to call this optimizer.
+
+    Raises:
+        ValueError: A group has another format, or lacks some of the settings.
+    """
+    own = set(settings)
+    for saved in saved_groups:
+        if saved.get("efcp_format", version) != version:
+            raise ValueError(
+                f"the checkpoint has the state in format {saved['efcp_format']}, this version of hf_efcp reads format "
+                f"{version}: go on with the version that wrote it (format 2 is 0.1), or load the model "
+                "alone and start the optimizer afresh"
+            )
+        if own - saved.keys():
+            raise ValueError(
+                f"the checkpoint was written by {_writer(saved, own)}, and this optimizer is {reader}, whose state is "
+                "another. Resume with the optimizer that wrote it, or load the model alone and start this one afresh "
+                "(with Trainer, without resume_from_checkpoint)"
+            )
+
+
+def _writer(saved: Mapping[str, Any], own: set[str]) -> str:
+    """What to call the optimizer that has made a parameter group."""
+    names = saved.keys() - {"params", "param_names", "initial_lr", "given_lr"}
+    if "efcp_format" in names:
+        differs = f"without {', '.join(sorted(own - names))}"
+        if more := sorted(names - own):
+            differs = f"with {', '.join(more)} and {differs}"
+        return f"another optimizer of hf_efcp, one {differs}"
+    # Of torch's own, one whose settings are in the group, and as many as can be. Adam and AdamW differ in a switch.
+    found: dict[str, tuple[int, int]] = {}
+    for name, cls in vars(torch.optim).items():
+        if isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer) and cls is not torch.optim.Optimizer:
+            defaults = cls([torch.zeros(1, 1)]).defaults  # type: ignore[call-arg]
+            if defaults.keys() <= names:
+                alike = sum(saved[key] == value for key, value in defaults.items() if isinstance(value, bool))
+                found[name] = len(defaults), alike
+    likely = [f"torch.optim.{name}" for name, score in found.items() if score == max(found.values())]
+    return " or ".join(likely) or f"an optimizer with the settings {', '.join(sorted(names))}"
+
+
+def changed_settings(
+    saved_groups: list[dict[str, Any]], groups: list[dict[str, Any]], names: Iterable[str]
+) -> list[str]:
+    """What was given to an optimizer that a checkpoint is about to replace.
+
+    Learning rates are compared as they were given: a schedule changes those in use.
+
+    Args:
+        saved_groups: `param_groups` of the checkpoint, which fit.
+        groups: `param_groups` of this optimizer.
+        names: The settings to compare, beside the learning rate.
+
+    Returns:
+        Each difference in words, once.
+    """
+    found = []
+    for saved, group in zip(saved_groups, groups, strict=True):
+        given = group["given_lr"]
+        if given not in (saved.get("given_lr", given), float(saved["lr"])):
+            found.append(f"lr={given} (in the checkpoint {saved['given_lr']})")
+        found += [
+            f"{'momentum' if name == HEAVY_BALL else name}={group[name]} (in the checkpoint {saved[name]})"
+            for name in names
+            if saved[name] != group[name]
+        ]
+    return list(dict.fromkeys(found))
+
+
+def check_settings(saved_groups: list[dict[str, Any]], groups: list[dict[str, Any]], structure: Iterable[str]) -> None:
+    """Refuse a checkpoint whose parameter groups were made from other parameters or with other settings.
+
+    Args:
+        saved_groups: `param_groups` of the checkpoint, by the same kind of optimizer.
         groups: `param_groups` of this optimizer.
         structure: Names of the settings that decide the shapes of the state.
 
@@ -213,15 +289,6 @@ def check_settings(saved_groups: list[dict[str, Any]], groups: list[dict[str, An
             f"{[len(group['params']) for group in groups]}: build it from the same model with the same groups"
         )
     for saved, group in zip(saved_groups, groups, strict=True):
-        if saved.get("efcp_format", group["efcp_format"]) != group["efcp_format"]:
-            raise ValueError(
-                f"the checkpoint has the state in format {saved['efcp_format']}, this version of hf_efcp reads format "
-                f"{group['efcp_format']}: go on with the version that wrote it (format 2 is 0.1), or load the model "
-                "alone and start the optimizer afresh"
-            )
-        missing = sorted(group.keys() - saved.keys() - {"initial_lr", "param_names"})
-        if missing:
-            raise ValueError(f"the checkpoint is of another optimizer: its groups lack {', '.join(missing)}")
         for name in structure:
             if saved[name] != group[name]:
                 raise ValueError(
@@ -283,7 +350,7 @@ def check_names(names: Iterable[Iterable[str]]) -> None:
     Raises:
         ValueError: Two have one in common.
     """
-    seen: set[str] = set(_TAKEN)
+    seen: set[str] = {*_TAKEN, "given_lr"}
     for some in map(set, names):
         if both := sorted(seen & some):
             raise ValueError(

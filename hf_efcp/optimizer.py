@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
 from functools import wraps
@@ -232,8 +233,10 @@ class EFCP(torch.optim.Optimizer):
             "efcp_format": FORMAT,
         }
         checks.check_names([defaults, structure, asdict(compressor), self._tunable])
+        defaults |= {**self._structure, **asdict(preconditioner)}
+        self._settings = tuple(defaults)
         self._own = tuple(self.__dict__)  # what the base class does not know
-        super().__init__(params, {**defaults, **self._structure, **asdict(preconditioner)})
+        super().__init__(params, defaults)
         if memory_budget is not None:
             self._fit(memory_budget)
 
@@ -264,6 +267,8 @@ class EFCP(torch.optim.Optimizer):
         shared = self._shared()
         param_group = {**shared, **self._with_names(_renamed(_plain(param_group)))}
         checks.check_group({**self.defaults, **param_group}, shared)
+        # Schedules change the learning rate: what was given is kept to be compared with what a checkpoint has.
+        param_group.setdefault("given_lr", float(param_group.get("lr", self.defaults["lr"])))
         super().add_param_group(param_group)
         try:
             for param in self.param_groups[-1]["params"]:
@@ -311,27 +316,32 @@ class EFCP(torch.optim.Optimizer):
         """
         return count_bytes(self.state[member.param] for member in self._members() if member.param in self.state)
 
-    def planned_memory(self) -> dict[str, int]:
+    def planned_memory(self, num_grads: int | None = None) -> dict[str, int]:
         """Bytes of the state once every parameter that requires a gradient has been stepped.
+
+        Args:
+            num_grads: What they would be with so many gradients in the window; None for as many as there are.
 
         Returns:
             As `memory`.
         """
+        plan = self._layout if num_grads is None else self._layout.resized(num_grads)
         trainable = [member for member in self._members() if member.param.requires_grad]
-        states = [self._layout.fresh(member, "meta") for member in trainable]
+        states = [plan.fresh(member, "meta") for member in trainable]
         for member, state in zip(trainable, states, strict=True):
             if is_sharded(member.param) and member.group["preconditioned"]:
                 own = {name: tensor[:1] for name, tensor in state.items() if name != "gradients"}
                 state.update(own)  # this rank's row
         units = [member for member in trainable if member.group["preconditioned"]]
         keepers = len(units) if self._structure["scope"] == "layer" else min(1, len(units))
-        return count_bytes([*states, *(self._layout.keeper("meta") for _ in range(keepers))])
+        return count_bytes([*states, *(plan.keeper("meta") for _ in range(keepers))])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict()` returned, bit for bit.
 
         The base class would cast every tensor to its parameter's dtype, indices too. Hyperparameters come from the
-        checkpoint, as in every `torch.optim.Optimizer`; those that decide the shapes of the state must be equal.
+        checkpoint, as in every `torch.optim.Optimizer`, with a warning if others were given; those that decide the
+        shapes of the state must be equal.
 
         Args:
             state_dict: A checkpoint of the same optimizer over the same groups.
@@ -340,7 +350,7 @@ class EFCP(torch.optim.Optimizer):
             ValueError: It does not fit. Nothing was changed.
         """
         saved_groups = state_dict["param_groups"]
-        checks.check_settings(saved_groups, self.param_groups, ("preconditioned", *self._structure))
+        self._check_groups(saved_groups)
         keys = [key for group in saved_groups for key in group["params"]]
         owners = [group for group in saved_groups for _ in group["params"]]
         loaded = [
@@ -352,9 +362,26 @@ class EFCP(torch.optim.Optimizer):
             self._layout.check(saved, member, self._name(member.param))
         windows = [saved for member, saved in loaded if member.group["preconditioned"]]
         checks.check_keepers(windows, self._layout.keeper("meta"), self._structure["scope"] == "layer")
+        self._warn_of_changes(saved_groups)
         super().load_state_dict({**state_dict, "state": {}})
         for member, saved in loaded:
             self.state[member.param] = {name: layout.copied(name, value, member.param) for name, value in saved.items()}
+
+    def _check_groups(self, saved_groups: list[Group]) -> None:
+        """Refuse the parameter groups of a checkpoint that does not fit."""
+        checks.check_writer(saved_groups, self._settings, FORMAT, type(self).__name__)
+        checks.check_settings(saved_groups, self.param_groups, ("preconditioned", *self._structure))
+
+    def _warn_of_changes(self, saved_groups: list[Group]) -> None:
+        """Warn of settings that the checkpoint replaces."""
+        names = (checks.HEAVY_BALL, "weight_decay", "decoupled_weight_decay", *self._tunable)
+        if changed := checks.changed_settings(saved_groups, self.param_groups, names):
+            warnings.warn(
+                "the settings of the checkpoint are taken, as in every torch.optim.Optimizer, and not those that were "
+                f"given: {', '.join(changed)}. To use yours, set them in optimizer.param_groups after loading "
+                "(momentum is called heavy_ball there)",
+                stacklevel=3,
+            )
 
     @_never_compiled
     def _step_all(self) -> None:
@@ -418,12 +445,7 @@ class EFCP(torch.optim.Optimizer):
                 "memory_budget counts whole parameters, but these are sharded, and every rank must have the same "
                 "num_grads: call hf_efcp.largest_window before fully_shard, and give the num_grads that it returns"
             )
-
-        def plan(num_grads: int) -> dict[str, int]:
-            self._resize(num_grads)
-            return self.planned_memory()
-
-        self._resize(budget.fit(memory_budget, sum(param.numel() for param in params), plan))
+        self._resize(budget.fit(memory_budget, sum(param.numel() for param in params), self.planned_memory))
 
     def _resize(self, num_grads: int) -> None:
         """Set the capacity of the window, before anything is allocated."""

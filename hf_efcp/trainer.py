@@ -37,7 +37,7 @@ class EFCPTrainer(Trainer):
       under fp16. FSDP version 2 is Trainer's default and works.
     - Checkpoints are written file by file. `train(resume_from_checkpoint=True)` takes the newest complete one and
       warns about newer ones; a given one that is incomplete is refused, where the parent would go on with an empty
-      window without a word. Stock optimizers are resumed as by the parent.
+      window without a word. Stock optimizers are resumed as by the parent, but not from a checkpoint of ours.
     - The model card has a section on the optimizer, however it was given, and the tag `hf_efcp`.
     - Steps that `nonfinite="skip"` left out are in the logs as `skipped_steps`, with a warning at the end.
     - The values of an `EFCPCallback` are in the logs. `efcp_diagnostics_steps` of the arguments adds one, unless there
@@ -93,6 +93,32 @@ class EFCPTrainer(Trainer):
                 **parse_optim_args(name, self.args.optim_args),
             )
         return super().create_optimizer(model)
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """Create the scheduler, as the parent does, and warn of a window that training is too short to fill.
+
+        Args:
+            num_training_steps: The number of training steps.
+            optimizer: The optimizer; None takes the trainer's.
+
+        Returns:
+            What the parent returns.
+        """
+        if ours := self._efcp_optimizer():
+            num_grads = ours.param_groups[0]["num_grads"]
+            if num_grads > num_training_steps > 0:
+                sizes = [ours.planned_memory(count)["total"] for count in (num_grads, num_training_steps)]
+                logger.warning(
+                    "num_grads=%d, but there are only %d training steps: the window will never be full. num_grads=%d "
+                    "holds as many gradients, and takes %s bytes less",
+                    num_grads,
+                    num_training_steps,
+                    num_training_steps,
+                    f"{sizes[0] - sizes[1]:,}",
+                )
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train, as the parent does.
@@ -198,6 +224,8 @@ class EFCPTrainer(Trainer):
         try:
             if checkpoint and optimizer and self.is_fsdp_enabled:
                 checkpoints.check_settings(checkpoint, self, optimizer)
+            elif checkpoint and not optimizer:
+                checkpoints.refuse_ours(checkpoint, type(getattr(self.optimizer, "optimizer", self.optimizer)).__name__)
             super()._load_optimizer_and_scheduler(checkpoint)
         except Exception as error:
             error.add_note(f"raised while the optimizer was loaded from {checkpoint}")

@@ -32,7 +32,7 @@ NOT_IN_KEY = {
     *("dataloader_num_workers", "dataloader_pin_memory"),
 }
 # What parameter groups hold beside an optimizer's own settings.
-_OF_GROUPS = {"params", "lr", "weight_decay", "preconditioned", "skipped_steps", "efcp_format"}
+_OF_GROUPS = {"params", "lr", "weight_decay", "preconditioned", "skipped_steps", "efcp_format", "given_lr"}
 
 
 class Bench:

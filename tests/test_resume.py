@@ -258,8 +258,53 @@ def test_checkpoints_of_other_optimizers_and_settings_are_refused(folder):
     shutil.rmtree(folder)
     stock = trainer(folder, optim="adamw_torch", optim_args=None, save_strategy="steps", save_steps=4)
     stock.train()
-    with pytest.raises(ValueError, match="of another optimizer: its groups lack block_size, damp"):
+    with pytest.raises(ValueError, match=r"written by torch\.optim\.AdamW, and this optimizer is SparseMFAC"):
         trainer(folder).train(resume_from_checkpoint=True)
+
+
+def test_a_stock_optimizer_refuses_our_checkpoint_in_words(folder):
+    """And goes on with its own."""
+    for optim, name in (("adamw_torch", "AdamW"), ("sgd", "SGD")):
+        with pytest.raises(ValueError, match=f"checkpoint-8 was written by .* hf_efcp, and this optimizer is {name}"):
+            trainer(folder, optim=optim, optim_args=None).train(resume_from_checkpoint=True)
+    shutil.rmtree(folder)
+    trainer(folder, optim="sgd", optim_args=None, save_strategy="steps", save_steps=4).train()
+    trainer(folder, optim="sgd", optim_args=None, max_steps=9).train(resume_from_checkpoint=True)
+
+
+def test_resuming_warns_of_what_the_user_has_changed_and_of_nothing_else(folder):
+    def caught(**changes):
+        run = trainer(folder, **{"max_steps": 9, "warmup_steps": 3, **changes})
+        with warnings.catch_warnings(record=True) as record:
+            warnings.simplefilter("always")
+            run.train(resume_from_checkpoint=True)
+        return [str(warning.message) for warning in record if "settings of the checkpoint" in str(warning.message)]
+
+    assert caught() == caught(lr_scheduler_type="cosine") == []
+    options = SETTINGS["optim_args"]
+    (message,) = caught(learning_rate=3e-4, weight_decay=0.2, optim_args=f"{options},damp=1e-3,momentum=0.5")
+    given = "lr=0.0003 (in the checkpoint 0.0001), momentum=0.5 (in the checkpoint 0.0), weight_decay=0.2 (in the "
+    given += "checkpoint 0.0), damp=0.001 (in the checkpoint 0.0), trust_lr=0.0 (in the checkpoint 0.0004). To use"
+    assert f"those that were given: {given}" in message
+    assert message.count("lr=0.0003") == 1  # of two groups
+
+
+def test_a_window_that_training_cannot_fill_is_warned_of(tmp_path, caplog):
+    def warned(**changes):
+        caplog.clear()
+        run = trainer(tmp_path, save_strategy="no", **changes)
+        run.train()
+        texts = [text for text in caplog.messages if "the window will never be full" in text]
+        return run.optimizer.optimizer.memory()["total"], texts
+
+    exact, texts = warned(optim_args="num_grads=8,density=0.1,block_size=1024")
+    assert texts == []
+    more, (text,) = warned(optim_args="num_grads=11,density=0.1,block_size=1024")
+    assert text == (
+        "num_grads=11, but there are only 8 training steps: the window will never be full. num_grads=8 holds as many "
+        f"gradients, and takes {more - exact:,} bytes less"
+    )
+    assert more > exact
 
 
 # Without Trainer

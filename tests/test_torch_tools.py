@@ -1,4 +1,7 @@
-"""What torch's own tools do to an optimizer: schedulers that cycle momentum, its compiler."""
+"""What torch's own tools do to an optimizer: schedulers that cycle momentum, its compiler, checkpoints of others."""
+
+import copy
+import warnings
 
 import pytest
 import torch
@@ -118,3 +121,90 @@ def test_compiled_steps_are_those_of_the_uncompiled_optimizer(name, backend, com
         ends.append(flat(params))
     assert (ends[0] - flat(Regression().start)).norm() > 1e-3
     assert torch.equal(*ends)
+
+
+# Checkpoints
+
+
+def stepped(make):
+    params = Regression().parameters()
+    optimizer = make(params)
+    steps(params, optimizer, 2)
+    return optimizer.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("make", "writer"),
+    [
+        (torch.optim.Adam, r"torch\.optim\.Adam"),
+        (torch.optim.AdamW, r"torch\.optim\.AdamW"),
+        (torch.optim.SGD, r"torch\.optim\.SGD"),
+        (torch.optim.RMSprop, r"torch\.optim\.RMSprop"),
+        (lambda params: torch.optim.Optimizer(params, {"lr": 1.0, "own": 2}), "an optimizer with the settings lr, own"),
+        (
+            lambda params: build("sparse_mfac", params),
+            "another optimizer of hf_efcp, one with block_size, density and without rank, seed",
+        ),
+    ],
+    ids=["Adam", "AdamW", "SGD", "RMSprop", "unknown", "ours"],
+)
+def test_who_wrote_a_checkpoint_and_who_reads_it_is_said(make, writer):
+    reader = build("lowrank_mfac", Regression().parameters())
+    state = make(Regression().parameters()).state_dict()
+    words = f"^the checkpoint was written by {writer}, and this optimizer is LowRankMFAC, .* Resume with the optimizer"
+    with pytest.raises(ValueError, match=words):
+        reader.load_state_dict(state)
+
+
+@pytest.mark.parametrize("name", names())
+def test_settings_that_a_checkpoint_replaces_are_warned_of(name):
+    saved = stepped(lambda params: build(name, params))
+    other = build(name, Regression().parameters(), lr=0.25, weight_decay=0.125, momentum=0.375)
+    tunable = other._tunable[0]
+    other.param_groups[0][tunable] = 0.0625
+    old = saved["param_groups"][0]
+    expected = [
+        f"lr=0.25 (in the checkpoint {old['lr']})",
+        f"momentum=0.375 (in the checkpoint {old['heavy_ball']})",
+        "weight_decay=0.125 (in the checkpoint 0.0)",
+        f"{tunable}=0.0625 (in the checkpoint {old[tunable]})",
+    ]
+    with pytest.warns(UserWarning, match="settings of the checkpoint are taken") as caught:
+        other.load_state_dict(saved)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    assert f"given: {', '.join(expected)}. To use yours" in str(caught[0].message)
+    assert other.param_groups[0]["lr"] == old["lr"]
+
+
+def test_what_schedules_do_to_learning_rates_is_no_change_of_settings():
+    """Nor a rate set by hand in training, nor one that was set after an earlier resume."""
+    makers = {
+        "none": lambda optimizer: None,
+        "plateau": lambda optimizer: torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0),
+        "one cycle": lambda optimizer: SCHEDULERS["OneCycleLR"](optimizer, cycle_momentum=False),
+        "warm-up": lambda optimizer: torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=5),
+    }
+    for first in makers.values():
+        for second in makers.values():
+            params = Regression().parameters()
+            optimizer = build("sparse_mfac", params, lr=0.01)
+            schedule = first(optimizer)
+            steps(params, optimizer, 2)
+            if schedule is None:
+                optimizer.param_groups[0]["lr"] *= 0.5
+            else:
+                for loss in (1.0, 2.0):
+                    schedule.step(*[loss] * isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau))
+            saved = copy.deepcopy(optimizer.state_dict())
+            assert saved["param_groups"][0]["lr"] != 0.01
+            fresh = build("sparse_mfac", Regression().parameters(), lr=0.01)
+            second(fresh)
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                fresh.load_state_dict(saved)
+    fresh.param_groups[0]["lr"] = 0.02
+    later = build("sparse_mfac", Regression().parameters(), lr=0.02)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        later.load_state_dict(fresh.state_dict())
