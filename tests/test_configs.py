@@ -223,4 +223,4 @@ def test_every_task_trains_and_predicts(task, tiny_model, tmp_path, monkeypatch,
                 assert 0 <= float(prediction) <= 5
             else:
                 assert prediction in (task.labels if task.submits_names else ("0", "1"))
-    assert f"{' and '.join(task.test_files)} for GLUE's server: in {tmp_path}" in capsys.readouterr().out
+    assert f"{' and '.join(task.test_files)}: in {tmp_path}" in capsys.readouterr().out

@@ -129,7 +129,6 @@ def test_the_recipes_own_defaults(parse):
         ("task_name: sst2\noptim_args: num_grad=3", "num_grad"),
         ("task_name: [", "is not valid YAML"),
         ("sst2", "must hold lines of 'key: value'"),
-        ("seed: 1", "required: --task_name"),
     ],
 )
 def test_a_wrong_config_ends_with_a_message(parse, tmp_path, capsys, text, message):
