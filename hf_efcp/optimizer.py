@@ -14,16 +14,16 @@ from torch.optim.optimizer import ParamsT
 from . import adamw, budget, checks, layout, shards
 from .accounting import count_bytes
 from .compressors import Compressor
+from .error_feedback import push
 from .errors import error_store
 from .kernels import Kernels, check_name, choose, pool, widest
 from .layout import Layout
 from .metric import METRICS, Metric
-from .moving import Move, move_all
 from .preconditioners import Combination, Moment, Preconditioner
-from .pushing import push
 from .shards import is_sharded, local
 from .sites import Group, Member, Site, dense
 from .threads import one_thread
+from .update import Move, move_all
 from .vectors import Vectors
 
 FORMAT = 3  # of the state; a checkpoint says which it has

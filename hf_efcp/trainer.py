@@ -13,7 +13,7 @@ from transformers import Trainer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer_utils import TrainOutput, unwrap_peft_model
 
-from . import card, checkpoints, setups
+from . import card, checkpoints, compatibility
 from .callbacks import EFCPCallback
 from .factory import create_optimizer, efcp_name, parse_optim_args
 from .optimizer import EFCP
@@ -71,7 +71,7 @@ class EFCPTrainer(Trainer):
         self._loss_shifts_labels = self._loss_shifts_labels or _is_causal(unwrap_peft_model(self._module()))
         self._efcp = self._asks_for_efcp()
         if self._efcp:
-            setups.refuse_what_cannot_work(self)
+            compatibility.refuse_what_cannot_work(self)
         self._add_diagnostics(getattr(self.args, "efcp_diagnostics_steps", 0))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
