@@ -320,23 +320,23 @@ def check_tensors(saved: Mapping[str, Any], expected: Mapping[str, Any], optiona
         )
 
 
-def check_keepers(states: list[dict[str, Any]], expected: Mapping[str, Any], every: bool) -> None:
+def check_gram_states(states: list[dict[str, Any]], expected: Mapping[str, Any], every: bool) -> None:
     """Refuse windows that come without what they have in common (the number of rows, the Gram matrix), or with several.
 
     Args:
         states: The saved states of all preconditioned parameters.
-        expected: What a keeper holds, by name.
-        every: Every state is a keeper, not just one.
+        expected: What the state with a Gram matrix holds, by name.
+        every: Every state has one, not just one of them.
 
     Raises:
         ValueError: There are too few or too many of them, or one is incomplete.
     """
     held = [expected.keys() & state.keys() for state in states]
-    keepers = sum(names == expected.keys() for names in held)
+    gram_states = sum(names == expected.keys() for names in held)
     partial = any(names and names != expected.keys() for names in held)
-    if partial or keepers != (len(states) if every else min(1, len(states))):
+    if partial or gram_states != (len(states) if every else min(1, len(states))):
         raise ValueError(
-            f"the checkpoint is incomplete: {keepers} of its {len(states)} windows come with "
+            f"the checkpoint is incomplete: {gram_states} of its {len(states)} windows come with "
             f"{' and '.join(expected)}, expected {'all' if every else 'one'}. Load another checkpoint"
         )
 

@@ -232,26 +232,26 @@ def _units(optimizer: EFCP) -> list[list[Member]]:
     """Parameters that share a preconditioner and have pushed a row, with gradients now or without."""
     members = [member for member in _preconditioned(optimizer) if optimizer.state.get(member.param)]
     units = [[member] for member in members] if optimizer._structure["scope"] == "layer" else [members]
-    return [unit for unit in units if optimizer._keeper(unit).get("pushed")]
+    return [unit for unit in units if optimizer._gram_state(unit).get("pushed")]
 
 
 def _pushed(optimizer: EFCP) -> int:
     """Rows pushed by all units: it grows with every step that was not skipped."""
-    return sum(optimizer._keeper(unit)["pushed"] for unit in _units(optimizer))
+    return sum(optimizer._gram_state(unit)["pushed"] for unit in _units(optimizer))
 
 
-def _newest(optimizer: EFCP, keeper: dict[str, Any]) -> tuple[int, int]:
+def _newest(optimizer: EFCP, gram_state: dict[str, Any]) -> tuple[int, int]:
     """Position of the newest row, and how many there are."""
     capacity = optimizer._structure["num_grads"]
-    return (keeper["pushed"] - 1) % capacity, min(keeper["pushed"], capacity)
+    return (gram_state["pushed"] - 1) % capacity, min(gram_state["pushed"], capacity)
 
 
 def _written(optimizer: EFCP, unit: list[Member]) -> torch.Tensor:
     """The Gram matrix of a unit, oldest row first."""
-    keeper = optimizer._keeper(unit)
-    newest, rows = _newest(optimizer, keeper)
+    gram_state = optimizer._gram_state(unit)
+    newest, rows = _newest(optimizer, gram_state)
     order = (newest + 1 + torch.arange(rows, device="cpu")) % rows
-    gram: torch.Tensor = keeper["gram"][order][:, order]
+    gram: torch.Tensor = gram_state["gram"][order][:, order]
     return gram
 
 
@@ -275,10 +275,10 @@ def _row_square(optimizer: EFCP, units: list[list[Member]]) -> float:
     """`|row|^2` of the newest row. It stands in the Gram matrix, if there is one."""
     square = 0.0
     for unit in units:
-        keeper = optimizer._keeper(unit)
-        newest, rows = _newest(optimizer, keeper)
-        if "gram" in keeper:
-            square += float(keeper["gram"][newest, newest])
+        gram_state = optimizer._gram_state(unit)
+        newest, rows = _newest(optimizer, gram_state)
+        if "gram" in gram_state:
+            square += float(gram_state["gram"][newest, newest])
             continue
         kernels = choose(optimizer._backend, unit[0].param.device)
         held = [(site.state, site.shape) for site in optimizer._sites(unit)]

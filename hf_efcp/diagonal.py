@@ -10,7 +10,7 @@ import torch
 
 from .checks import check_fields
 from .kernels import Kernels, widest
-from .preconditioners import Moment
+from .preconditioners import WindowPosition
 from .windows import State, Window
 
 _FLOAT32 = torch.finfo(torch.float32)
@@ -28,7 +28,7 @@ class DiagonalPreconditioner:
         """Nothing: all it needs is the window."""
         return {}
 
-    def observe(self, moment: Moment, window: Window, state: State, shape: torch.Size, kernels: Kernels) -> None:
+    def observe(self, now: WindowPosition, window: Window, state: State, shape: torch.Size, kernels: Kernels) -> None:
         """Nothing: all it needs is the window."""
 
     def check(self, precondition: str, metric: str) -> None:
@@ -47,11 +47,11 @@ class DiagonalPreconditioner:
         if precondition != "row":
             raise ValueError(f'{name} is made of the window\'s rows, got precondition={precondition!r}: use "row"')
 
-    def plan_outside(self, gram: torch.Tensor, products: torch.Tensor, moment: Moment) -> Any:
+    def plan_outside(self, gram: torch.Tensor, products: torch.Tensor, now: WindowPosition) -> Any:
         """Never called: see `check`."""
         raise NotImplementedError
 
-    def shorten(self, grams: torch.Tensor, products: torch.Tensor, moment: Moment) -> torch.Tensor:
+    def shorten(self, grams: torch.Tensor, products: torch.Tensor, now: WindowPosition) -> torch.Tensor:
         """Never called: see `check`."""
         raise NotImplementedError
 
@@ -84,18 +84,18 @@ class AdamMoments(DiagonalPreconditioner):
                 raise ValueError(f"{name} must be in [0, 1), got {beta}")
         _check_positive("eps", self.eps)
 
-    def plan(self, gram: torch.Tensor | None, moment: Moment) -> tuple[torch.Tensor, torch.Tensor]:
+    def plan(self, gram: torch.Tensor | None, now: WindowPosition) -> tuple[torch.Tensor, torch.Tensor]:
         """The coefficients of the rows in `m`, and those of their squares in `v`.
 
         Args:
             gram: Not used.
-            moment: Where the window stands.
+            now: Where the window stands.
 
         Returns:
             Twice `(rows,)`, float64.
         """
-        ages = moment.ages()
-        first, second = ((1.0 - b) / (1.0 - b**moment.steps) * b**ages for b in (self.beta1, self.beta2))
+        ages = now.ages()
+        first, second = ((1.0 - b) / (1.0 - b**now.steps) * b**ages for b in (self.beta1, self.beta2))
         return first, second
 
     def update(
@@ -158,35 +158,35 @@ class AdaGradSum(DiagonalPreconditioner):
         """
         return {"sum": torch.zeros(shape, dtype=torch.float32, device=device)}
 
-    def observe(self, moment: Moment, window: Window, state: State, shape: torch.Size, kernels: Kernels) -> None:
+    def observe(self, now: WindowPosition, window: Window, state: State, shape: torch.Size, kernels: Kernels) -> None:
         """`s += row^2`.
 
         Args:
-            moment: Where the window stands.
+            now: Where the window stands.
             window: The window.
             state: The parameter's tensors; `sum` is updated.
             shape: Shape of the parameter.
             kernels: The backend.
         """
         total = state["sum"].view(-1)
-        newest = self.plan(None, moment).to(total.device, widest(total.device))
+        newest = self.plan(None, now).to(total.device, widest(total.device))
         for span in window.spans(shape, total.device):
             squares = window.combine(state, shape, span, newest, kernels, squared=True)
             # A square beyond float32 saturates: infinity in the state would be there for ever.
             total[span].add_(squares).clamp_(max=_FLOAT32.max)
 
-    def plan(self, gram: torch.Tensor | None, moment: Moment) -> torch.Tensor:
+    def plan(self, gram: torch.Tensor | None, now: WindowPosition) -> torch.Tensor:
         """The coefficients that pick the newest row.
 
         Args:
             gram: Not used.
-            moment: Where the window stands.
+            now: Where the window stands.
 
         Returns:
             `(rows,)`, float64.
         """
-        newest = torch.zeros(moment.rows, dtype=torch.float64, device="cpu")
-        newest[moment.newest] = 1.0
+        newest = torch.zeros(now.rows, dtype=torch.float64, device="cpu")
+        newest[now.newest] = 1.0
         return newest
 
     def update(

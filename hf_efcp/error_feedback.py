@@ -10,7 +10,7 @@ import torch
 from .compressors import Job
 from .kernels import Kernels, pool
 from .layout import Layout
-from .preconditioners import Moment
+from .preconditioners import WindowPosition
 from .sites import Site
 from .vectors import Vectors
 
@@ -23,10 +23,10 @@ class _Slab(NamedTuple):
     site: Site
     place: slice
     row: Any
-    moment: Moment
+    now: WindowPosition
 
 
-def push(sites: Sequence[tuple[Site, Moment]], layout: Layout, kernels: Kernels, vectors: Vectors) -> None:
+def push(sites: Sequence[tuple[Site, WindowPosition]], layout: Layout, kernels: Kernels, vectors: Vectors) -> None:
     """Compress gradients into the newest rows, many at once. Threads share the slabs, or a large one.
 
     Args:
@@ -46,30 +46,30 @@ def push(sites: Sequence[tuple[Site, Moment]], layout: Layout, kernels: Kernels,
         layout.compressor.compress([jobs[index] for index in range(len(slabs))], kernels)
 
         def keep(index: int, _: int, __: int, slabs: list[_Slab] = slabs, jobs: dict[int, Job] = jobs) -> None:
-            site, place, _row, moment = slabs[index]
+            site, place, _row, now = slabs[index]
             error = jobs[index].error
             if error is not None:
                 state, position = site.state, site.member.position
-                layout.errors.save(state, error.view(-1), place, moment.steps, position, kernels)
+                layout.errors.save(state, error.view(-1), place, now.steps, position, kernels)
 
         if not layout.errors.in_place:
             pool.run_torch(keep, len(slabs), 1, device)
 
 
-def _batches(sites: Iterable[tuple[Site, Moment]], layout: Layout, vectors: Vectors) -> Iterator[list[_Slab]]:
+def _batches(sites: Iterable[tuple[Site, WindowPosition]], layout: Layout, vectors: Vectors) -> Iterator[list[_Slab]]:
     """Slabs that are compressed together: as many as may be made at a time, or a larger one alone."""
     batch: list[_Slab] = []
     total = 0
-    for site, moment in sites:
+    for site, now in sites:
         takes_gradient = layout.compressor.lossless or layout.compressor.accumulates
         copies = (takes_gradient and vectors.is_made(site)) + (not layout.errors.in_place)
-        row = layout.window.row(site.state, site.shape, moment.newest)
+        row = layout.window.row(site.state, site.shape, now.newest)
         for place, part in layout.window.slabs(row, site.shape):
             made = copies * (place.stop - place.start)
             if batch and total + made > _MADE:
                 yield batch
                 batch, total = [], 0
-            batch.append(_Slab(site, place, part, moment))
+            batch.append(_Slab(site, place, part, now))
             total += made
     if batch:
         yield batch

@@ -95,7 +95,7 @@ class Layout:
 
         return make
 
-    def keeper(self, device: torch.device | str) -> State:
+    def gram_state(self, device: torch.device | str) -> State:
         """What parameters that share a preconditioner have in common.
 
         Args:
@@ -111,7 +111,7 @@ class Layout:
         return state
 
     def check(self, saved: State, member: Member, name: str) -> None:
-        """Refuse a saved state that `fresh` and `keeper` would not have made.
+        """Refuse a saved state that `fresh` and `gram_state` would not have made.
 
         Args:
             saved: State of one parameter in a checkpoint.
@@ -124,7 +124,7 @@ class Layout:
         expected = self.fresh(member._replace(group={**member.group, checks.HEAVY_BALL: 1.0}), "meta")
         own = set(expected) - {"step", "gradients"}
         if member.group["preconditioned"]:
-            expected |= {name: v for name, v in self.keeper("meta").items() if name in saved}
+            expected |= {name: v for name, v in self.gram_state("meta").items() if name in saved}
         if is_sharded(member.param) and any(
             torch.is_tensor(v) and not is_sharded(v) and k in own for k, v in saved.items()
         ):

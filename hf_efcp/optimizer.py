@@ -19,7 +19,7 @@ from .errors import error_store
 from .kernels import Kernels, check_name, choose, pool, widest
 from .layout import Layout
 from .metric import METRICS, Metric
-from .preconditioners import Combination, Moment, Preconditioner
+from .preconditioners import Combination, Preconditioner, WindowPosition
 from .shards import is_sharded, local
 from .sites import Group, Member, Site, dense
 from .threads import one_thread
@@ -53,9 +53,9 @@ class Pushed(NamedTuple):
     both of this process's part of the parameters, and on their device until `_collect`.
     """
 
-    keeper: dict[str, Any]
+    gram_state: dict[str, Any]
     sites: list[Site]
-    moment: Moment
+    now: WindowPosition
     column: torch.Tensor
     products: torch.Tensor
 
@@ -333,8 +333,8 @@ class EFCP(torch.optim.Optimizer):
                 own = {name: tensor[:1] for name, tensor in state.items() if name != "gradients"}
                 state.update(own)  # this rank's row
         units = [member for member in trainable if member.group["preconditioned"]]
-        keepers = len(units) if self._structure["scope"] == "layer" else min(1, len(units))
-        return count_bytes([*states, *(plan.keeper("meta") for _ in range(keepers))])
+        gram_states = len(units) if self._structure["scope"] == "layer" else min(1, len(units))
+        return count_bytes([*states, *(plan.gram_state("meta") for _ in range(gram_states))])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict()` returned, bit for bit.
@@ -361,7 +361,7 @@ class EFCP(torch.optim.Optimizer):
         for member, saved in loaded:
             self._layout.check(saved, member, self._name(member.param))
         windows = [saved for member, saved in loaded if member.group["preconditioned"]]
-        checks.check_keepers(windows, self._layout.keeper("meta"), self._structure["scope"] == "layer")
+        checks.check_gram_states(windows, self._layout.gram_state("meta"), self._structure["scope"] == "layer")
         self._warn_of_changes(saved_groups)
         super().load_state_dict({**state_dict, "state": {}})
         for member, saved in loaded:
@@ -497,15 +497,15 @@ class EFCP(torch.optim.Optimizer):
             if not state:
                 fresh = self._layout.fresh(member, param.device)
                 if group["preconditioned"] and (
-                    self._structure["scope"] == "layer" or not self._keeper(self._members())
+                    self._structure["scope"] == "layer" or not self._gram_state(self._members())
                 ):
                     # With a parameter, since a checkpoint keeps nothing that no parameter owns.
-                    fresh |= self._layout.keeper(param.device)
+                    fresh |= self._layout.gram_state(param.device)
                 state.update(fresh)  # all of it or, if memory runs out, nothing
             elif group["preconditioned"] and group[checks.HEAVY_BALL] and "momentum" not in state:  # switched on since
                 state.update(shards.allocate(param, layout.momentum, param.device))
 
-    def _keeper(self, members: Iterable[Member]) -> dict[str, Any]:
+    def _gram_state(self, members: Iterable[Member]) -> dict[str, Any]:
         """The state that holds what a unit has in common; empty before the first step."""
         return next((self.state[m.param] for m in members if "pushed" in self.state.get(m.param, ())), {})
 
@@ -540,58 +540,58 @@ class EFCP(torch.optim.Optimizer):
         """Push a row, of zeros where there is no gradient, and take the products that the matrices need."""
         window, pushed = self._layout.window, []
         for sites in units:
-            keeper, moment = self._place(sites)
+            gram_state, now = self._place(sites)
             present = [site for site in sites if site.member.param.grad is not None]
             for site in sites:
                 if site.member.param.grad is None:
-                    window.clear(site.state, site.shape, moment.newest)
+                    window.clear(site.state, site.shape, now.newest)
             device = sites[0].member.param.device
-            column = torch.zeros(moment.rows, dtype=widest(device), device=device)
-            products = torch.zeros(moment.rows + 1, dtype=widest(device), device=device)
-            pushed.append(Pushed(keeper, present, moment, column, products))
-        rows = [(site, unit.moment) for unit in pushed for site in unit.sites]
+            column = torch.zeros(now.rows, dtype=widest(device), device=device)
+            products = torch.zeros(now.rows + 1, dtype=widest(device), device=device)
+            pushed.append(Pushed(gram_state, present, now, column, products))
+        rows = [(site, unit.now) for unit in pushed for site in unit.sites]
         vectors.begin([site for site, _ in rows])
         push(rows, self._layout, kernels, vectors)
-        for site, moment in rows:
-            preconditioner.observe(moment, window, site.state, site.shape, kernels)
+        for site, now in rows:
+            preconditioner.observe(now, window, site.state, site.shape, kernels)
         for unit in pushed:
-            unit.keeper["pushed"] = unit.moment.steps
+            unit.gram_state["pushed"] = unit.now.steps
         if preconditioner.uses_gram:
             self._add_columns(pushed, kernels)
         if self._precondition != "row":
             for unit in pushed:
-                unit.products.add_(self._products(unit.sites, unit.moment, kernels, vectors))
+                unit.products.add_(self._products(unit.sites, unit.now, kernels, vectors))
         return pushed
 
-    def _place(self, sites: list[Site]) -> tuple[dict[str, Any], Moment]:
+    def _place(self, sites: list[Site]) -> tuple[dict[str, Any], WindowPosition]:
         """What a unit has in common, and where its window stands in this step."""
-        keeper, capacity = self._keeper(site.member for site in sites), self._structure["num_grads"]
-        steps = keeper["pushed"] + 1
+        gram_state, capacity = self._gram_state(site.member for site in sites), self._structure["num_grads"]
+        steps = gram_state["pushed"] + 1
         lr = max(float(site.member.group["lr"]) for site in sites)
-        return keeper, Moment((steps - 1) % capacity, min(steps, capacity), capacity, steps, lr)
+        return gram_state, WindowPosition((steps - 1) % capacity, min(steps, capacity), capacity, steps, lr)
 
     def _add_columns(self, pushed: list[Pushed], kernels: Kernels) -> None:
         """The new columns of the Gram matrices; those of windows that stand at the same place are taken together."""
-        for moment in dict.fromkeys(unit.moment for unit in pushed):
-            units = [unit for unit in pushed if unit.moment == moment]
+        for now in dict.fromkeys(unit.now for unit in pushed):
+            units = [unit for unit in pushed if unit.now == now]
             held = [(site.state, site.shape) for unit in units for site in unit.sites]
-            columns = self._layout.window.dots(held, moment.newest, moment.rows, kernels)
+            columns = self._layout.window.dots(held, now.newest, now.rows, kernels)
             for unit, some in zip(units, torch.split(columns, [len(unit.sites) for unit in units]), strict=True):
                 unit.column.add_(some.sum(dim=0))
 
-    def _products(self, sites: list[Site], moment: Moment, kernels: Kernels, vectors: Vectors) -> torch.Tensor:
+    def _products(self, sites: list[Site], now: WindowPosition, kernels: Kernels, vectors: Vectors) -> torch.Tensor:
         """`G x` of the dense vector, and without a metric `|x|^2` behind it, `(rows + 1,)`. Threads share the spans."""
         window, tasks = self._layout.window, []
         for site in sites:
             vector = vectors.preconditioned(site)
             tasks += [(site, span, vector) for span in window.spans(site.shape, site.member.param.device)]
         device = sites[0].member.param.device
-        parts = torch.zeros(len(tasks), moment.rows + 1, dtype=widest(device), device=device)
+        parts = torch.zeros(len(tasks), now.rows + 1, dtype=widest(device), device=device)
 
         def work(index: int, begin: int, end: int) -> None:
             site, span, vector = tasks[index]
             x = vector(span)
-            parts[index, :-1] = window.project(site.state, site.shape, span, x, moment.rows, kernels)
+            parts[index, :-1] = window.project(site.state, site.shape, span, x, now.rows, kernels)
             if self._layout.metric is None:  # else no length is needed
                 parts[index, -1] = torch.linalg.vector_norm(x, dtype=parts.dtype).square()
 
@@ -610,9 +610,9 @@ class EFCP(torch.optim.Optimizer):
         summed = torch.split(total, [len(tensor) for tensor in own])
         found = []
         for unit, column, products in zip(pushed, summed[::2], summed[1::2], strict=True):
-            if "gram" in unit.keeper:
-                unit.keeper["gram"][unit.moment.newest, : unit.moment.rows] = column
-                unit.keeper["gram"][: unit.moment.rows, unit.moment.newest] = column
+            if "gram" in unit.gram_state:
+                unit.gram_state["gram"][unit.now.newest, : unit.now.rows] = column
+                unit.gram_state["gram"][: unit.now.rows, unit.now.newest] = column
             found.append(unit._replace(column=column, products=products))
         return found
 
@@ -621,15 +621,15 @@ class EFCP(torch.optim.Optimizer):
         if self._layout.metric is not None:
             return self._shorten(pushed, preconditioner, device)
         plans = []
-        for keeper, sites, moment, _, products in pushed:
+        for gram_state, sites, now, _, products in pushed:
             if not preconditioner.uses_gram:
-                plans.append(_placed(preconditioner.plan(None, moment), device))
+                plans.append(_placed(preconditioner.plan(None, now), device))
                 continue
-            gram = keeper["gram"][: moment.rows, : moment.rows]
+            gram = gram_state["gram"][: now.rows, : now.rows]
             if self._precondition == "row":
-                plan = preconditioner.plan(gram, moment)
+                plan = preconditioner.plan(gram, now)
             else:
-                plan = preconditioner.plan_outside(gram, products[:-1], moment)
+                plan = preconditioner.plan_outside(gram, products[:-1], now)
             self._check_length(sites, plan.length(gram, products))
             plans.append(_placed(plan, device))
         return plans
@@ -638,15 +638,15 @@ class EFCP(torch.optim.Optimizer):
         """The same in the metric; units whose windows stand at the same place are solved as one batch."""
         row = self._precondition == "row"
         found: dict[int, torch.Tensor] = {}
-        for moment in dict.fromkeys(unit.moment for unit in pushed):
-            places = [place for place, unit in enumerate(pushed) if unit.moment == moment]
-            grams = torch.stack([pushed[place].keeper["gram"][: moment.rows, : moment.rows] for place in places])
+        for now in dict.fromkeys(unit.now for unit in pushed):
+            places = [place for place, unit in enumerate(pushed) if unit.now == now]
+            grams = torch.stack([pushed[place].gram_state["gram"][: now.rows, : now.rows] for place in places])
             if row:
-                weights = moment.weights(self._structure["metric_beta1"])
-                c = preconditioner.shorten(grams, grams @ weights, moment) + weights
+                weights = now.weights(self._structure["metric_beta1"])
+                c = preconditioner.shorten(grams, grams @ weights, now) + weights
             else:
                 products = torch.stack([pushed[place].products[:-1] for place in places])
-                c = preconditioner.shorten(grams, products, moment)
+                c = preconditioner.shorten(grams, products, now)
             # float32 is enough, but coefficients of rows that are tiny beside `x` may be beyond it; products are not.
             narrow = (c.abs().amax(dim=1) < _FITS).tolist()
             placed = c.to(device, widest(device))

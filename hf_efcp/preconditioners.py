@@ -23,7 +23,7 @@ _NULL = 1e-12
 
 
 @dataclass(frozen=True)
-class Moment:
+class WindowPosition:
     """Where the window stands when an update is computed.
 
     Args:
@@ -104,16 +104,16 @@ class Preconditioner(Protocol):
     def allocate(self, shape: torch.Size, device: torch.device | str) -> State:
         """Tensors of its own that it keeps for a parameter, by their names in the state."""
 
-    def observe(self, moment: Moment, window: Window, state: State, shape: torch.Size, kernels: Kernels) -> None:
+    def observe(self, now: WindowPosition, window: Window, state: State, shape: torch.Size, kernels: Kernels) -> None:
         """Update what it keeps for a parameter, once the newest row is in the window."""
 
-    def plan(self, gram: torch.Tensor | None, moment: Moment) -> Any:
+    def plan(self, gram: torch.Tensor | None, now: WindowPosition) -> Any:
         """What is common to all parameters, from the Gram matrix (None unless `uses_gram`)."""
 
-    def plan_outside(self, gram: torch.Tensor, products: torch.Tensor, moment: Moment) -> Any:
+    def plan_outside(self, gram: torch.Tensor, products: torch.Tensor, now: WindowPosition) -> Any:
         """The same for a dense vector `x`, from the products `G x`."""
 
-    def shorten(self, grams: torch.Tensor, products: torch.Tensor, moment: Moment) -> torch.Tensor:
+    def shorten(self, grams: torch.Tensor, products: torch.Tensor, now: WindowPosition) -> torch.Tensor:
         """`c` such that `f(G^T G) x = x + G^T c`, `f(0) = 1`, for many Gram matrices at once."""
 
     def update(
@@ -137,25 +137,25 @@ class GramPreconditioner:
 
     uses_gram: ClassVar[bool] = True
 
-    def coefficients(self, gram: torch.Tensor, moment: Moment) -> torch.Tensor:
+    def coefficients(self, gram: torch.Tensor, now: WindowPosition) -> torch.Tensor:
         """`c` such that the update is `G^T c`.
 
         Args:
             gram: `K`, `(rows, rows)`, float64, CPU: the rows that were written.
-            moment: Where the window stands.
+            now: Where the window stands.
 
         Returns:
             `(rows,)`, float64.
         """
         raise NotImplementedError
 
-    def outside(self, gram: torch.Tensor, products: torch.Tensor, moment: Moment) -> Combination:
+    def outside(self, gram: torch.Tensor, products: torch.Tensor, now: WindowPosition) -> Combination:
         """`scale` and `c` such that the update of a dense vector `x` is `scale x + G^T c`.
 
         Args:
             gram: `K`, as in `coefficients`.
             products: `G x`, `(rows,)`, float64.
-            moment: Where the window stands.
+            now: Where the window stands.
 
         Returns:
             The combination.
@@ -165,7 +165,7 @@ class GramPreconditioner:
         """
         raise TypeError(f'{type(self).__name__} cannot precondition the dense gradient: use precondition="row"')
 
-    def shorten(self, grams: torch.Tensor, products: torch.Tensor, moment: Moment) -> torch.Tensor:
+    def shorten(self, grams: torch.Tensor, products: torch.Tensor, now: WindowPosition) -> torch.Tensor:
         """`c` such that `f(G^T G) x = x + G^T c`, for the `f` of the preconditioner with `f(0) = 1`.
 
         `c = h(K) G x`, `h(mu) = (f(mu) - 1) / mu`: what the window has not seen stays as it is, and nothing grows.
@@ -173,7 +173,7 @@ class GramPreconditioner:
         Args:
             grams: `K` of each unit, `(units, rows, rows)`, float64, CPU.
             products: `G x` of each unit, `(units, rows)`, float64.
-            moment: Where the window stands.
+            now: Where the window stands.
 
         Returns:
             `(units, rows)`, float64.
@@ -190,19 +190,19 @@ class GramPreconditioner:
         """Nothing: all it needs is the Gram matrix."""
         return {}
 
-    def observe(self, moment: Moment, window: Window, state: State, shape: torch.Size, kernels: Kernels) -> None:
+    def observe(self, now: WindowPosition, window: Window, state: State, shape: torch.Size, kernels: Kernels) -> None:
         """Nothing: it keeps nothing."""
 
-    def plan(self, gram: torch.Tensor | None, moment: Moment) -> Combination:
+    def plan(self, gram: torch.Tensor | None, now: WindowPosition) -> Combination:
         """The coefficients for the newest row."""
         assert gram is not None  # uses_gram
         with one_thread():
-            return Combination(self.coefficients(gram, moment))
+            return Combination(self.coefficients(gram, now))
 
-    def plan_outside(self, gram: torch.Tensor, products: torch.Tensor, moment: Moment) -> Combination:
+    def plan_outside(self, gram: torch.Tensor, products: torch.Tensor, now: WindowPosition) -> Combination:
         """The combination for a dense vector."""
         with one_thread():
-            return self.outside(gram, products, moment)
+            return self.outside(gram, products, now)
 
     def update(
         self,
@@ -271,35 +271,35 @@ class MFAC(GramPreconditioner):
                 "relative_damp=1.0, or another positive number"
             )
 
-    def coefficients(self, gram: torch.Tensor, moment: Moment) -> torch.Tensor:
+    def coefficients(self, gram: torch.Tensor, now: WindowPosition) -> torch.Tensor:
         """`c = n (n lambda I + K)^-1 e_j`; see the base class."""
-        target = torch.zeros(moment.rows, dtype=torch.float64, device="cpu")
-        target[moment.newest] = float(moment.capacity)
-        return self._solve(gram[None], target[None], moment)[0]
+        target = torch.zeros(now.rows, dtype=torch.float64, device="cpu")
+        target[now.newest] = float(now.capacity)
+        return self._solve(gram[None], target[None], now)[0]
 
-    def outside(self, gram: torch.Tensor, products: torch.Tensor, moment: Moment) -> Combination:
+    def outside(self, gram: torch.Tensor, products: torch.Tensor, now: WindowPosition) -> Combination:
         """`u = (x - G^T (n lambda I + K)^-1 G x) / lambda`; see the base class."""
-        damp = float(self._shifts(gram, moment)) / moment.capacity
+        damp = float(self._shifts(gram, now)) / now.capacity
         if damp == 0.0:  # relative to rows that are all zero
             return Combination(torch.zeros_like(products))
-        return Combination(-self._solve(gram[None], products[None], moment)[0] / damp, 1.0 / damp)
+        return Combination(-self._solve(gram[None], products[None], now)[0] / damp, 1.0 / damp)
 
-    def shorten(self, grams: torch.Tensor, products: torch.Tensor, moment: Moment) -> torch.Tensor:
+    def shorten(self, grams: torch.Tensor, products: torch.Tensor, now: WindowPosition) -> torch.Tensor:
         """`f(mu) = 1 / (1 + mu / (n lambda))`: `c = -(n lambda I + K)^-1 G x`; see the base class."""
-        return -self._solve(grams, products, moment)
+        return -self._solve(grams, products, now)
 
-    def _shifts(self, grams: torch.Tensor, moment: Moment) -> torch.Tensor:
+    def _shifts(self, grams: torch.Tensor, now: WindowPosition) -> torch.Tensor:
         """`n lambda` of each matrix."""
-        relative = self.relative_damp + _trusted(self.trust_lr, moment)
-        return moment.capacity * self.damp + relative * _mean_squares(grams)
+        relative = self.relative_damp + _trusted(self.trust_lr, now)
+        return now.capacity * self.damp + relative * _mean_squares(grams)
 
-    def _solve(self, grams: torch.Tensor, targets: torch.Tensor, moment: Moment) -> torch.Tensor:
+    def _solve(self, grams: torch.Tensor, targets: torch.Tensor, now: WindowPosition) -> torch.Tensor:
         """`(n lambda I + K)^-1 target`, by Cholesky, or by `eigh` where a matrix is singular in float64."""
-        shifts, damped = self._shifts(grams, moment), grams.clone()
+        shifts, damped = self._shifts(grams, now), grams.clone()
         damped.diagonal(dim1=-2, dim2=-1).add_(shifts[:, None])
         factors, failed = torch.linalg.cholesky_ex(damped)
         solved: torch.Tensor = torch.cholesky_solve(targets[:, :, None], factors).squeeze(-1)
-        lost = shifts <= _NULL * moment.rows * _mean_squares(grams)
+        lost = shifts <= _NULL * now.rows * _mean_squares(grams)
         for unit in torch.nonzero(failed.bool() | lost).flatten().tolist():
             spectrum, vectors = torch.linalg.eigh(grams[unit])
             inverse = torch.where(_present(spectrum), 1.0 / (spectrum + shifts[unit]), 0.0)
@@ -376,9 +376,9 @@ class GGT(GramPreconditioner):
                 f"metric={metric!r} do not precondition it: use beta1=0"
             )
 
-    def coefficients(self, gram: torch.Tensor, moment: Moment) -> torch.Tensor:
+    def coefficients(self, gram: torch.Tensor, now: WindowPosition) -> torch.Tensor:
         """`c = W f(K_w) W^-1 a`; see the base class."""
-        ages = moment.ages()
+        ages = now.ages()
         weights, spectrum, vectors = self._decompose(gram, ages)
         roots, eps = (spectrum.clamp(min=0.0) + self.ridge).sqrt(), self._eps(gram)
         inverse = 1.0 / (roots + eps)
@@ -390,9 +390,9 @@ class GGT(GramPreconditioner):
         coefficients: torch.Tensor = weights * (vectors @ (inverse * (vectors.T @ target)))
         return coefficients
 
-    def outside(self, gram: torch.Tensor, products: torch.Tensor, moment: Moment) -> Combination:
+    def outside(self, gram: torch.Tensor, products: torch.Tensor, now: WindowPosition) -> Combination:
         """`u = (x - A^T V diag(1 / (s (s + eps))) V^T A x) / eps`, `A = W G`, `A A^T = V diag(s^2) V^T`."""
-        weights, spectrum, vectors = self._decompose(gram, moment.ages())
+        weights, spectrum, vectors = self._decompose(gram, now.ages())
         roots = (spectrum.clamp(min=0.0) + self.ridge).sqrt()
         eps = float(self._eps(gram))
         if eps == 0.0:  # relative to rows that are all zero
@@ -401,10 +401,10 @@ class GGT(GramPreconditioner):
         coefficients = weights * (vectors @ (inverse * (vectors.T @ (weights * products))))
         return Combination(-coefficients / eps, 1.0 / eps)
 
-    def shorten(self, grams: torch.Tensor, products: torch.Tensor, moment: Moment) -> torch.Tensor:
+    def shorten(self, grams: torch.Tensor, products: torch.Tensor, now: WindowPosition) -> torch.Tensor:
         """`f(mu) = (1 + mu / eps^2)^(-1/2)`: `c = W h(K_w) W G x`; see the base class."""
-        weights, spectra, vectors = self._decompose(grams, moment.ages())
-        squares = self._eps(grams).square() + _trusted(self.trust_lr, moment) * _mean_squares(grams)
+        weights, spectra, vectors = self._decompose(grams, now.ages())
+        squares = self._eps(grams).square() + _trusted(self.trust_lr, now) * _mean_squares(grams)
         squares = squares[:, None]
         squares = torch.where(squares > 0.0, squares, 1.0)  # relative to rows that are all zero, as is the spectrum
         roots = (1.0 + spectra.clamp(min=0.0) / squares).sqrt()
@@ -436,9 +436,9 @@ def _present(spectra: torch.Tensor) -> torch.Tensor:
     return present
 
 
-def _trusted(trust_lr: float, moment: Moment) -> float:
+def _trusted(trust_lr: float, now: WindowPosition) -> float:
     """`trust_lr / lr`; all but infinite where a step moves nothing."""
-    return trust_lr / max(moment.lr, 1e-30 * trust_lr) if trust_lr else 0.0
+    return trust_lr / max(now.lr, 1e-30 * trust_lr) if trust_lr else 0.0
 
 
 def _check_trust(trust_lr: float, metric: str) -> None:

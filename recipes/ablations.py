@@ -16,7 +16,7 @@ from hf_efcp import EFCP, OPTIMIZERS
 from hf_efcp.compressors import Job
 from hf_efcp.kernels import Kernels
 from hf_efcp.lowrank import LowRank
-from hf_efcp.preconditioners import MFAC, Moment
+from hf_efcp.preconditioners import MFAC, WindowPosition
 
 DEFAULTS: dict[str, Any] = {  # of `LowRankMFAC`; a test compares them
     "num_grads": 16,
@@ -33,10 +33,10 @@ DEFAULTS: dict[str, Any] = {  # of `LowRankMFAC`; a test compares them
 class OnlyShortened(MFAC):
     """M-FAC whose update has the length that the matrix gives it, in the metric, and the direction of the moment."""
 
-    def shorten(self, grams: torch.Tensor, products: torch.Tensor, moment: Moment) -> torch.Tensor:
+    def shorten(self, grams: torch.Tensor, products: torch.Tensor, now: WindowPosition) -> torch.Tensor:
         """`c` such that `x + G^T c` is as long as with the matrix and parallel to `x = G^T w`, for each Gram matrix."""
-        weights = moment.weights(DEFAULTS["beta1"])
-        turned = super().shorten(grams, products, moment) + weights
+        weights = now.weights(DEFAULTS["beta1"])
+        turned = super().shorten(grams, products, now) + weights
         lengths = [(c * (grams @ c[:, :, None]).squeeze(-1)).sum(dim=1) for c in (turned, weights.expand_as(turned))]
         shortened, whole = (length.clamp(min=torch.finfo(torch.float64).tiny).sqrt() for length in lengths)
         c: torch.Tensor = (shortened / whole - 1.0)[:, None] * weights

@@ -207,9 +207,9 @@ def test_own_parts_take_a_few_lines():
     class Normalised(GramPreconditioner):
         length: float = 2.0
 
-        def coefficients(self, gram, moment):
-            c = torch.zeros(moment.rows, dtype=torch.float64)
-            c[moment.newest] = self.length / gram[moment.newest, moment.newest].sqrt()
+        def coefficients(self, gram, now):
+            c = torch.zeros(now.rows, dtype=torch.float64)
+            c[now.newest] = self.length / gram[now.newest, now.newest].sqrt()
             return c
 
     @dataclass(frozen=True)

@@ -158,17 +158,17 @@ class Machine(RuleBasedStateMachine):
         for state, error, shape in zip(states, self.model.errors, self.model.shapes, strict=True):
             found = state.get("error", torch.zeros(shape))
             assert torch.equal(found.double(), error.view(shape))
-        keepers = [state for state in states if "pushed" in state]
-        assert [state["pushed"] for state in keepers] == ([self.model.pushed] if self.model.pushed else [])
+        gram_states = [state for state in states if "pushed" in state]
+        assert [state["pushed"] for state in gram_states] == ([self.model.pushed] if self.model.pushed else [])
         assert self.optimizer.skipped_steps == self.model.skipped
         assert [group["lr"] for group in self.optimizer.param_groups] == [
             self.model.lr[position] for position in (0, 1, 3) if position < len(self.params)
         ]
         apart = (flat(self.params) - flat(self.model.thetas)).norm().item()
         assert apart <= 1e-5 * self.model.travelled + 1e-6 * (1 + self.model.pushed)
-        if keepers:
+        if gram_states:
             newest = (self.model.pushed - 1) % 3
-            gram = keepers[0]["gram"]
+            gram = gram_states[0]["gram"]
             row = self.model.rows[-1]
             assert abs(gram[newest, newest].item() - (row @ row).item()) <= 1e-12 * (row @ row).item()
 

@@ -24,7 +24,7 @@ from hf_efcp import (
 from hf_efcp.compressors import Identity, TopK
 from hf_efcp.kernels import BUCKET, WHITENED, cpu, reference
 from hf_efcp.lowrank import LowRank
-from hf_efcp.preconditioners import GGT, MFAC, Moment
+from hf_efcp.preconditioners import GGT, MFAC, WindowPosition
 
 BACKENDS = [pytest.param(reference, id="reference"), pytest.param(cpu, id="numba")]
 EXACT = dict.fromkeys(("error_dtype", "momentum_dtype", "metric_dtype"), torch.float32)
@@ -126,10 +126,10 @@ def test_the_function_of_the_spectrum_is_that_of_the_explicit_matrix(rule):
     windows[1] = windows[1, :1]
     windows[2] = 0.0
     x = torch.randn(5, 30, dtype=torch.float64, generator=generator)
-    moment = Moment(newest=3, rows=6, capacity=6, steps=10)
+    now = WindowPosition(newest=3, rows=6, capacity=6, steps=10)
     grams, products = windows @ windows.mT, (windows @ x[:, :, None]).squeeze(-1)
-    c = rule.shorten(grams, products, moment)
-    weights = rule.beta2 ** moment.ages() if isinstance(rule, GGT) else torch.ones(6, dtype=torch.float64)
+    c = rule.shorten(grams, products, now)
+    weights = rule.beta2 ** now.ages() if isinstance(rule, GGT) else torch.ones(6, dtype=torch.float64)
     for window, gram, one, coefficients in zip(windows, grams, x, c, strict=True):
         spectrum, vectors = torch.linalg.eigh((weights[:, None] * window).T @ (weights[:, None] * window))
         mean = float(gram.diagonal().mean())
@@ -143,7 +143,7 @@ def test_the_function_of_the_spectrum_is_that_of_the_explicit_matrix(rule):
         torch.testing.assert_close(update, expected, rtol=1e-9, atol=1e-9)
         assert update.norm() <= one.norm() * (1 + 1e-12)
     assert torch.equal(c[2], torch.zeros(6, dtype=torch.float64))
-    alone = torch.cat([rule.shorten(grams[i : i + 1], products[i : i + 1], moment) for i in range(5)])
+    alone = torch.cat([rule.shorten(grams[i : i + 1], products[i : i + 1], now) for i in range(5)])
     assert torch.equal(alone, c)
 
 

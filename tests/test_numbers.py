@@ -47,7 +47,7 @@ def rows(optimizer, position=None):
 
 
 def pushed(optimizer):
-    return optimizer._keeper(optimizer._members())["pushed"]
+    return optimizer._gram_state(optimizer._members())["pushed"]
 
 
 def errors(optimizer):
@@ -260,7 +260,7 @@ def test_the_gram_matrix_is_the_true_one_after_thousands_of_steps(name):
         optimizer.step()
     set_gradients(params, noise("normal", 0))  # for rows() to see all parameters
     window = rows(optimizer)
-    gram = optimizer._keeper(optimizer._members())["gram"]
+    gram = optimizer._gram_state(optimizer._members())["gram"]
     assert pushed(optimizer) == 3000
     bound = 1e-6 if name.startswith("lowrank") else 1e-12
     scale = window.norm(dim=1)
