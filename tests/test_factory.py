@@ -273,7 +273,7 @@ def test_a_name_that_is_nearly_right_is_told(name, meant):
             call()
     with pytest.raises(ValueError, match=rf"unknown optimizer '{name}'; .*adamw_torch.*; did you mean {meant}\?$"):
         EFCPTrainingArguments(optim=name, use_cpu=True)
-    with pytest.raises(ValueError, match=r"expected one of: .*, microadam$"):
+    with pytest.raises(ValueError, match=r"expected one of: .*, microadam[^;]*$"):
         create_optimizer("xyz", model)
 
 
