@@ -36,24 +36,26 @@ def push(sites: Sequence[tuple[Site, WindowPosition]], layout: Layout, kernels: 
         vectors: What of their gradients enters the window.
     """
     for slabs in _batches(sites, layout, vectors):
-        device = slabs[0].site.member.param.device
-        jobs: dict[int, Job] = {}
+        _push_batch(slabs, layout, kernels, vectors)
 
-        def accumulate(index: int, _: int, __: int, slabs: list[_Slab] = slabs, jobs: dict[int, Job] = jobs) -> None:
-            jobs[index] = _job(slabs[index], layout, kernels, vectors)
 
-        pool.run_torch(accumulate, len(slabs), 1, device)
-        layout.compressor.compress([jobs[index] for index in range(len(slabs))], kernels)
+def _push_batch(slabs: list[_Slab], layout: Layout, kernels: Kernels, vectors: Vectors) -> None:
+    device = slabs[0].site.member.param.device
+    jobs: dict[int, Job] = {}
 
-        def keep(index: int, _: int, __: int, slabs: list[_Slab] = slabs, jobs: dict[int, Job] = jobs) -> None:
-            site, place, _row, now = slabs[index]
-            error = jobs[index].error
-            if error is not None:
-                state, position = site.state, site.member.position
-                layout.errors.save(state, error.view(-1), place, now.steps, position, kernels)
+    def accumulate(index: int, begin: int, end: int) -> None:
+        jobs[index] = _job(slabs[index], layout, kernels, vectors)
 
-        if not layout.errors.in_place:
-            pool.run_torch(keep, len(slabs), 1, device)
+    def keep(index: int, begin: int, end: int) -> None:
+        site, place, _, now = slabs[index]
+        error = jobs[index].error
+        assert error is not None  # what is lossless keeps none, and is not brought here
+        layout.errors.save(site.state, error.view(-1), place, now.steps, site.member.position, kernels)
+
+    pool.run_torch(accumulate, len(slabs), 1, device)
+    layout.compressor.compress([jobs[index] for index in range(len(slabs))], kernels)
+    if not (layout.compressor.lossless or layout.errors.in_place):
+        pool.run_torch(keep, len(slabs), 1, device)
 
 
 def _batches(sites: Iterable[tuple[Site, WindowPosition]], layout: Layout, vectors: Vectors) -> Iterator[list[_Slab]]:
