@@ -225,7 +225,7 @@ class EFCPTrainer(Trainer):
             if checkpoint and optimizer and self.is_fsdp_enabled:
                 checkpoints.check_settings(checkpoint, self, optimizer)
             elif checkpoint and not optimizer:
-                checkpoints.refuse_ours(checkpoint, type(getattr(self.optimizer, "optimizer", self.optimizer)).__name__)
+                checkpoints.refuse_ours(checkpoint, type(self._bare_optimizer()).__name__)
             super()._load_optimizer_and_scheduler(checkpoint)
         except Exception as error:
             error.add_note(f"raised while the optimizer was loaded from {checkpoint}")
@@ -249,8 +249,11 @@ class EFCPTrainer(Trainer):
         return [callback for callback in self.callback_handler.callbacks if isinstance(callback, EFCPCallback)]
 
     def _efcp_optimizer(self) -> EFCP | None:
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # Accelerate wraps it
+        optimizer = self._bare_optimizer()
         return optimizer if isinstance(optimizer, EFCP) else None
+
+    def _bare_optimizer(self) -> Any:
+        return getattr(self.optimizer, "optimizer", self.optimizer)  # Accelerate wraps it
 
     def _skipped_steps(self) -> int:
         optimizer = self._efcp_optimizer()

@@ -164,11 +164,7 @@ def _check_split(task: GlueTask, name: str, split: Any, where: str) -> None:
             f"{where} has no column {', '.join(missing)}: expected {', '.join(expected)}, "
             f"got {', '.join(split.column_names)}; rename the columns of the file"
         )
-    for column in task.text_columns:
-        dtype, empty = column_type(split, column), split.data.column(column).null_count
-        if dtype not in {"string", "large_string"} or empty:
-            got = f"{empty} empty rows" if empty else dtype
-            raise ValueError(f"column {column} of {where} must hold text in every row; got {got}")
+    check_texts(split, task.text_columns, where)
     if labelled:
         _check_labels(task, split, where)
 
@@ -194,6 +190,29 @@ def _check_labels(task: GlueTask, split: Any, where: str) -> None:
     names = getattr(split.features["label"], "names", task.labels)
     if set(names) == set(task.labels) and tuple(names) != task.labels:
         raise ValueError(f"the labels of {where} must be in the order {meaning}; the file has {', '.join(names)}")
+
+
+def check_texts(split: Any, columns: tuple[str, ...], where: str) -> None:
+    """Refuse columns that do not hold text in every row.
+
+    Args:
+        split: the dataset.
+        columns: names of its columns.
+        where: what to call the dataset.
+
+    Raises:
+        ValueError: if one of them holds something else, or has empty rows.
+    """
+    for column in columns:
+        empty = split.data.column(column).null_count
+        if not is_text(split, column) or empty:
+            got = f"{empty} empty rows" if empty else column_type(split, column)
+            raise ValueError(f"column {column} of {where} must hold text in every row; got {got}")
+
+
+def is_text(split: Any, column: str) -> bool:
+    """Whether a column holds text."""
+    return column_type(split, column) in {"string", "large_string"}
 
 
 def column_type(split: Any, column: str) -> str:

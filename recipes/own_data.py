@@ -6,12 +6,16 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from data import SUFFIXES, column_type, read_file
+from data import SUFFIXES, check_texts, column_type, is_text, read_file
 
 from hf_efcp.glue import GlueTask
 
-_TEXT = {"string", "large_string"}
 _SHOWN = 10  # names in a message
+_WANTED = {
+    "train": "the examples to train on",
+    "validation": "training is judged by examples that it has not seen",
+    "test": "do_predict needs examples to predict",
+}
 
 
 @dataclasses.dataclass
@@ -64,7 +68,7 @@ def load_files(files: FileArguments, predict: bool = False) -> tuple[GlueTask, d
     texts = _text_columns(files, splits["train"])
     for name, split in splits.items():
         _check_columns(split, texts if name == "test" else (*texts, files.label_column), paths[name])
-        _check_texts(split, texts, paths[name])
+        check_texts(split, texts, paths[name])
     classes = _classes(splits["train"], files.label_column, paths["train"])
     task = GlueTask(
         Path(paths["train"]).stem,
@@ -82,16 +86,9 @@ def load_files(files: FileArguments, predict: bool = False) -> tuple[GlueTask, d
     return task, labelled
 
 
-_WANTED = {
-    "train": "the examples to train on",
-    "validation": "training is judged by examples that it has not seen",
-    "test": "do_predict needs examples to predict",
-}
-
-
 def _text_columns(files: FileArguments, split: Any) -> tuple[str, ...]:
     given = files.text_column
-    found = given or [n for n in split.column_names if n != files.label_column and column_type(split, n) in _TEXT]
+    found = given or [n for n in split.column_names if n != files.label_column and is_text(split, n)]
     if len(found) not in (1, 2) or len(set(found)) < len(found):
         what = f"got {', '.join(found)}" if given else f"{files.train_file} has {len(found)}: {_listed(found)}"
         raise ValueError(f"--text_column must name one column of text, or two of which the model sees both; {what}")
@@ -106,20 +103,12 @@ def _check_columns(split: Any, expected: tuple[str, ...], path: str) -> None:
         )
 
 
-def _check_texts(split: Any, texts: tuple[str, ...], path: str) -> None:
-    for column in texts:
-        dtype, empty = column_type(split, column), split.data.column(column).null_count
-        if dtype not in _TEXT or empty:
-            got = f"{empty} empty rows" if empty else dtype
-            raise ValueError(f"column {column} of {path} must hold text in every row; got {got}")
-
-
 def _classes(split: Any, column: str, path: str) -> dict[Any, str]:
     """The labels of the training file in the order of their numbers, and their names; empty for a regression."""
     dtype = column_type(split, column)
     if dtype.startswith("float"):
         return {}
-    if dtype not in _TEXT and not dtype.startswith(("int", "uint", "bool")):
+    if not is_text(split, column) and not dtype.startswith(("int", "uint", "bool")):
         raise ValueError(
             f"labels must be text, integers or truth values for classes, or floats for a regression; column {column} "
             f"of {path} holds {dtype}"
