@@ -8,7 +8,7 @@ import pytest
 
 from hf_efcp.glue import TASKS, compute_metrics
 
-FOLDER = str(Path(__file__).parents[1] / "recipes" / "metrics" / "glue_metrics")
+FOLDER = str(Path(__file__).parents[2] / "recipes" / "metrics" / "glue_metrics")
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from tiny import WORDS, save_tiny_bert
 
 from hf_efcp.glue import TASKS, get_task
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 GLUE_DIR = Path(os.environ.get("HF_EFCP_GLUE_DIR", ROOT.parent / "shared" / "glue"))
 pytestmark = pytest.mark.usefixtures("private_cache")
 

@@ -1,7 +1,7 @@
 """Thousands of steps on a small model: does memory stay flat?
 
-    python recipes/soak.py
-    python recipes/soak.py --optim sparse_mfac --optim_args num_grads=64,metric=none --steps 5000
+    python recipes/benchmarks/soak.py
+    python recipes/benchmarks/soak.py --optim sparse_mfac --optim_args num_grads=64,metric=none --steps 5000
 
 A small BERT is trained on a toy task, with a checkpoint saved and loaded again every few hundred steps. Resident memory
 is sampled all the while, and the largest sample after the warm-up is compared with the first.

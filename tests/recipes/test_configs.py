@@ -18,7 +18,7 @@ from hf_efcp import EFCPTrainingArguments, create_optimizer
 from hf_efcp.factory import efcp_name, parse_optim_args
 from hf_efcp.glue import TASKS
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "recipes" / "configs"
 CONFIGS = sorted(path for pattern in ("*.yaml", "*.yml") for path in FOLDER.rglob(pattern))
 GLUE = [name for name in TASKS if name != "rotten_tomatoes"]
@@ -33,8 +33,7 @@ def written(path):
 
 
 @pytest.fixture(autouse=True)
-def surroundings(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+def surroundings(tmp_path, monkeypatch, recipe):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
 
 
@@ -92,7 +91,7 @@ def build(args, model):
 def test_every_config_binds_and_states_what_matters(path):
     text, place = path.read_text(encoding="utf-8"), re.escape(str(path.relative_to(ROOT)))
     assert text.startswith("# ")
-    scripts = set(re.findall(rf"^# .*python recipes/(\w+)\.py {place}\b", text, re.MULTILINE))
+    scripts = set(re.findall(rf"^# .*python recipes/(?:benchmarks/)?(\w+)\.py {place}\b", text, re.MULTILINE))
     assert len(scripts) == 1, "the head must say how to run it: python recipes/<script>.py <this file>"
     every = SCRIPTS[scripts.pop()](path)
     assert every
@@ -123,7 +122,7 @@ def test_every_config_binds_and_states_what_matters(path):
 def test_every_command_of_the_head_binds(path):
     """Also those with flags of their own, which go together with what the file says."""
     head = re.sub(r"\\\n#", "", path.read_text(encoding="utf-8").split("\n\n")[0])
-    commands = re.findall(r"^# .*python recipes/(\w+)\.py (.*)$", head, re.MULTILINE)
+    commands = re.findall(r"^# .*python recipes/(?:benchmarks/)?(\w+)\.py (.*)$", head, re.MULTILINE)
     assert commands
     for script, rest in commands:
         place, *flags = shlex.split(rest)

@@ -1,9 +1,9 @@
 """What a step costs, in time and memory: EFCP's optimizers with full windows beside AdamW, in one run.
 
-    python recipes/benchmark_step.py
-    python recipes/benchmark_step.py --only "AdamW|1024" --train_repeats 0
-    python recipes/benchmark_step.py --contender "small: sparse_mfac num_grads=64,metric=none" lowrank_ggt
-    python recipes/benchmark_step.py --sweep
+    python recipes/benchmarks/benchmark_step.py
+    python recipes/benchmarks/benchmark_step.py --only "AdamW|1024" --train_repeats 0
+    python recipes/benchmarks/benchmark_step.py --contender "small: sparse_mfac num_grads=64,metric=none" lowrank_ggt
+    python recipes/benchmarks/benchmark_step.py --sweep
 
 The model is the demo extra's MiniLM (22.7 M parameters). First the step alone, on random gradients, by part; among the
 contenders is the algorithm as it was published, in plain torch. Then whole training steps. Windows are filled by
@@ -23,6 +23,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import _recipes  # noqa: F401
 import torch
 from bench_cases import (
     ADAMW,

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from naive import NaiveGGT, NaiveMFAC
 from papers import DenseGGT, DenseMFAC, LowRankGGT, LowRankMFAC
 from problems import Regression, distance, flat, set_gradients
-from test_contract import assert_same, train, trained
-from test_state import refuse
+from states import assert_same, refuse, train, trained
 from variants import build
 
 from hf_efcp import estimate_memory, lowrank, windows

@@ -10,7 +10,7 @@ from transformers import T5Config, T5ForConditionalGeneration, Trainer, Training
 
 from hf_efcp import EFCP, LowRankMFAC, create_optimizer, for_trainer
 
-PAGE = Path(__file__).parents[1] / "docs" / "trainers.md"
+PAGE = Path(__file__).parents[2] / "docs" / "trainers.md"
 BLOCKS = {
     section.partition("\n")[0]: re.findall(r"^```python\n(.*?)^```", section, flags=re.M | re.S)
     for section in PAGE.read_text().split("\n## ")[1:]

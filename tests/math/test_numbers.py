@@ -5,8 +5,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from problems import Regression, flat, set_gradients
-from test_contract import assert_same, snapshot
-from test_state import through_a_file
+from states import assert_same, snapshot, through_a_file
 from variants import build, exact, in_metric, names, papers_names, taken
 
 from hf_efcp.compressors import TopK

@@ -16,14 +16,14 @@ from tiny import tiny_bert, toy_rows
 
 from hf_efcp import OPTIMIZERS
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(
     r"^(?:<!-- (?P<note>[a-z: ]+) -->\n)?```(?P<language>\w*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
 )
 
 
-# Its blocks take models and data of many kinds: tests/test_any_trainer.py runs them.
+# Its blocks take models and data of many kinds: tests/trainer/test_any_trainer.py runs them.
 ELSEWHERE = {"docs/trainers.md"}
 
 
@@ -81,9 +81,8 @@ class ParsedError(Exception):
 
 
 @pytest.fixture
-def read_only(monkeypatch):
+def read_only(monkeypatch, recipe):
     """The scripts of recipes/ as modules whose `main` ends where the command line is read."""
-    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
     read = argparse.ArgumentParser.parse_args
 
     def parse_args(self, *args, **kwargs):
@@ -171,7 +170,7 @@ def test_commands_parse(page, read_only):
     [
         ("python recipes/run_glue.py recipes/configs/missing.yaml", (OSError, SystemExit, ValueError)),
         ("python recipes/missing.py", AssertionError),
-        ("python recipes/soak.py --no_such_flag 1", SystemExit),
+        ("python recipes/benchmarks/soak.py --no_such_flag 1", SystemExit),
         ("python -m pytest no_such_folder", AssertionError),
         ('pip install -c constraints.txt -e ".[nothing]"', AssertionError),
         ("nox -s nothing", AssertionError),
@@ -201,12 +200,16 @@ def test_the_tree_has_every_file():
     """Of the package and the recipes, by the name that CONTRIBUTING.md calls it."""
     tree = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     package = [path.relative_to(ROOT / "hf_efcp") for path in (ROOT / "hf_efcp").rglob("*.py")]
-    recipes = [path.relative_to(ROOT / "recipes") for path in (ROOT / "recipes").glob("*.py")]
+    recipes = [
+        Path(path.name) for path in (*(ROOT / "recipes").glob("*.py"), *(ROOT / "recipes/benchmarks").glob("*.py"))
+    ]
     named = [str(path) for path in (*package, *recipes) if not path.name.startswith("bench_")]
     assert not [name for name in named if f"`{name}`" not in tree and name != "__init__.py"]
     found = re.findall(r"`([\w/]+\.py)`", tree)
     assert not [
-        name for name in found if not any((ROOT / folder / name).exists() for folder in ("", "hf_efcp", "recipes"))
+        name
+        for name in found
+        if not any((ROOT / folder / name).exists() for folder in ("", "hf_efcp", "recipes", "recipes/benchmarks"))
     ]
 
 

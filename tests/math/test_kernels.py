@@ -246,7 +246,7 @@ def test_a_processor_without_vectors_of_512_bits_adds_every_product(tmp_path):
     done = python(
         f"""
         import sys
-        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        sys.path.insert(0, {str(Path(__file__).parents[1])!r})
         from test_kernels import *
         assert not cpu._WITH_BITS
         for length, kept, capacity in FEW[::3]:

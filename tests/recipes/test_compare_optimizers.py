@@ -19,7 +19,7 @@ from hf_efcp import OPTIMIZERS
 from hf_efcp.factory import parse_optim_args
 from hf_efcp.glue import TASKS
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CONFIGS = [
     path
     for path in sorted((ROOT / "recipes" / "configs").rglob("*.yaml"))
@@ -125,7 +125,7 @@ def test_every_comparison_binds_and_states_what_matters(recipe, path):
     written = yaml.load(text, Loader=yaml.BaseLoader)
     plan = recipe.plan.read_plan([str(path)])
     assert text.startswith("# ")
-    assert f"python recipes/compare_optimizers.py {path.relative_to(ROOT)}" in text
+    assert f"python recipes/benchmarks/compare_optimizers.py {path.relative_to(ROOT)}" in text
     assert set(plan.comparison.tasks) <= set(TASKS)
     assert str(plan.output_dir).startswith("outputs/")
     assert plan.comparison.search_seed in plan.comparison.seeds

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from papers import MicroAdam, SparseGGT, SparseMFAC
 from problems import Regression, flat, set_gradients
-from test_contract import assert_same, train
-from test_state import refuse, through_a_file
+from states import assert_same, refuse, through_a_file, train
 from torch.utils._python_dispatch import TorchDispatchMode
 from variants import build
 

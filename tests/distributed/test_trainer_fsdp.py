@@ -14,7 +14,7 @@ import torch
 from accelerate import DistributedType, PartialState
 from accelerate.state import AcceleratorState
 from ranks import run
-from test_contract import assert_same
+from states import assert_same
 from tiny import arguments, tiny_bert, toy_rows
 from transformers import TrainerCallback
 

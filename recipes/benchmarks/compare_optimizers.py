@@ -1,7 +1,7 @@
 """Compare optimizers on tasks: search the learning rate of each on one seed, and train with the best on several.
 
-    python recipes/compare_optimizers.py recipes/configs/compare_variants.yaml
-    python recipes/compare_optimizers.py recipes/configs/compare_variants.yaml --max_steps 20 --output_dir outputs/try
+    python recipes/benchmarks/compare_optimizers.py recipes/configs/compare_variants.yaml
+    python recipes/benchmarks/compare_optimizers.py recipes/configs/compare_variants.yaml --max_steps 20
 
 The YAML has `tasks`, `search_seed`, `seeds`, training arguments for all, and under `optimizers` a label for each with
 `optim`, `learning_rates` and perhaps `optim_args` and `optim_target_modules`. All runs with one seed start from the
@@ -22,6 +22,7 @@ import sys
 import time
 from typing import Any
 
+import _recipes  # noqa: F401
 from bench import Bench
 from cli import explained, require
 from plan import Contender, Plan, read_plan

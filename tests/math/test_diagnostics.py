@@ -6,7 +6,7 @@ import pytest
 import torch
 from naive import NaiveGGT, NaiveMFAC
 from problems import Regression, flat, set_gradients
-from test_contract import assert_same
+from states import assert_same
 from variants import build, exact, names, papers_names
 
 from hf_efcp import EFCP, DenseMFAC, LowRankMFAC, MicroAdam, SparseAdaGrad, SparseGGT, SparseMFAC

@@ -12,7 +12,7 @@ import crash
 import pytest
 import torch
 from problems import flat
-from test_contract import assert_same
+from states import assert_same
 from tiny import arguments, parameters, tiny_bert, toy_rows
 from torch import nn
 from transformers import TrainerCallback

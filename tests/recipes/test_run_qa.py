@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SAMPLE = ROOT / "tests" / "data" / "squad_sample"
 CONFIG = ROOT / "recipes" / "configs" / "squad_v2.yaml"
 SQUAD = "rajpurkar/squad_v2"

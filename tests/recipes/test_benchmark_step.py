@@ -19,7 +19,7 @@ from hf_efcp import create_optimizer
 from hf_efcp.blocks import as_indices
 from hf_efcp.factory import parse_optim_args
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 SIZES = [(40, 30), (17,), (300,), ()]
 

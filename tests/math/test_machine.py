@@ -9,7 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from naive import NaiveMFAC
 from papers import SparseMFAC
 from problems import flat, set_gradients
-from test_state import through_a_file
+from states import through_a_file
 
 SHAPES = [(3, 4), (5,), (), (2, 2)]
 SETTINGS = dict(num_grads=3, density=0.4, block_size=4, damp=1e-2)

@@ -5,7 +5,7 @@ import torch
 from naive import NaiveMFAC
 from papers import SparseMFAC
 from problems import Regression, distance, flat, set_gradients
-from test_state import refuse
+from states import refuse
 
 from hf_efcp import estimate_memory
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from problems import Regression, distance, flat, set_gradients
-from test_contract import assert_same, snapshot
+from states import assert_same, snapshot
 from test_numbers import errors, pushed, rows
 from variants import build, exact, names, papers_names, taken
 

@@ -1,7 +1,6 @@
 """State: saved and loaded to the bit, refused when it does not fit, conserved, and of the size that was announced."""
 
 import copy
-import io
 
 import pytest
 import torch
@@ -10,20 +9,12 @@ from hypothesis import strategies as st
 from naive import top_k
 from papers import SparseMFAC
 from problems import Regression, flat, set_gradients
-from test_contract import assert_same, train, trained
+from states import assert_same, refuse, through_a_file, train, trained
 from variants import VARIANTS, build, in_metric, names
 from variants import arguments as arguments_of
 
 import hf_efcp
 from hf_efcp import estimate_memory
-
-
-def through_a_file(state_dict):
-    """As Trainer and Accelerate reload an optimizer."""
-    file = io.BytesIO()
-    torch.save(state_dict, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 @pytest.mark.parametrize("name", names())
@@ -103,18 +94,6 @@ def test_other_settings_are_refused(name, key, value):
     except TypeError:
         pytest.skip("the variant fixes this setting")
     refuse(other, optimizer.state_dict(), message)
-
-
-def refuse(optimizer, state_dict, message):
-    """Loading raises, and leaves the optimizer as it was."""
-    params = optimizer.param_groups[0]["params"]
-    problem = Regression(seed=11, width=30)
-    if [param.shape for param in params] == [start.shape for start in problem.start]:
-        train(params, optimizer, problem, 2)
-    before = copy.deepcopy(optimizer.state_dict())
-    with pytest.raises(ValueError, match=message):
-        optimizer.load_state_dict(state_dict)
-    assert_same(before, optimizer.state_dict())
 
 
 def test_other_dtypes_shapes_and_optimizers_are_refused():

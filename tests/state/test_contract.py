@@ -7,48 +7,12 @@ import pickle
 import pytest
 import torch
 from problems import Regression, flat, set_gradients
+from states import assert_same, snapshot, train, trained
 from variants import build, exact, names, papers_names, taken
 
 from hf_efcp.kernels import cpu
 
 pytestmark = pytest.mark.parametrize("name", names())
-
-
-def snapshot(params, optimizer):
-    """Everything that a refused step must leave alone."""
-    return copy.deepcopy(([p.detach() for p in params], [p.grad for p in params], optimizer.state_dict()))
-
-
-def assert_same(left, right):
-    """Equal to the bit, dtypes and structure included."""
-    if isinstance(left, torch.Tensor):
-        assert left.dtype == right.dtype
-        assert torch.equal(left, right)
-    elif isinstance(left, dict):
-        assert left.keys() == right.keys()
-        for key in left:
-            assert_same(left[key], right[key])
-    elif isinstance(left, list | tuple):
-        assert len(left) == len(right)
-        for one, other in zip(left, right, strict=True):
-            assert_same(one, other)
-    else:
-        assert left == right
-
-
-def train(params, optimizer, problem, steps, start=0):
-    for step in range(start, start + steps):
-        set_gradients(params, problem.gradients(params, step))
-        optimizer.step()
-
-
-def trained(name, steps=8, **changes):
-    """A problem, its parameters and an optimizer whose window has wrapped."""
-    problem = Regression(seed=11, width=30)
-    params = problem.parameters()
-    optimizer = build(name, params, **changes)
-    train(params, optimizer, problem, steps)
-    return problem, params, optimizer
 
 
 def test_learns(name):
