@@ -21,7 +21,6 @@ BACKENDS = ("auto", "reference", "numba")
 BUCKET = 64  # consecutive entries of a quantised error that share a scale
 # Whitened entries saturate here, so that products of whole rows fit float32.
 WHITENED = 2.0**48
-_MODULES = {"reference": "reference", "numba": "cpu"}
 
 
 class Kernels(Protocol):
@@ -152,7 +151,7 @@ def choose(backend: str, device: torch.device) -> Kernels:
     if backend == "numba" and device.type != "cpu":
         raise ValueError(f'backend="numba" runs on the CPU, but the parameters are on {device}: use backend="auto"')
     try:
-        return cast(Kernels, importlib.import_module(f".{_MODULES[backend]}", __name__))
+        return cast(Kernels, importlib.import_module(f".{backend}", __name__))
     except Exception as error:
         raise ImportError(
             f'backend="numba" could not be loaded ({error}): pip install numba, or use backend="reference"'
@@ -194,7 +193,7 @@ def check_name(backend: str) -> None:
 def _numba_or_warn() -> bool:
     """Whether the numba kernels can be imported; cached, so that their absence is reported once."""
     try:
-        importlib.import_module(f".{_MODULES['numba']}", __name__)
+        importlib.import_module(".numba", __name__)
     except Exception as error:  # not only ImportError: a numba that is too new has lost what they are built with
         warnings.warn(
             f"the numba kernels could not be imported ({type(error).__name__}: {error}); EFCP runs its plain torch "

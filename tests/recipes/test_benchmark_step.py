@@ -260,9 +260,9 @@ def test_the_parts_of_a_step_add_up_and_nothing_stays_patched(recipe, text, with
 @pytest.mark.parametrize(
     ("text", "function", "part"),
     [
-        ("sparse_mfac num_grads=9", "hf_efcp.kernels.cpu.combine", "combine"),  # while the update is applied
-        ("lowrank_mfac num_grads=9", "hf_efcp.kernels.cpu.whiten_levels", "metric"),  # in all of the parts around it
-        ("lowrank_mfac num_grads=9", "hf_efcp.kernels.cpu.apply", "apply"),
+        ("sparse_mfac num_grads=9", "hf_efcp.kernels.numba.combine", "combine"),  # while the update is applied
+        ("lowrank_mfac num_grads=9", "hf_efcp.kernels.numba.whiten_levels", "metric"),  # in all of the parts around it
+        ("lowrank_mfac num_grads=9", "hf_efcp.kernels.numba.apply", "apply"),
         ("lowrank_mfac num_grads=9", "torch.linalg.qr", "compress"),
         ("lowrank_mfac num_grads=9", "torch.linalg.cholesky_ex", "solve"),
         ("dense_mfac num_grads=9,metric=none", "torch.linalg.cholesky_ex", "solve"),

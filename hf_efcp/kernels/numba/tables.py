@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..blocks import Part, sharing
+from ...blocks import Part, sharing
 
 # A part: addresses, entries from block to block, and how it is cut. The address of scales is 0 where there are none.
 _PART = np.dtype([
