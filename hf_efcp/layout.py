@@ -9,13 +9,12 @@ from typing import Any
 import torch
 
 from . import adamw, checks, shards
-from .compressors import Compressor
+from .compressors import Compressor, Window
 from .errors import ErrorStore
 from .metric import Metric
 from .preconditioners import Preconditioner
 from .shards import is_sharded, local
 from .sites import Member
-from .windows import Window
 
 State = dict[str, Any]
 

@@ -21,9 +21,8 @@ from hf_efcp import (
     SparseMFAC,
     estimate_memory,
 )
-from hf_efcp.compressors import Identity, TopK
+from hf_efcp.compressors import Identity, LowRank, TopK
 from hf_efcp.kernels import BUCKET, WHITENED, numba, reference
-from hf_efcp.lowrank import LowRank
 from hf_efcp.preconditioners import GGT, MFAC, WindowPosition
 
 BACKENDS = [pytest.param(reference, id="reference"), pytest.param(numba, id="numba")]

@@ -9,17 +9,17 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from .checks import check_fields
-from .compressors import Job
-from .kernels import Kernels, dtype_of_sums, pool, widest
-from .threads import one_thread
-from .windows import DenseWindow, Held, State, span_length, stacked
+from ..checks import check_fields
+from ..kernels import Kernels, dtype_of_sums, pool, widest
+from ..threads import one_thread
+from .base import Held, Job, State, span_length, stacked
+from .dense import DenseWindow
+from .matrices import cuts, inner, matrix
 
 # A row of a window: views of `P^T` and `Q^T`, or of the flat row of a parameter that is kept whole.
 Row = tuple[torch.Tensor, torch.Tensor] | torch.Tensor
 
 # Sizes of the pieces that threads work on. They decide how sums are cut, and so must not depend on the machine.
-_SLAB = 1 << 20  # entries of a float64 temporary that exist at a time
 _TILE = 1 << 17  # entries of a matrix that a thread compresses at a time
 _FACTORS = 2048  # vectors of P^T or Q^T that exist in the dtype of sums at a time
 _TILE_FACTORS = 256  # the same, of a thread in `dots`
@@ -276,7 +276,7 @@ class LowRankWindow:
         total = torch.empty(rows, dtype=wide, device=sides[0].device)
 
         def work(index: int, begin: int, end: int) -> None:
-            P, Q = (_inner(side[begin:end].flatten(0, 1), side[newest], wide) for side in sides)
+            P, Q = (inner(side[begin:end].flatten(0, 1), side[newest], wide) for side in sides)
             total[begin:end] = (P * Q).view(end - begin, -1).sum(dim=1)
 
         pool.run_torch(work, rows, max(1, _TILE_FACTORS // self.rank), total.device)
@@ -296,8 +296,8 @@ class LowRankWindow:
         if size is None:
             return self._whole.spans(shape, device)
         height, width = size
-        cuts = _cuts(height, max(1, span_length(device) // width))
-        return [slice(rows.start * width, rows.stop * width) for rows in cuts]
+        some = cuts(height, max(1, span_length(device) // width))
+        return [slice(rows.start * width, rows.stop * width) for rows in some]
 
     def project(
         self, state: State, shape: torch.Size, span: slice, dense: torch.Tensor, rows: int, kernels: Kernels
@@ -322,7 +322,7 @@ class LowRankWindow:
         P, Q = self._factors(state, span, rows)
         X, wide = dense.view(-1, Q.shape[1]), dtype_of_sums(self.sums, P.device)
         total = torch.zeros(len(P), dtype=wide, device=P.device)
-        for some in _cuts(len(P), _FACTORS):
+        for some in cuts(len(P), _FACTORS):
             image = P[some].to(wide) @ X.to(wide)
             total[some] = (image * Q[some]).sum(dim=1)
         return total.view(rows, -1).to(widest(P.device)).sum(dim=1)
@@ -369,7 +369,7 @@ class LowRankWindow:
         total = torch.zeros(P.shape[1], Q.shape[1], dtype=wide, device=P.device)
         if base is not None:
             torch.mul(base.view(total.shape), scale, out=total)
-        for some in _cuts(len(P), _FACTORS):
+        for some in cuts(len(P), _FACTORS):
             total.addmm_((c[some] * P[some]).T, Q[some].to(wide))
         return total.to(torch.float32).view(-1)
 
@@ -382,32 +382,3 @@ class LowRankWindow:
     def _whole(self) -> DenseWindow:
         """Reads the rows of a parameter that is kept whole."""
         return DenseWindow(self.num_grads, self.sums)
-
-
-def matrix(shape: torch.Size, rank: int) -> tuple[int, int] | None:
-    """What is factored as a matrix, and as which.
-
-    Args:
-        shape: Shape of the parameter.
-        rank: Rank of a row.
-
-    Returns:
-        Rows and columns; None for a parameter that is kept whole. The rank is below both.
-    """
-    if len(shape) < 2:
-        return None
-    rows, cols = shape[0], shape[1:].numel()
-    return None if rank * (rows + cols) >= rows * cols else (rows, cols)
-
-
-def _inner(side: torch.Tensor, newest: torch.Tensor, wide: torch.dtype) -> torch.Tensor:
-    """All vectors of a side times the transposed newest ones."""
-    total = torch.zeros(len(side), len(newest), dtype=wide, device=side.device)
-    for span in _cuts(side.shape[1], max(1, _SLAB // len(side))):
-        total.addmm_(side[:, span].to(wide), newest[:, span].to(wide).T)
-    return total
-
-
-def _cuts(length: int, step: int) -> list[slice]:
-    """Slices of at most `step`."""
-    return [slice(start, min(start + step, length)) for start in range(0, length, step)]

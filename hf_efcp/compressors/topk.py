@@ -1,7 +1,4 @@
-"""Windows: ring buffers that hold the last `m` rows of one parameter. They know nothing of damping or learning rates.
-
-A window object holds no data: it says how the plain tensors in `optimizer.state[param]` are laid out and read.
-"""
+"""Block-wise Top-k, and the window of its rows."""
 
 from __future__ import annotations
 
@@ -9,73 +6,74 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import gcd, lcm
-from typing import Any, Protocol
+from typing import ClassVar
 
 import torch
 
-from .blocks import Part, Piece, as_indices, cut, index_dtype, sharing
-from .kernels import BUCKET, Kernels, dtype_of_sums, pool, widest
+from ..blocks import MAX_BLOCK_SIZE, Part, Piece, as_indices, cut, index_dtype, sharing
+from ..checks import check_fields
+from ..kernels import BUCKET, Kernels, widest
+from .base import Held, Job, State, span_length, stacked
 
-State = dict[str, torch.Tensor]
-
-Row = list[Part]  # of a sparse window
-Held = tuple[State, torch.Size]  # what a window holds for a parameter, and the parameter's shape
+Row = list[Part]
 
 _SLAB = 1 << 20  # entries of a row that are compressed at a time
-_SPAN = 1 << 18  # entries of an update that a thread makes at a time; a GPU takes more, each call costs it as much
-_SPAN_OF_DEVICES = 1 << 24
-_TILE = 1 << 17  # entries of a dense window that exist in float64 at a time, on each thread
 
 
-class Window(Protocol):
-    """What `EFCP` needs of a window. `shape` is the shape of the parameter.
+@dataclass(frozen=True)
+class TopK:
+    """Block-wise Top-k: every block of consecutive entries keeps its entries of largest magnitude.
 
-    `dots` and `project` leave their numbers where the window is, in the widest dtype of the device: a GPU that is asked
-    for them tensor by tensor would wait every time.
+    `a = e + g`, `row = TopK(a)`, `e = a - row` (EFCP, arXiv 2306.06098, algorithm 1, with Top-k in blocks as in the
+    authors' later library). Among equal magnitudes the lowest index wins, on every backend.
+
+    Args:
+        density: Fraction `k / d` that is kept, in (0, 1]; a block of n entries keeps `ceil(density * n)`.
+        block_size: Entries of a block (`B_d`), 1 to 65,536. Never derived from the hardware: results depend on it.
+        value_dtype: How kept values are stored: float32, bfloat16, or int8 with one bfloat16 scale for each row and as
+            many consecutive blocks as hold 4,096 entries. What rounding takes away stays in the error.
+
+    Raises:
+        ValueError: A value outside its range, or a dtype that cannot be stored.
+        TypeError: `block_size` is not an int.
     """
 
-    def allocate(self, shape: torch.Size, device: torch.device | str) -> State:
-        """Tensors for `m` rows of zeros, by their names in the state."""
+    lossless: ClassVar[bool] = False
+    accumulates: ClassVar[bool] = True  # in the pass in which it selects
+    density: float = 0.01
+    block_size: int = 4096
+    value_dtype: torch.dtype = torch.bfloat16
 
-    def row(self, state: State, shape: torch.Size, position: int) -> Any:
-        """Views of the row at a position, for the compressor to write into."""
+    def __post_init__(self) -> None:
+        check_fields(self)
+        _check_top_k(self.density, self.value_dtype, (torch.float32, torch.bfloat16, torch.int8))
+        if not 1 <= self.block_size <= MAX_BLOCK_SIZE:
+            raise ValueError(f"block_size must be between 1 and {MAX_BLOCK_SIZE}, got {self.block_size}")
 
-    def slabs(self, row: Any, shape: torch.Size) -> Iterator[tuple[slice, Any]]:
-        """Parts of a row that can be compressed one after the other, and where they are in the flattened parameter.
+    def window(self, num_grads: int, sums: torch.dtype = torch.float64) -> SparseWindow:
+        """The window that stores this compressor's rows.
 
-        They begin at multiples of `kernels.BUCKET`, and are a few megabytes where rows can be cut at all.
+        Args:
+            num_grads: Its capacity `m`.
+            sums: Not used: its kernels sum in float64.
+
+        Returns:
+            A window with the same blocks.
         """
+        return SparseWindow(num_grads, self.density, self.block_size, self.value_dtype)
 
-    def clear(self, state: State, shape: torch.Size, position: int) -> None:
-        """Make the row at a position zero."""
+    def allocate(self, shape: torch.Size, device: torch.device | str, position: int) -> State:
+        """Nothing: Top-k has no memory beside the error."""
+        return {}
 
-    def check(self, state: State, shape: torch.Size, name: str) -> None:
-        """Refuse loaded tensors, of the right shapes, whose content cannot be a window."""
+    def compress(self, jobs: Sequence[Job], kernels: Kernels) -> None:
+        """`a = error + gradient; row = TopK(a); error = a - row`, in place and in one pass over all of them.
 
-    def dots(self, held: Sequence[Held], newest: int, rows: int, kernels: Kernels) -> torch.Tensor:
-        """Inner products of row `newest` with the first `rows` rows: each parameter's part of a Gram column."""
-
-    def spans(self, shape: torch.Size, device: torch.device) -> list[slice]:
-        """Where the flattened parameter is cut for `project` and `combine`: into what a thread does at a time."""
-
-    def project(
-        self, state: State, shape: torch.Size, span: slice, dense: torch.Tensor, rows: int, kernels: Kernels
-    ) -> torch.Tensor:
-        """Inner products of a span of a dense vector, `(n,)`, with the first `rows` rows: `(rows,)`."""
-
-    def combine(
-        self,
-        state: State,
-        shape: torch.Size,
-        span: slice,
-        coefficients: torch.Tensor,
-        kernels: Kernels,
-        *,
-        base: torch.Tensor | None = None,
-        scale: float = 0.0,
-        squared: bool = False,
-    ) -> torch.Tensor:
-        """`scale x + G^T c` in a span, `(n,)`, float32; `base` is the span of `x`, and `c` where the window is."""
+        Args:
+            jobs: Of parameters, or of slabs of them.
+            kernels: The backend.
+        """
+        _compress(jobs, kernels)
 
 
 @dataclass(frozen=True)
@@ -349,189 +347,21 @@ class SparseWindow:
         return cut(shape.numel(), self.block_size, self.density)
 
 
-@dataclass(frozen=True)
-class DenseWindow:
-    """The last `m` gradients as they are, `(m, numel)` float32: `4 m` bytes per parameter. For the dense baselines.
-
-    Args:
-        num_grads: Capacity `m`.
-        sums: Dtype of the sums of `project`: float64, or float32 where dampening keeps rows from cancelling.
-    """
-
-    num_grads: int
-    sums: torch.dtype = torch.float64
-
-    def allocate(self, shape: torch.Size, device: torch.device | str) -> State:
-        """A tensor for `m` rows of zeros.
-
-        Args:
-            shape: Shape of the parameter.
-            device: Where; "meta" gives the shape without the memory.
-
-        Returns:
-            `{"values": ...}`, `(m, numel)`.
-        """
-        return {"values": torch.zeros(self.num_grads, shape.numel(), dtype=torch.float32, device=device)}
-
-    def row(self, state: State, shape: torch.Size, position: int) -> torch.Tensor:
-        """View of the row at a position, to write into.
-
-        Args:
-            state: The parameter's tensors.
-            shape: Shape of the parameter.
-            position: Row, 0 to `m - 1`.
-
-        Returns:
-            `(numel,)`.
-        """
-        return state["values"][position]
-
-    def slabs(self, row: torch.Tensor, shape: torch.Size) -> Iterator[tuple[slice, torch.Tensor]]:
-        """The row in one: nothing of its size is made to compress it.
-
-        Args:
-            row: What `row` returned.
-            shape: Shape of the parameter.
-
-        Yields:
-            All of the parameter, and the row.
-        """
-        yield slice(0, shape.numel()), row
-
-    def clear(self, state: State, shape: torch.Size, position: int) -> None:
-        """Make the row at a position zero.
-
-        Args:
-            state: The parameter's tensors.
-            shape: Shape of the parameter.
-            position: Row, 0 to `m - 1`.
-        """
-        state["values"][position].zero_()
-
-    def check(self, state: State, shape: torch.Size, name: str) -> None:
-        """Nothing to check: every content of the right shape is a window.
-
-        Args:
-            state: Tensors of the right shapes.
-            shape: Shape of the parameter.
-            name: What to call the parameter.
-        """
-
-    def dots(self, held: Sequence[Held], newest: int, rows: int, kernels: Kernels) -> torch.Tensor:
-        """Each parameter's part of the new Gram column, as in `SparseWindow.dots`.
-
-        Args:
-            held: Tensors and shape of each parameter.
-            newest: Position of the newest row.
-            rows: Number of rows that were ever written.
-            kernels: Not used.
-
-        Returns:
-            `(parameters, rows)`, in the widest dtype of the device.
-        """
-        return stacked(
-            [_products(state["values"][:rows], state["values"][newest], torch.float64) for state, _ in held], rows
-        )
-
-    def spans(self, shape: torch.Size, device: torch.device) -> list[slice]:
-        """Cuts anywhere.
-
-        Args:
-            shape: Shape of the parameter.
-            device: Where the parameter is.
-
-        Returns:
-            The spans, in order.
-        """
-        step = span_length(device)
-        return [slice(start, min(start + step, shape.numel())) for start in range(0, shape.numel(), step)]
-
-    def project(
-        self, state: State, shape: torch.Size, span: slice, dense: torch.Tensor, rows: int, kernels: Kernels
-    ) -> torch.Tensor:
-        """`G x`, as in `SparseWindow.project`.
-
-        Args:
-            state: The parameter's tensors.
-            shape: Shape of the parameter.
-            span: One of `spans`.
-            dense: The span of `x`, float32, contiguous.
-            rows: Number of rows that were ever written.
-            kernels: Not used.
-
-        Returns:
-            `(rows,)`, in the widest dtype of the device.
-        """
-        return _products(state["values"][:rows, span], dense, self.sums)
-
-    def combine(
-        self,
-        state: State,
-        shape: torch.Size,
-        span: slice,
-        coefficients: torch.Tensor,
-        kernels: Kernels,
-        *,
-        base: torch.Tensor | None = None,
-        scale: float = 0.0,
-        squared: bool = False,
-    ) -> torch.Tensor:
-        """`scale x + G^T c` in a span, as in `SparseWindow.combine`.
-
-        Args:
-            state: The parameter's tensors.
-            shape: Shape of the parameter.
-            span: One of `spans`.
-            coefficients: `c`, `(rows,)`, where the window is. float32 has the sums taken in it.
-            kernels: Not used.
-            base: The span of `x`, float32, contiguous; zero without it.
-            scale: Factor of `base`.
-            squared: Take the squares of the rows' entries.
-
-        Returns:
-            `(n,)`, float32.
-        """
-        values = state["values"][: len(coefficients), span]
-        c, wide = coefficients, coefficients.dtype
-        out = torch.empty(values.shape[1], dtype=torch.float32, device=values.device)
-
-        def work(index: int, begin: int, end: int) -> None:
-            rows = values[:, begin:end].to(wide)
-            total = c @ (rows * rows if squared else rows)
-            if base is not None:
-                total += scale * base[begin:end].to(wide)
-            out[begin:end] = total
-
-        pool.run_torch(work, len(out), max(1, _TILE // len(c)), values.device)
-        return out
+def _compress(jobs: Sequence[Job], kernels: Kernels) -> None:
+    """Top-k of every block of flat accumulators."""
+    gradients, errors, rows = [], [], []
+    for gradient, error, row, _ in jobs:
+        assert gradient is not None  # Top-k accumulates by itself
+        assert error is not None  # and is not lossless
+        for part in row:
+            gradients.append(part.piece.of(gradient.view(-1)))
+            errors.append(part.piece.of(error.view(-1)))
+            rows.append(part)
+    kernels.accumulate_topk(gradients, errors, rows)
 
 
-def span_length(device: torch.device) -> int:
-    """Entries of a span on a device."""
-    return _SPAN if device.type == "cpu" else _SPAN_OF_DEVICES
-
-
-def _products(values: torch.Tensor, x: torch.Tensor, sums: torch.dtype) -> torch.Tensor:
-    """Inner products of rows, `(rows, n)`, with a vector: `(rows,)`, in the widest dtype of the device."""
-    (rows, numel), wide = values.shape, dtype_of_sums(sums, values.device)
-    step = max(1, _TILE // rows)
-    partial = torch.zeros(-(-numel // step), rows, dtype=wide, device=values.device)
-
-    def work(index: int, begin: int, end: int) -> None:
-        torch.mv(values[:, begin:end].to(wide), x[begin:end].to(wide), out=partial[index])
-
-    pool.run_torch(work, numel, step, values.device)
-    return partial.to(widest(values.device)).sum(dim=0)
-
-
-def stacked(columns: list[torch.Tensor], rows: int) -> torch.Tensor:
-    """Columns of a Gram matrix, one for each parameter.
-
-    Args:
-        columns: `(rows,)` each; there may be none.
-        rows: Their length.
-
-    Returns:
-        `(parameters, rows)`.
-    """
-    return torch.stack(columns) if columns else torch.zeros(0, rows, dtype=torch.float64, device="cpu")
+def _check_top_k(density: float, value_dtype: torch.dtype, dtypes: tuple[torch.dtype, ...]) -> None:
+    if not 0.0 < density <= 1.0:
+        raise ValueError(f"density is the fraction of entries kept, in (0, 1]; got {density}")
+    if value_dtype not in dtypes:
+        raise ValueError(f"value_dtype must be one of {', '.join(map(str, dtypes))}, got {value_dtype}")

@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 
 import torch
 
-from .checks import check_fields
-from .kernels import Kernels, widest
-from .preconditioners import WindowPosition
-from .windows import State, Window
+from ..checks import check_fields
+from ..compressors import State, Window
+from ..kernels import Kernels, widest
+from .base import WindowPosition
 
 _FLOAT32 = torch.finfo(torch.float32)
 
