@@ -13,11 +13,11 @@ from .optimizer import EFCP
 from .variants import DenseGGT, DenseMFAC, LowRankGGT, LowRankMFAC, MicroAdam, SparseAdaGrad, SparseGGT, SparseMFAC
 
 if TYPE_CHECKING:
-    from .any_trainer import for_trainer
-    from .callbacks import EFCPCallback
     from .factory import OPTIMIZERS, create_optimizer
-    from .trainer import EFCPTrainer
-    from .training_args import EFCPTrainingArguments
+    from .trainer.any_trainer import for_trainer
+    from .trainer.callbacks import EFCPCallback
+    from .trainer.trainer import EFCPTrainer
+    from .trainer.training_args import EFCPTrainingArguments
 
 __version__ = "0.1.0"
 
@@ -45,10 +45,10 @@ __all__ = [
 _LAZY = {
     "OPTIMIZERS": "factory",
     "create_optimizer": "factory",
-    "for_trainer": "any_trainer",
-    "EFCPCallback": "callbacks",
-    "EFCPTrainer": "trainer",
-    "EFCPTrainingArguments": "training_args",
+    "for_trainer": "trainer.any_trainer",
+    "EFCPCallback": "trainer.callbacks",
+    "EFCPTrainer": "trainer.trainer",
+    "EFCPTrainingArguments": "trainer.training_args",
 }
 
 

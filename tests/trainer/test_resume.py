@@ -161,7 +161,7 @@ def test_the_newest_complete_checkpoint_is_taken_and_the_others_are_warned_about
     with caplog.at_level(logging.WARNING, logger="hf_efcp"):
         run.train(resume_from_checkpoint=True)
     assert run.start.step == 4
-    first, second = (record.getMessage() for record in caplog.records if record.name == "hf_efcp.checkpoints")
+    first, second = (record.getMessage() for record in caplog.records if record.name == "hf_efcp.trainer.checkpoints")
     assert f"{folder}/checkpoint-8 is incomplete and was skipped: {folder}/checkpoint-8/trainer_state.json is" in first
     assert f"{folder}/checkpoint-6/optimizer.pt is missing" in second
     saved = torch.load(folder / "checkpoint-4" / "optimizer.pt")["state"]
@@ -176,7 +176,7 @@ def test_every_file_that_is_needed_is_looked_at(folder, caplog, name):
     with caplog.at_level(logging.WARNING, logger="hf_efcp"):
         run.train(resume_from_checkpoint=True)
     assert run.start.step == 4
-    assert len([record for record in caplog.records if record.name == "hf_efcp.checkpoints"]) == 2
+    assert len([record for record in caplog.records if record.name == "hf_efcp.trainer.checkpoints"]) == 2
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "model.safetensors", "trainer_state.json"])

@@ -8,8 +8,8 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .diagnostics import Snapshot, measure, refuse_shards, snapshot
-from .optimizer import EFCP
+from ..diagnostics import Snapshot, measure, refuse_shards, snapshot
+from ..optimizer import EFCP
 
 logger = logging.getLogger(__name__)
 

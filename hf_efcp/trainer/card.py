@@ -7,9 +7,9 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 
-from . import __version__
-from .optimizer import EFCP
-from .shards import local
+from .. import __version__
+from ..optimizer import EFCP
+from ..shards import local
 
 _TAG = "hf_efcp"
 _PAPER = "https://arxiv.org/abs/2306.06098"

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .factory import create_optimizer, parse_optim_args
+from ..factory import create_optimizer, parse_optim_args
 
 
 class OptimizerFactory:

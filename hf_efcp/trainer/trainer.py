@@ -13,10 +13,10 @@ from transformers import Trainer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer_utils import TrainOutput, unwrap_peft_model
 
+from ..factory import create_optimizer, efcp_name, parse_optim_args
+from ..optimizer import EFCP
 from . import card, checkpoints, compatibility
 from .callbacks import EFCPCallback
-from .factory import create_optimizer, efcp_name, parse_optim_args
-from .optimizer import EFCP
 
 logger = logging.getLogger(__name__)
 
