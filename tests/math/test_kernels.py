@@ -289,7 +289,7 @@ def test_sums_of_squares_of_many_vectors(backend):
 
 
 def test_sums_on_a_device_without_float64_leave_what_is_summed(monkeypatch):
-    monkeypatch.setattr(reference, "widest", lambda device: torch.float32)
+    monkeypatch.setattr(reference.dense, "widest", lambda device: torch.float32)
     update = torch.arange(6.0)
     assert reference.squares([update]).tolist() == [55.0]
     assert update.tolist() == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]

@@ -1,4 +1,4 @@
-"""numba kernels for the CPU: the twins of `reference.py`, block by block.
+"""numba kernels for the CPU: the twins of `reference/`, block by block.
 
 One block of the dense vector stays in the first-level cache while all rows of the window stream past it.
 

@@ -11,7 +11,7 @@ from numba.extending import intrinsic, overload
 
 from .vectors import data_of
 
-LARGEST = np.float32(torch.finfo(torch.bfloat16).max)  # see reference.py
+LARGEST = np.float32(torch.finfo(torch.bfloat16).max)  # see reference/chunks.py
 SMALLEST = np.float32(torch.finfo(torch.float32).tiny)
 FLOAT32_MAX = np.float32(torch.finfo(torch.float32).max)
 ZERO, ONE = np.uint64(0), np.uint64(1)  # of indices: signed ones would be compared with zero at every entry
