@@ -94,5 +94,5 @@ def model_source(name: str) -> str:
     if path.is_dir():
         return str(path)
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
-        raise FileNotFoundError(f"--model_name_or_path {name} is not a folder, and no name of a model on the Hub")
+        raise FileNotFoundError(f"the model {name} is not a folder, and no name of a model on the Hub")
     return name
