@@ -50,13 +50,24 @@ def main(argv: list[str] | None = None) -> None:
         sys.stdout.write(f"hf_efcp {__version__}\n")
         return
     with tools.explained():
-        program = _program(command, rest)
+        name = program(command, rest)
         sys.argv[0] = f"hf-efcp {command}"  # what usage lines call the program
-        _module(program).main(rest)
+        _module(name).main(rest)
 
 
-def _program(command: str, argv: list[str]) -> str:
-    """The module of `recipes/` that does a command."""
+def program(command: str, argv: list[str]) -> str:
+    """Tell which program does a command.
+
+    Args:
+        command: "train", "plan" or "compare".
+        argv: What follows it.
+
+    Returns:
+        The name of a module of `recipes/`.
+
+    Raises:
+        ValueError: There is no such command, or its configuration is another command's.
+    """
     tools = _module("cli")
     if command == "plan":
         return "memory_plan"
@@ -72,7 +83,7 @@ def _program(command: str, argv: list[str]) -> str:
         words |= keys
     if command == "compare":
         return "compare_optimizers"
-    return next((program for program, telling in TELLING.items() if telling & words), "run_glue")
+    return next((name for name, telling in TELLING.items() if telling & words), "run_glue")
 
 
 def _module(name: str) -> ModuleType:

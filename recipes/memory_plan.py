@@ -24,11 +24,11 @@ from hf_efcp.budget import in_bytes
 from hf_efcp.factory import parse_optim_args
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str] | None = None) -> None:
     """Print the table.
 
     Args:
-        argv: the command line without the program's name.
+        argv: the command line without the program's name; None takes the process's own.
 
     Raises:
         ValueError: if the budget cannot be read, or there are options of no optimizer.

@@ -215,6 +215,18 @@ def test_plan_counts_what_the_optimizers_count(bert_base, capsys):
     assert table["dense_mfac"][4:] == ["does", "not", "fit"]
 
 
+def test_the_page_of_the_command_has_the_numbers_of_today(bert_base, capsys):
+    cli.main(["plan", str(bert_base), "--memory_budget", "8B/param"])
+    table = rows(capsys.readouterr().out)
+    page = (ROOT / "docs" / "command.md").read_text(encoding="utf-8")
+    found = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \| (\d+) \| ([\d.]+) \| ([^|]+) \|$", page, re.MULTILINE)
+    shown = {name: numbers for names, *numbers in found for name in re.findall(r"\w+", names)}
+    assert set(shown) == set(hf_efcp.OPTIMIZERS)
+    for name, (num_grads, each, largest) in shown.items():
+        assert [num_grads, each] == [table[name][1], table[name][3]]
+        assert largest.split() == (table[name][4:] if "fit" in largest else table[name][4:5])
+
+
 def test_plan_shows_one_optimizer_by_part(bert_base, capsys):
     options = ["--optim", "lowrank_mfac", "--optim_args", "rank=8,exclude=embeddings"]
     cli.main(["plan", str(bert_base.parent), *options])
