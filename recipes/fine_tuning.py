@@ -1,51 +1,16 @@
-"""What run_glue.py and run_qa.py share: the run and its baseline, and what they leave behind."""
+"""What run_glue.py and run_qa.py share: training the run and its baseline, and what they leave behind."""
 
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from training import Measured, ModelArguments, train, write_json
+from arguments import ModelArguments
+from training import Measured, train, write_json
 
 from hf_efcp import EFCPTrainer, EFCPTrainingArguments
-
-
-@dataclasses.dataclass
-class BaselineArguments:
-    """What to compare with."""
-
-    baseline: str | None = dataclasses.field(
-        default=None,
-        metadata={"help": "train this optimizer too, e.g. adamw_torch, from the same start on the same batches"},
-    )
-    baseline_learning_rate: float = dataclasses.field(
-        default=5e-5, metadata={"help": "the baseline's learning rate; all else is as in the main run"}
-    )
-
-
-def runs_of(args: Any, baseline: BaselineArguments) -> list[Any]:
-    """The arguments of the main run, and of the baseline if there is one.
-
-    Args:
-        args: those of the main run, `EFCPTrainingArguments`.
-        baseline: what to compare with.
-
-    Returns:
-        One or two of them.
-    """
-    if baseline.baseline is None:
-        return [args]
-    other = dataclasses.replace(
-        args,
-        optim=baseline.baseline,
-        optim_args=None,
-        learning_rate=baseline.baseline_learning_rate,
-        output_dir=str(Path(args.output_dir, "baseline")),
-    )
-    return [args, other]
 
 
 def fine_tune(

@@ -35,14 +35,14 @@ def refuse_what_cannot_work(trainer: Trainer) -> None:
             "fsdp=True was given, but Accelerate does not shard here (on the CPU and with XLA it never does): "
             "every process would keep the whole state: train without fsdp"
         )
-    if trainer.is_distributed_loading_by_transformers:
+    if getattr(trainer, "is_distributed_loading_by_transformers", False):  # newer transformers only
         raise ValueError(
             "EFCP optimizers do not work with a model that from_pretrained has distributed (distributed_config): load "
             f"it whole and {_INSTEAD}"
         )
     model = cast(nn.Module, trainer.model)
     half = [name for name, p in model.named_parameters() if p.requires_grad and p.dtype == torch.float16]
-    if half and trainer.args.mixed_precision == "fp16":
+    if half and getattr(trainer.args, "mixed_precision", "fp16" if trainer.args.fp16 else "no") == "fp16":
         raise ValueError(
             f"fp16=True cannot train float16 parameters, got {len(half)} such as {half[0]}: load the model with "
             "dtype=torch.float32 (fp16=True or bf16=True then give mixed precision) or dtype=torch.bfloat16"

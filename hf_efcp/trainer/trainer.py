@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import Trainer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.trainer_utils import TrainOutput, unwrap_peft_model
+from transformers.trainer_utils import TrainOutput
 
 from ..factory import create_optimizer, efcp_name, parse_optim_args
 from ..optimizer import EFCP
@@ -67,8 +67,10 @@ class EFCPTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # The parent knows by the name "...ForCausalLM" only that there is one label less than tokens in a row.
-        self._loss_shifts_labels = self._loss_shifts_labels or _is_causal(unwrap_peft_model(self._module()))
+        # Whether there is one label less than tokens in a row: the parent of transformers 5 knows it by the name
+        # "...ForCausalLM" only, that of transformers 4 not at all.
+        self._parent_counts = hasattr(self, "_loss_shifts_labels")
+        self._loss_shifts_labels = getattr(self, "_loss_shifts_labels", False) or _is_causal(_unadapted(self._module()))
         self._efcp = self._asks_for_efcp()
         if self._efcp:
             compatibility.refuse_what_cannot_work(self)
@@ -92,7 +94,7 @@ class EFCPTrainer(Trainer):
                 weight_decay=self.args.weight_decay,
                 **parse_optim_args(name, self.args.optim_args),
             )
-        return super().create_optimizer(model)
+        return super().create_optimizer(*(() if model is None else (model,)))  # transformers 4 has no argument
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
@@ -173,8 +175,14 @@ class EFCPTrainer(Trainer):
         items_of_one = torch.as_tensor(num_items_in_batch) / (steps * devices)
         loss, outputs = super().compute_loss(model, inputs, True, items_of_one)
         # The parent's `training_step` divides by the steps where it was told that `compute_loss` does not.
-        loss = loss / (devices if self.loss_is_scaled_for_ga is False else steps * devices)
+        undivided = getattr(self, "loss_is_scaled_for_ga", None) is not False  # only newer transformers ask
+        loss = loss / (steps * devices if undivided else devices)
         return (loss, outputs) if return_outputs else loss
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor | int | None:
+        if self._loss_shifts_labels and not self._parent_counts and batch_samples and "labels" in batch_samples[0]:
+            batch_samples = [{"labels": batch["labels"][..., 1:]} for batch in batch_samples]
+        return super()._get_num_items_in_batch(batch_samples, device)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, as the parent does, with the steps that were skipped so far if there are any, and with diagnostics.
@@ -269,6 +277,13 @@ class EFCPTrainer(Trainer):
             given = self.optimizer_cls_and_kwargs[0]
             return isinstance(given, type) and issubclass(given, EFCP)
         return efcp_name(self.args.optim) is not None
+
+
+def _unadapted(model: nn.Module) -> nn.Module:
+    """The model in PEFT's wrapper, or the model."""
+    if hasattr(model, "get_base_model"):
+        return cast(nn.Module, model.get_base_model())
+    return cast(nn.Module, model.base_model.model) if type(model).__name__ == "PeftMixedModel" else model
 
 
 def _is_causal(model: nn.Module) -> bool:

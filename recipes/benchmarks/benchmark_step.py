@@ -25,6 +25,7 @@ from typing import Any
 
 import _recipes  # noqa: F401
 import torch
+from arguments import PACKAGED, ModelArguments
 from bench_cases import (
     ADAMW,
     DEFAULTS,
@@ -43,7 +44,7 @@ from bench_steps import build_all, measure_in_cache, measure_steps
 from bench_sweep import run_sweeps
 from bench_training import measure_training
 from cli import require
-from training import PACKAGED, ModelArguments, load_model
+from training import load_model
 
 from hf_efcp.glue import get_task
 

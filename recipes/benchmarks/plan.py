@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import ablations  # noqa: F401  # whose optimizers have names then
+from arguments import DEFAULTS, ModelArguments, TextArguments
 from cli import parse_arguments, suggestions
-from training import DEFAULTS, ModelArguments, TextArguments
 from transformers import Trainer
 
 from hf_efcp import EFCPTrainingArguments
