@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import psutil  # type: ignore[import-untyped]  # accelerate brings it
 import torch
-from bench_baselines import BASELINES, PUBLISHED_ROWS, AsPublished, parse_options, published_rows
+from bench_baselines import BASELINES, PUBLISHED_ROWS, AsPublished, published_rows
+from peers import parse_options
+from training import state_bytes
 
 from hf_efcp import EFCP, OPTIMIZERS, create_optimizer
 from hf_efcp.blocks import Piece, as_indices, cut
@@ -51,6 +52,12 @@ DEFAULTS = tuple(
         (ADAMW, "adamw", ""),
         ("SGD, momentum (fused)", "sgd", ""),
         ("GaLore, rank 128, between its SVDs", "galore", ""),
+        ("AdamW, 8 bits", "adamw_8bit", ""),
+        ("Adafactor", "adafactor", ""),
+        ("Muon, AdamW for the rest", "muon", ""),
+        ("SOAP, between its QRs", "soap", "precondition_frequency=1000"),
+        ("SOAP, a QR at every step", "soap", "precondition_frequency=1"),
+        ("Shampoo, between its roots", "shampoo", "preconditioning_compute_steps=1000"),
         (LOW_RANK, "lowrank_mfac", ""),
         (MOMENTS, "lowrank_mfac", "metric_dtype=float32,precondition=momentum"),
         ("sparse M-FAC, m = 64", "sparse_mfac", "num_grads=64,metric=none"),
@@ -211,12 +218,5 @@ def state_memory(optimizer: torch.optim.Optimizer) -> dict[str, int]:
     """Bytes of the state by part; another library's state is one part, its moments."""
     if isinstance(optimizer, EFCP | AsPublished):
         return optimizer.memory()
-    total = sum(_nbytes(value) for state in optimizer.state.values() for value in state.values())
+    total = state_bytes(optimizer)
     return {**dict.fromkeys(("indices", "values", "error", "metric", "gram"), 0), "momentum": total, "total": total}
-
-
-def _nbytes(value: Any) -> int:
-    """Bytes of a tensor, or of the tensors that an object such as GaLore's projector keeps."""
-    if isinstance(value, torch.Tensor):
-        return value.nbytes
-    return sum(inner.nbytes for inner in getattr(value, "__dict__", {}).values() if isinstance(inner, torch.Tensor))

@@ -9,10 +9,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from bench_baselines import PUBLISHED_ROWS, AsPublished, parse_options
+from bench_baselines import PUBLISHED_ROWS, AsPublished
 from bench_cases import Contender, available_memory, build, state_memory, window_tensors
 from bench_measure import peak_memory, read_and_write, stream, timed_step
 from bench_report import Report, Result
+from peers import parse_options
 
 from hf_efcp import EFCP
 from hf_efcp.kernels import choose

@@ -332,9 +332,9 @@ def test_contenders_are_read(recipe):
         ValueError, match=r"unknown optimizer 'sparse_mfax' .* expected one of sparse_mfac, .*published"
     ):
         parse("x: sparse_mfax num_grads=3")
-    assert recipe.bench_baselines.parse_options("a=1, b=0.5,c=true") == {"a": 1, "b": 0.5, "c": True}
+    assert recipe.peers.parse_options("a=1, b=0.5,c=true") == {"a": 1, "b": 0.5, "c": True}
     with pytest.raises(ValueError, match="expected key=value .* got 'fused'"):
-        recipe.bench_baselines.parse_options("fused")
+        recipe.peers.parse_options("fused")
 
 
 def test_the_default_contenders_can_be_built(recipe):
