@@ -104,7 +104,8 @@ class Bench:
             # Evaluation and preparation included: for the estimate of the remaining time.
             run |= {"model": self.plan.model.model_name_or_path, "layers": self._model.config.num_hidden_layers}
             if contender.peer:
-                record |= {"optimizer": contender.peer, "optim_args": contender.options}
+                text = ",".join(f"{key}={value}" for key, value in contender.options.items())
+                record |= {"optimizer": contender.peer, "optim_args": text or None}
             run |= {**record, "history": _compact(history), "all_seconds": time.perf_counter() - start}
         except Exception as error:  # whatever it is, the others can go on
             run["failed"] = f"{type(error).__name__}: {error}"

@@ -1,4 +1,4 @@
-"""Who takes part in the benchmark: contenders as "label: optimizer options", built, stepped once, windows filled."""
+"""Who takes part in the benchmark: cases as "label: optimizer options", built, stepped once, windows filled."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _ROOM = 0.8  # of the memory that is available
 
 
 @dataclass(frozen=True)
-class Contender:
+class Case:
     """An optimizer and its options.
 
     Args:
@@ -47,7 +47,7 @@ LOW_RANK = "low-rank M-FAC"
 MOMENTS = "low-rank M-FAC, both moments"
 # Ours at its defaults, and with both moments of AdamW; then the papers' rules, which have no metric.
 DEFAULTS = tuple(
-    Contender(label, optimizer, options, optional=True)
+    Case(label, optimizer, options, optional=True)
     for label, optimizer, options in (
         (ADAMW, "adamw", ""),
         ("SGD, momentum (fused)", "sgd", ""),
@@ -76,14 +76,14 @@ DEFAULTS = tuple(
 )
 
 
-def parse_contender(text: str) -> Contender:
+def parse_case(text: str) -> Case:
     """Read "label: optimizer options"; without a label, the rest is the label.
 
     Args:
         text: For example "small: sparse_mfac num_grads=64,block_size=256", or "dense_ggt".
 
     Returns:
-        The contender.
+        The case.
 
     Raises:
         ValueError: There is no such optimizer.
@@ -94,18 +94,16 @@ def parse_contender(text: str) -> Contender:
         raise ValueError(
             f"unknown optimizer {name!r} in {text!r}; expected one of {', '.join([*OPTIMIZERS, *BASELINES])}"
         )
-    return Contender(label.strip(), name, options.strip())
+    return Case(label.strip(), name, options.strip())
 
 
-def build(
-    contender: Contender, model: torch.nn.Module, seed: int, available: Callable[[], int]
-) -> torch.optim.Optimizer:
+def build(case: Case, model: torch.nn.Module, seed: int, available: Callable[[], int]) -> torch.optim.Optimizer:
     """Make an optimizer over the model at learning rate 0, step it so that its state exists, and fill its window.
 
-    At learning rate 0 the parameters stay what they are, for all contenders, and the work is the same.
+    At learning rate 0 the parameters stay what they are, for all cases, and the work is the same.
 
     Args:
-        contender: Which.
+        case: Which.
         model: Its parameters have gradients.
         seed: Seed of the window's rows.
         available: Tells the bytes that are free.
@@ -118,27 +116,25 @@ def build(
     """
     room = int(_ROOM * available())
     numel = sum(param.numel() for param in model.parameters())
-    if contender.optimizer in BASELINES:
-        options = parse_options(contender.options)
-        if contender.optimizer == "published":
+    if case.optimizer in BASELINES:
+        options = parse_options(case.options)
+        if case.optimizer == "published":
             wanted, density = options.get("num_grads", PUBLISHED_ROWS), options.get("density", 0.01)
             options["num_grads"] = published_rows(numel, wanted, density, room)
             if not options["num_grads"]:
-                raise MemoryError(f"{contender.label} has no room for a single row in {room / 2**30:.1f} GiB")
-        optimizer = BASELINES[contender.optimizer](model, **options)
+                raise MemoryError(f"{case.label} has no room for a single row in {room / 2**30:.1f} GiB")
+        optimizer = BASELINES[case.optimizer](model, **options)
         if isinstance(optimizer, AsPublished):
             optimizer.fill(seed)
         return optimizer
 
-    arguments = parse_optim_args(contender.optimizer, contender.options)
-    efcp = create_optimizer(contender.optimizer, model, lr=0.0, **arguments)
+    arguments = parse_optim_args(case.optimizer, case.options)
+    efcp = create_optimizer(case.optimizer, model, lr=0.0, **arguments)
     for group in efcp.param_groups:
         group["lr"] = 0.0  # of excluded parameters too
     need = efcp.planned_memory()["total"]
     if need > room:
-        raise MemoryError(
-            f"{contender.label} needs {need / 2**30:.1f} GiB of state, and {room / 2**30:.1f} GiB may be used"
-        )
+        raise MemoryError(f"{case.label} needs {need / 2**30:.1f} GiB of state, and {room / 2**30:.1f} GiB may be used")
     efcp.step()
     fill_window(efcp, seed)
     return efcp

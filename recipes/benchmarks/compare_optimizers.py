@@ -183,7 +183,7 @@ def write_report(comparison: Comparison) -> None:
     Args:
         comparison: the comparison.
     """
-    from plots import plot_losses, plot_memory, plot_metrics, plot_rates
+    from figures import plot_losses, plot_memory, plot_metrics, plot_rates
 
     output_dir, results = comparison.plan.output_dir, comparison.results()
     text = table(results, comparison.plan.comparison.search_seed, comparison.plan.skipped)

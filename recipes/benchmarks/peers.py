@@ -86,12 +86,14 @@ class Peer:
 
         Raises:
             ImportError: If the package is not installed.
-            ValueError: If the class has no such option.
+            ValueError: If the class has no such option, or Muon nothing to do.
         """
         self.check(options)
         options = {**self.defaults, **options}
         if self.cls == "Muon":
             inner = hidden_matrices(model)
+            if not inner:
+                raise ValueError("Muon is for hidden matrices, and the model has no linear layer before its last one")
             hidden = _groups(model, weight_decay, lambda name: name in inner)
             return MuonAdamW(hidden, _groups(model, weight_decay, lambda name: name not in inner), lr, **options)
         return self._class()(_groups(model, weight_decay, lambda name: True), lr=lr, **options)

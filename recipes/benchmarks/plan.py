@@ -107,7 +107,11 @@ def read_plan(argv: list[str]) -> Plan:
 def _missing(entry: Any) -> str | None:
     optim = str(entry.get("optim")) if isinstance(entry, dict) else ""
     needed = [module for name, module in _NEEDS.items() if name in optim]
-    return next((module for module in needed if importlib.util.find_spec(module) is None), None)
+    return next((module for module in needed if not _installed(module)), None)
+
+
+def _installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
 
 
 def _read_contender(label: str, entry: Any, common: EFCPTrainingArguments) -> Contender:

@@ -54,6 +54,11 @@ def test_muon_steps_hidden_matrices_and_adamw_the_rest(recipe):
         assert torch.equal(p, q), name
 
 
+def test_muon_needs_something_to_do(recipe):
+    with pytest.raises(ValueError, match="no linear layer before its last one"):
+        recipe.peers.PEERS["muon"].build(torch.nn.Linear(3, 2), lr=1e-3)
+
+
 def test_a_scheduler_reaches_both_parts(recipe):
     model = tiny_bert()
     optimizer = recipe.peers.PEERS["muon"].build(model, lr=1e-2)
@@ -99,6 +104,7 @@ def test_a_comparison_with_them(recipe, name, write_config, tmp_path):  # noqa: 
     runs = {(run["label"], run["key"]["learning_rate"]): run for run in lines(tmp_path / "out")}
     run = runs["peer", 3e-3]
     assert run["optimizer"] == run["key"]["optimizer"] == name
+    assert run["optim_args"] is None
     assert run["key"]["options"] == recipe.runs.json.loads(recipe.training.to_json(recipe.peers.PEERS[name].defaults))
     assert run["metrics"]["loss"] < 0.9 * runs["peer", 1e-7]["metrics"]["loss"]  # it is this one that trains
     assert run["optimizer_memory"]["total"] > 0
@@ -117,7 +123,7 @@ def test_a_wrong_option_in_a_yaml_is_refused(recipe, write_config):  # noqa: F81
 
 
 def test_peers_without_their_package_are_left_out(recipe, write_config, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(recipe.plan.importlib.util, "find_spec", lambda module: None)
+    monkeypatch.setattr(recipe.plan, "_installed", lambda module: False)
     entry = {"optim": "soap", "learning_rates": [1e-3, 1e-2]}
     plan = recipe.plan.read_plan([write_config(optimizers={**OPTIONS, "SOAP": entry})])
     assert plan.skipped == ("SOAP is left out: pytorch_optimizer is not installed",)
@@ -142,7 +148,7 @@ def test_bytes_of_any_state(recipe):
 
 @pytest.mark.parametrize("name", ["adafactor", *PEERS])
 def test_the_step_benchmark_builds_them(recipe, name):
-    case = recipe.bench_cases.parse_contender(f"one: {name}")
+    case = recipe.bench_cases.parse_case(f"one: {name}")
     model = with_gradients(tiny_bert())
     optimizer = recipe.bench_cases.build(case, model, 0, lambda: 1 << 30)
     assert not any(move.any() for move in moves(model, optimizer, steps=2).values())  # at learning rate 0
