@@ -281,9 +281,10 @@ class EFCPTrainer(Trainer):
 
 def _unadapted(model: nn.Module) -> nn.Module:
     """The model in PEFT's wrapper, or the model."""
-    if hasattr(model, "get_base_model"):
-        return cast(nn.Module, model.get_base_model())
-    return cast(nn.Module, model.base_model.model) if type(model).__name__ == "PeftMixedModel" else model
+    wrapper: Any = model
+    if hasattr(wrapper, "get_base_model"):
+        return cast(nn.Module, wrapper.get_base_model())
+    return cast(nn.Module, wrapper.base_model.model) if type(wrapper).__name__ == "PeftMixedModel" else model
 
 
 def _is_causal(model: nn.Module) -> bool:

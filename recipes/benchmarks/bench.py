@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from data import load_splits
+from peers import PEERS, PeerFactory
 from plan import ComparisonArguments, Contender, Plan
 from training import build_trainer, load_model, tokenize, train
 from transformers import PrinterCallback, set_seed
@@ -70,7 +71,7 @@ class Bench:
                 "max_seq_length": self.plan.comparison.max_seq_length,
                 "model": self.plan.model.model_name_or_path,
                 "layers": self.plan.model.num_hidden_layers,
-                **_optimizer_settings(contender.args),
+                **_optimizer_settings(contender),
                 "learning_rate": learning_rate,
                 "seed": seed,
                 "arguments": _other_settings(contender.args),
@@ -94,10 +95,17 @@ class Bench:
         args = dataclasses.replace(contender.args, learning_rate=learning_rate, seed=seed)
         try:
             trainer = build_trainer(self.task, copy.deepcopy(self._model), self._tokenizer, self._tokenized or {}, args)
+            if contender.peer:
+                own = {"lr": learning_rate, "weight_decay": args.weight_decay, **contender.options}
+                factory: Any = PeerFactory  # the annotation knows of classes only
+                trainer.optimizer_cls_and_kwargs = factory, {"name": contender.peer, **own}
             trainer.remove_callback(PrinterCallback)  # what Trainer has in the place of its bars
             record, history = train(trainer, self.task, self._tokenized or {})
             # Evaluation and preparation included: for the estimate of the remaining time.
             run |= {"model": self.plan.model.model_name_or_path, "layers": self._model.config.num_hidden_layers}
+            if contender.peer:
+                text = ",".join(f"{key}={value}" for key, value in contender.options.items())
+                record |= {"optimizer": contender.peer, "optim_args": text or None}
             run |= {**record, "history": _compact(history), "all_seconds": time.perf_counter() - start}
         except Exception as error:  # whatever it is, the others can go on
             run["failed"] = f"{type(error).__name__}: {error}"
@@ -134,7 +142,10 @@ def _digest(task: GlueTask, splits: dict[str, Any]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _optimizer_settings(args: EFCPTrainingArguments) -> dict[str, Any]:
+def _optimizer_settings(contender: Contender) -> dict[str, Any]:
+    if contender.peer:
+        return {"optimizer": contender.peer, "options": {**PEERS[contender.peer].defaults, **contender.options}}
+    args = contender.args
     name = efcp_name(args.optim)
     if name is None:
         options = dict(option.strip().split("=") for option in (args.optim_args or "").split(",") if option.strip())

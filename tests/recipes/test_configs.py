@@ -62,6 +62,10 @@ def comparison(path, *flags):
 SCRIPTS = {
     "run_glue": flat("run_glue", "DataArguments", "ModelArguments", "BaselineArguments", "EFCPTrainingArguments"),
     "run_qa": flat("run_qa", "DataArguments", "ModelArguments", "BaselineArguments", "EFCPTrainingArguments"),
+    "run_image_classification": flat(
+        "run_image_classification",
+        *("ImageArguments", "ImageModelArguments", "StepArguments", "BaselineArguments", "EFCPTrainingArguments"),
+    ),
     "compare_optimizers": comparison,
 }
 
@@ -165,6 +169,20 @@ def test_published_settings_of_efcp():
     config = written(FOLDER / "published" / "efcp_bert_base.yaml")
     assert {"num_grads=1024", "density=0.01", "damp=5e-5", "metric=none"} == set(config["optim_args"].split(","))
     assert (config["optim"], config["learning_rate"], config["num_train_epochs"]) == ("sparse_mfac", "2e-5", "3")
+
+
+@pytest.mark.parametrize(
+    ("name", "damp", "decay", "epochs", "batch"),
+    [("imagenet_resnet18", "1e-7", 1e-5, "88", 1024), ("cifar10_resnet20", "1e-4", 1e-4, "164", 128)],
+)
+def test_published_settings_for_images(name, damp, decay, epochs, batch):
+    """The decay of the original is not multiplied by the learning rate, and ours is."""
+    config = written(FOLDER / "published" / f"{name}.yaml")
+    assert {"num_grads=1024", "density=0.01", f"damp={damp}", "metric=none"} == set(config["optim_args"].split(","))
+    assert (config["optim"], config["learning_rate"], config["num_train_epochs"]) == ("sparse_mfac", "1e-3", epochs)
+    assert float(config["weight_decay"]) * float(config["learning_rate"]) == pytest.approx(decay)
+    accumulated = int(config.get("gradient_accumulation_steps", "1"))
+    assert int(config["per_device_train_batch_size"]) * accumulated == batch
 
 
 @pytest.fixture(scope="module")
