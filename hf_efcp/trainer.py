@@ -16,7 +16,10 @@ from transformers.trainer_utils import TrainOutput, unwrap_peft_model
 from . import card, checkpoints, compatibility
 from .callbacks import EFCPCallback
 from .factory import create_optimizer, efcp_name, parse_optim_args
+from .family import AnyOptimizer
 from .optimizer import EFCP
+from .projected import LORENZA
+from .uphill import Uphill
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +41,7 @@ class EFCPTrainer(Trainer):
     - Checkpoints are written file by file. `train(resume_from_checkpoint=True)` takes the newest complete one and
       warns about newer ones; a given one that is incomplete is refused, where the parent would go on with an empty
       window without a word. Stock optimizers are resumed as by the parent, but not from a checkpoint of ours.
+    - LORENZA evaluates the loss of all accumulated batches by itself, before the first of their backward passes.
     - The model card has a section on the optimizer, however it was given, and the tag `hf_efcp`.
     - Steps that `nonfinite="skip"` left out are in the logs as `skipped_steps`, with a warning at the end.
     - The values of an `EFCPCallback` are in the logs. `efcp_diagnostics_steps` of the arguments adds one, unless there
@@ -106,7 +110,8 @@ class EFCPTrainer(Trainer):
         Returns:
             What the parent returns.
         """
-        if ours := self._efcp_optimizer():
+        ours = self._efcp_optimizer()
+        if isinstance(ours, EFCP):
             num_grads = ours.param_groups[0]["num_grads"]
             if num_grads > num_training_steps > 0:
                 sizes = [ours.planned_memory(count)["total"] for count in (num_grads, num_training_steps)]
@@ -142,6 +147,37 @@ class EFCPTrainer(Trainer):
                 "%d of %d steps were skipped because gradients were NaN or infinite", skipped, output.global_step
             )
         return output
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], torch.Tensor | int | None]:
+        """Collect the batches of a step, as the parent does.
+
+        Args:
+            *args: The parent's arguments.
+            **kwargs: The parent's arguments.
+
+        Returns:
+            What the parent returns.
+        """
+        batches, items = super().get_batch_samples(*args, **kwargs)
+        self._uphill = Uphill(self, batches, items)
+        return batches, items
+
+    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """One backward pass, as the parent's; with LORENZA where its ascent has led.
+
+        Args:
+            model: The model, wrapped or not.
+            *args: The parent's further arguments.
+            **kwargs: The parent's further arguments.
+
+        Returns:
+            What the parent returns.
+        """
+        optimizer = self._bare_optimizer()
+        if not isinstance(optimizer, LORENZA):
+            return super().training_step(model, *args, **kwargs)
+        with self._uphill.of(optimizer, model):
+            return super().training_step(model, *args, **kwargs)
 
     def compute_loss(
         self,
@@ -248,9 +284,9 @@ class EFCPTrainer(Trainer):
     def _diagnostics(self) -> list[EFCPCallback]:
         return [callback for callback in self.callback_handler.callbacks if isinstance(callback, EFCPCallback)]
 
-    def _efcp_optimizer(self) -> EFCP | None:
+    def _efcp_optimizer(self) -> AnyOptimizer | None:
         optimizer = self._bare_optimizer()
-        return optimizer if isinstance(optimizer, EFCP) else None
+        return optimizer if isinstance(optimizer, AnyOptimizer) else None
 
     def _bare_optimizer(self) -> Any:
         return getattr(self.optimizer, "optimizer", self.optimizer)  # Accelerate wraps it
@@ -264,10 +300,10 @@ class EFCPTrainer(Trainer):
 
     def _asks_for_efcp(self) -> bool:
         if self.optimizer is not None:
-            return isinstance(self.optimizer, EFCP)
+            return isinstance(self.optimizer, AnyOptimizer)
         if self.optimizer_cls_and_kwargs is not None:
             given = self.optimizer_cls_and_kwargs[0]
-            return isinstance(given, type) and issubclass(given, EFCP)
+            return isinstance(given, type) and issubclass(given, AnyOptimizer)
         return efcp_name(self.args.optim) is not None
 
 

@@ -82,13 +82,17 @@ def read_plan(argv: list[str]) -> Plan:
         get_task(task)
     contenders, skipped = [], []
     for label, entry in entries.items():
-        if isinstance(entry, dict) and "galore" in str(entry.get("optim")) and not _installed("galore_torch"):
+        if isinstance(entry, dict) and _is_external(str(entry.get("optim"))) and not _installed("galore_torch"):
             skipped.append(f"{label} is left out: galore_torch is not installed")
         else:
             contenders.append(_read_contender(label, entry, args))
     if not contenders:
         raise ValueError(f"no optimizer is left to run: {'; '.join(skipped)}")
     return Plan(comparison, model, Path(args.output_dir), tuple(contenders), tuple(skipped))
+
+
+def _is_external(optim: str) -> bool:
+    return "galore" in optim and efcp_name(optim) is None  # transformers' own rows, as a check of ours
 
 
 def _installed(module: str) -> bool:

@@ -29,6 +29,7 @@ from transformers import (
 
 import hf_efcp
 from hf_efcp import EFCPTrainer, EFCPTrainingArguments
+from hf_efcp.family import AnyOptimizer
 from hf_efcp.glue import GlueTask, compute_metrics
 
 # A checkpoint has the optimizer's window in it, and is as large.
@@ -328,7 +329,7 @@ def train(
 
 
 def _memory(optimizer: torch.optim.Optimizer) -> dict[str, int]:
-    if isinstance(optimizer, hf_efcp.EFCP):
+    if isinstance(optimizer, AnyOptimizer):
         return optimizer.memory()
     tensors = [tensor for state in optimizer.state.values() for tensor in _tensors(state)]
     return {"total": sum(tensor.numel() * tensor.element_size() for tensor in tensors)}
