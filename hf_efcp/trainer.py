@@ -15,10 +15,10 @@ from transformers.trainer_utils import TrainOutput, unwrap_peft_model
 
 from . import card, checkpoints, compatibility
 from .callbacks import EFCPCallback
-from .factory import create_optimizer, efcp_name, parse_optim_args
+from .factory import OPTIMIZERS, create_optimizer, efcp_name, parse_optim_args
 from .family import AnyOptimizer
 from .optimizer import EFCP
-from .projected import LORENZA
+from .projected import LORENZA, ProjectedAdam
 from .uphill import Uphill
 
 logger = logging.getLogger(__name__)
@@ -73,9 +73,10 @@ class EFCPTrainer(Trainer):
         super().__init__(*args, **kwargs)
         # The parent knows by the name "...ForCausalLM" only that there is one label less than tokens in a row.
         self._loss_shifts_labels = self._loss_shifts_labels or _is_causal(unwrap_peft_model(self._module()))
-        self._efcp = self._asks_for_efcp()
+        asked = self._asked_for()
+        self._efcp = issubclass(asked, AnyOptimizer)
         if self._efcp:
-            compatibility.refuse_what_cannot_work(self)
+            compatibility.refuse_what_cannot_work(self, issubclass(asked, ProjectedAdam))
         self._add_diagnostics(getattr(self.args, "efcp_diagnostics_steps", 0))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -298,13 +299,15 @@ class EFCPTrainer(Trainer):
     def _module(self) -> nn.Module:
         return cast(nn.Module, self.model)  # the parent types it as optional; after construction it never is None
 
-    def _asks_for_efcp(self) -> bool:
+    def _asked_for(self) -> type:
+        """The class of the optimizer that was given or named; `object` where that is not one of ours."""
         if self.optimizer is not None:
-            return isinstance(self.optimizer, AnyOptimizer)
+            return type(self._bare_optimizer())
         if self.optimizer_cls_and_kwargs is not None:
             given = self.optimizer_cls_and_kwargs[0]
-            return isinstance(given, type) and issubclass(given, AnyOptimizer)
-        return efcp_name(self.args.optim) is not None
+            return given if isinstance(given, type) else object
+        name = efcp_name(self.args.optim)
+        return object if name is None else OPTIMIZERS[name]
 
 
 def _is_causal(model: nn.Module) -> bool:

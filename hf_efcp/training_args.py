@@ -12,8 +12,8 @@ import torch
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from .family import AnyOptimizer
 from .factory import OPTIMIZERS, default_lr, efcp_name, parse_optim_args, unknown
+from .family import AnyOptimizer
 
 logger = logging.getLogger(__name__)
 

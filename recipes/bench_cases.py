@@ -133,7 +133,8 @@ def build(
             f"{contender.label} needs {need / 2**30:.1f} GiB of state, and {room / 2**30:.1f} GiB may be used"
         )
     efcp.step()
-    fill_window(efcp, seed)
+    if isinstance(efcp, EFCP):
+        fill_window(efcp, seed)
     return efcp
 
 

@@ -78,7 +78,9 @@ class AdaRankGrad(ProjectedAdam):
         tunable = {"min_rank": min_rank, "residual": residual, "threshold": threshold, "seed": seed}
         super().__init__(params, lr, rank=max_rank, scale=scale, update_gap=max_gap, tunable=tunable, **options)
 
-    def subspace_of(self, gradient: torch.Tensor, left: bool, position: int, state: State, group: Group) -> torch.Tensor:
+    def subspace_of(
+        self, gradient: torch.Tensor, left: bool, position: int, state: State, group: Group
+    ) -> torch.Tensor:
         """The sketched basis, of the rank that the gradient needs; see the base class."""
         oriented = gradient if left else gradient.T
         source = subspace.generator(group["seed"], position, state["steps"])

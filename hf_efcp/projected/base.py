@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, TypedDict, overload
 
@@ -11,15 +10,14 @@ import torch
 from torch.optim.optimizer import ParamsT
 
 from .. import adamw, checks
-from ..kernels import pool, widest
+from ..kernels import pool
 from ..optimizer import _never_compiled
 from ..shards import is_sharded
 from ..sites import Group, Member, dense
 from ..threads import one_thread
 from . import subspace
-from .settings import FORMAT, check_group, check_writer
+from .grouped import Grouped, State
 
-State = dict[str, Any]
 # By the name of a tensor in the state; all else are moments, AdamW's step counters among them.
 _PART = {"basis": "subspace", "factor": "subspace", "values": "window", "gram": "window"}
 
@@ -35,7 +33,7 @@ class ProjectedOptions(TypedDict, total=False):
     nonfinite: str
 
 
-class ProjectedAdam(torch.optim.Optimizer):
+class ProjectedAdam(Grouped):
     """Adam on the projection of every matrix on a few directions, and AdamW on all else.
 
     For a matrix of more than `rank` rows and columns (n-D parameters flattened behind their first dimension), with its
@@ -92,8 +90,8 @@ class ProjectedAdam(torch.optim.Optimizer):
     paper: ClassVar[tuple[str, str]] = ("GaLore", "https://arxiv.org/abs/2403.03507")
     rank_name: ClassVar[str] = "rank"  # what the capacity of a subspace is called
     gap_name: ClassVar[str] = "update_gap"  # and the most steps that one is used for
-    positive: ClassVar[tuple[str, ...]] = ("eps", "rank", "update_gap")  # settings that must be above 0
-    fractions: ClassVar[tuple[str, ...]] = ("beta1", "beta2")  # settings in [0, 1)
+    positive: ClassVar[tuple[str, ...]] = ("eps", "rank", "update_gap")
+    fractions: ClassVar[tuple[str, ...]] = ("beta1", "beta2")
 
     def __init__(
         self,
@@ -113,35 +111,21 @@ class ProjectedAdam(torch.optim.Optimizer):
         tunable: Mapping[str, Any] | None = None,
     ) -> None:
         checks.check_choice("proj_type", proj_type, subspace.PROJ_TYPES)
-        checks.check_choice("nonfinite", nonfinite, ("raise", "skip"))
-        # What decides the shapes of the state, and so can neither change nor differ in a checkpoint.
-        self._structure: Group = {self.rank_name: rank, "proj_type": proj_type, **(structure or {})}
         numbers = {"scale": scale, self.gap_name: update_gap, "beta1": beta1, "beta2": beta2, "eps": eps}
-        numbers |= tunable or {}
-        self._tunable = tuple(numbers)
-        self._skip_nonfinite = nonfinite == "skip"
-        defaults = {
-            "lr": lr,
-            "weight_decay": weight_decay,
-            "preconditioned": True,
-            "skipped_steps": 0,
-            "efcp_format": FORMAT,
-            "projected": type(self).__name__,
-            **self._structure,
-            **numbers,
-        }
-        self._kinds = {name: type(value) for name, value in defaults.items() if type(value) in (bool, int, float)}
-        self._settings = tuple(defaults)
-        self._own = tuple(self.__dict__)  # what the base class does not know
-        super().__init__(params, defaults)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """The base class drops every attribute that it does not know from copies and pickles."""
-        return {**super().__getstate__(), "_own": self._own, **{name: self.__dict__[name] for name in self._own}}
+        super().__init__(
+            params,
+            lr,
+            weight_decay,
+            nonfinite,
+            structure={self.rank_name: rank, "proj_type": proj_type, **(structure or {})},
+            tunable=numbers | dict(tunable or {}),
+        )
 
     # What a subclass may change
 
-    def subspace_of(self, gradient: torch.Tensor, left: bool, position: int, state: State, group: Group) -> torch.Tensor:
+    def subspace_of(
+        self, gradient: torch.Tensor, left: bool, position: int, state: State, group: Group
+    ) -> torch.Tensor:
         """A basis for a matrix, from its gradient, which is not all zero.
 
         Args:
@@ -211,36 +195,7 @@ class ProjectedAdam(torch.optim.Optimizer):
         """
         return {}
 
-    # torch.optim.Optimizer
-
-    @property
-    def skipped_steps(self) -> int:
-        """Steps that `nonfinite="skip"` left out, since the start and over all resumes."""
-        return int(self.param_groups[0]["skipped_steps"])
-
-    def add_param_group(self, param_group: Group) -> None:
-        """Add a group, before or after the first step.
-
-        Args:
-            param_group: As for any `torch.optim.Optimizer`.
-
-        Raises:
-            ValueError: A value is outside its range, or differs from the optimizer's where it may not.
-            TypeError: A value is of another type, or a parameter has a dtype that is not supported.
-        """
-        shared = self._shared()
-        param_group = {**shared, **param_group}
-        self._check_group({**self.defaults, **param_group}, shared)
-        # Schedules change the learning rate: what was given is kept to be compared with what a checkpoint has.
-        param_group.setdefault("given_lr", float(param_group.get("lr", self.defaults["lr"])))
-        super().add_param_group(param_group)
-        try:
-            for param in self.param_groups[-1]["params"]:
-                if param.requires_grad:
-                    checks.check_parameter(param, self._name)
-        except TypeError:
-            self.param_groups.pop()
-            raise
+    # The step
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -286,42 +241,6 @@ class ProjectedAdam(torch.optim.Optimizer):
         """
         return _count(self._fresh(member, "meta") for member in self._members() if member.param.requires_grad)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict()` returned, bit for bit, whatever the parameters' dtype.
-
-        Hyperparameters come from the checkpoint, as in every `torch.optim.Optimizer`, with a warning if others were
-        given; those that decide the shapes of the state must be equal.
-
-        Args:
-            state_dict: A checkpoint of the same optimizer over the same groups.
-
-        Raises:
-            ValueError: It does not fit. Nothing was changed.
-        """
-        saved_groups = state_dict["param_groups"]
-        check_writer(saved_groups, self._settings, type(self).__name__)
-        checks.check_settings(saved_groups, self.param_groups, ("preconditioned", *self._structure))
-        keys = [key for group in saved_groups for key in group["params"]]
-        loaded = [
-            (member, state_dict["state"][key])
-            for key, member in zip(keys, self._members(), strict=True)
-            if state_dict["state"].get(key)
-        ]
-        for member, saved in loaded:
-            checks.check_tensors(saved, self._fresh(member, "meta"), set(), self._name(member.param))
-        names = ("weight_decay", *self._tunable)
-        if changed := checks.changed_settings(saved_groups, self.param_groups, names):
-            warnings.warn(
-                "the settings of the checkpoint are taken, as in every torch.optim.Optimizer, and not those that were "
-                f"given: {', '.join(changed)}. To use yours, set them in optimizer.param_groups after loading",
-                stacklevel=2,
-            )
-        super().load_state_dict({**state_dict, "state": {}})
-        for member, saved in loaded:
-            self.state[member.param] = {name: _copied(name, value, member.param) for name, value in saved.items()}
-
-    # Inside
-
     @_never_compiled
     def _step_all(self) -> None:
         """Step everything that has a gradient."""
@@ -356,7 +275,7 @@ class ProjectedAdam(torch.optim.Optimizer):
 
     def _advance(self, member: Member) -> None:
         """Step a matrix."""
-        position, group, param = member
+        _, group, param = member
         assert param.grad is not None
         state, (rows, columns) = self.state[param], subspace.matrix_shape(param.shape)
         left = subspace.is_left(rows, columns, group["proj_type"])
@@ -394,7 +313,8 @@ class ProjectedAdam(torch.optim.Optimizer):
         m.lerp_(direction, 1.0 - beta1)
         v.mul_(beta2).addcmul_(direction, direction, value=1.0 - beta2)
         root = v.sqrt().div_(math.sqrt(1.0 - beta2 ** state["steps"])).add_(group["eps"])
-        return (m / (1.0 - beta1 ** state["steps"])).div_(root)
+        moved: torch.Tensor = (m / (1.0 - beta1 ** state["steps"])).div_(root)
+        return moved
 
     def _fresh(self, member: Member, device: torch.device | str) -> State:
         """The state of a parameter that was never stepped."""
@@ -431,42 +351,6 @@ class ProjectedAdam(torch.optim.Optimizer):
                     "the other kind of state: set it before the first step"
                 )
 
-    def _check_group(self, group: Group, shared: Group) -> None:
-        check_group(group, shared, self._kinds, self.positive, self.fractions)
-
-    def _refuses_nonfinite(self, active: list[Member]) -> bool:
-        """Whether the step is to be skipped."""
-        wide = widest(active[0].param.device)
-        norms = [torch.linalg.vector_norm(m.param.grad, dtype=wide) for m in active if m.param.grad is not None]
-        bad = [
-            member.param
-            for member, norm in zip(active, torch.stack(norms).tolist(), strict=True)
-            if member.param.grad is not None and not checks.is_finite(member.param.grad, norm)
-        ]
-        if bad and not self._skip_nonfinite:
-            raise ValueError(checks.nonfinite_message(bad, self._name))
-        for group in self.param_groups if bad else ():
-            group["skipped_steps"] += 1
-        return bool(bad)
-
-    def _members(self) -> list[Member]:
-        pairs = ((group, param) for group in self.param_groups for param in group["params"])
-        return [Member(position, group, param) for position, (group, param) in enumerate(pairs)]
-
-    def _shared(self) -> Group:
-        """The settings that are one value for all groups, as they are now."""
-        source = self.param_groups[0] if self.param_groups else self.defaults
-        return {**self._structure, **{name: source[name] for name in self._tunable}}
-
-    def _name(self, param: torch.Tensor) -> str:
-        for number, group in enumerate(self.param_groups):
-            for position, candidate in enumerate(group["params"]):
-                if candidate is param:
-                    if "param_names" in group:
-                        return str(group["param_names"][position])
-                    return f"parameter {position} of group {number} (shape {tuple(param.shape)})"
-        raise KeyError("not a parameter of this optimizer")
-
 
 def _count(states: Any) -> dict[str, int]:
     """Bytes of the tensors in some states, by part."""
@@ -476,10 +360,3 @@ def _count(states: Any) -> dict[str, int]:
             if isinstance(value, torch.Tensor):
                 parts[_PART.get(name, "moments")] += value.nbytes
     return {**parts, "total": sum(parts.values())}
-
-
-def _copied(name: str, value: Any, param: torch.Tensor) -> Any:
-    """A copy of a saved value, on the device where it belongs."""
-    if not isinstance(value, torch.Tensor):
-        return value
-    return value.detach().to("cpu" if name in ("gram", "step") else param.device, copy=True)

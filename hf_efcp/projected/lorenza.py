@@ -107,7 +107,9 @@ class LORENZA(ProjectedAdam):
         tunable = {"rho": rho, "mu": mu, "probes": probes, "seed": seed}
         super().__init__(params, lr, rank=rank, scale=scale, update_gap=update_gap, tunable=tunable, **options)
 
-    def subspace_of(self, gradient: torch.Tensor, left: bool, position: int, state: State, group: Group) -> torch.Tensor:
+    def subspace_of(
+        self, gradient: torch.Tensor, left: bool, position: int, state: State, group: Group
+    ) -> torch.Tensor:
         """The sketched basis; see the base class."""
         source = subspace.generator(group["seed"], position, state["steps"])
         return subspace.sketched(gradient if left else gradient.T, group["rank"], source)[0]

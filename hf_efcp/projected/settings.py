@@ -14,7 +14,7 @@ FORMAT = 1  # of the state; a checkpoint says which it has
 def check_group(
     group: Mapping[str, Any],
     shared: Mapping[str, Any],
-    kinds: Mapping[str, type],
+    kinds: Mapping[str, Any],
     positive: Iterable[str],
     fractions: Iterable[str],
 ) -> None:
@@ -76,5 +76,8 @@ def check_writer(saved_groups: list[dict[str, Any]], settings: Iterable[str], re
         return
     # Of an optimizer with a window, whose formats are counted on their own.
     foreign = [{name: value for name, value in saved.items() if name != "efcp_format"} for saved in saved_groups]
-    ours = [{**saved, "efcp_format": FORMAT} if "efcp_format" in kept else saved for saved, kept in zip(foreign, saved_groups, strict=True)]
+    ours = [
+        {**saved, "efcp_format": FORMAT} if "efcp_format" in kept else saved
+        for saved, kept in zip(foreign, saved_groups, strict=True)
+    ]
     checks.check_writer(ours, settings, FORMAT, reader)

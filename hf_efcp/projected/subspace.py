@@ -55,7 +55,8 @@ def exact(gradient: torch.Tensor, rank: int, left: bool) -> torch.Tensor:
         (rows, rank), or (columns, rank) for the right ones; orthonormal columns.
     """
     U, _, Vh = torch.linalg.svd(gradient, full_matrices=False)
-    return U[:, :rank] if left else Vh[:rank].T
+    found: torch.Tensor = U[:, :rank] if left else Vh[:rank].T
+    return found
 
 
 def sketched(gradient: torch.Tensor, rank: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
