@@ -288,11 +288,13 @@ class ProjectedAdam(Grouped):
             self.settled(projected, state)
         state["since"] += 1
         state["steps"] += 1
-        moved = self._adam(self.direction(projected, state, group), state, group)
-        update = state["basis"][:, : state["rank"]] @ moved
         theta = param.to(torch.float32).mul(1.0 - float(group["lr"]) * group["weight_decay"])
-        update = (update if left else update.T).reshape(param.shape)
-        param.copy_(theta.sub_(update, alpha=float(group["lr"]) * group["scale"]))
+        if state["rank"]:  # else every gradient so far was zero
+            moved = self._adam(self.direction(projected, state, group), state, group)
+            update = state["basis"][:, : state["rank"]] @ moved
+            update = (update if left else update.T).reshape(param.shape)
+            theta.sub_(update, alpha=float(group["lr"]) * group["scale"])
+        param.copy_(theta)
 
     def _refresh(self, gradient: torch.Tensor, left: bool, member: Member, state: State) -> None:
         """Give a matrix a new subspace."""
