@@ -60,7 +60,8 @@ class LORENZA(ProjectedAdam):
         scale: Factor of the update of projected matrices, at least 0.
         update_gap: Steps from one subspace to the next, at least 1.
         rho: How far uphill the gradient is taken, in the units of the parameters, at least 0; 0 needs no closure.
-        mu: Size of the finite difference, positive.
+        mu: Size of the finite difference, in the units of `1 / R`, positive. Its steps must not be lost in the rounding
+            of the parameters: bfloat16 ones want a larger one.
         probes: Random directions of a step, at least 1: two evaluations each.
         seed: Of sketches and directions, at least 0.
         **options: See `ProjectedOptions`.
@@ -209,8 +210,10 @@ class LORENZA(ProjectedAdam):
         weights = [one.weights for one in held]
         parts = [one.weights[:, None] * self._factor(one) for one in held]
         length = math.sqrt(sum(float(torch.linalg.vector_norm(part, dtype=widest(device))) ** 2 for part in parts))
-        # A loss that is not a number has no slope; the gradient will tell.
-        self._move(held, weights, rho / length if math.isfinite(length) and length > 0.0 else 0.0)
+        if math.isfinite(length) and length > 0.0:
+            self._move(held, weights, rho / length)
+        else:  # a loss that is flat, or no number: of that the gradient will tell
+            self._restore(held)
 
     def _draw(self, one: _Held, probe: int) -> torch.Tensor:
         """`u_j` of a matrix."""

@@ -18,7 +18,7 @@ class Twin:
         self.P, self.step, self.since, self.refreshes, self.ranks = None, 0, 0, 0, []
 
     def subspace(self, G):
-        U, _, Vh = torch.linalg.svd(G, full_matrices=False)
+        U, _, _ = torch.linalg.svd(G, full_matrices=False)
         return U[:, : self.rank]
 
     def due(self, G):
