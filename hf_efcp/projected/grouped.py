@@ -11,8 +11,9 @@ from torch.optim.optimizer import ParamsT
 
 from .. import checks
 from ..kernels import widest
+from ..optimizer import FORMAT
 from ..sites import Group, Member
-from .settings import FORMAT, check_group, check_writer
+from .settings import check_group, check_writer
 
 State = dict[str, Any]
 

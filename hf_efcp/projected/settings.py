@@ -7,8 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from .. import checks
-
-FORMAT = 1  # of the state; a checkpoint says which it has
+from ..optimizer import FORMAT
 
 
 def check_group(
@@ -71,13 +70,4 @@ def check_writer(saved_groups: list[dict[str, Any]], settings: Iterable[str], re
                 "Resume with the optimizer that wrote it, or load the model alone and start this one afresh (with "
                 "Trainer, without resume_from_checkpoint)"
             )
-    if all("projected" in saved for saved in saved_groups):
-        checks.check_writer(saved_groups, settings, FORMAT, reader)
-        return
-    # Of an optimizer with a window, whose formats are counted on their own.
-    foreign = [{name: value for name, value in saved.items() if name != "efcp_format"} for saved in saved_groups]
-    ours = [
-        {**saved, "efcp_format": FORMAT} if "efcp_format" in kept else saved
-        for saved, kept in zip(foreign, saved_groups, strict=True)
-    ]
-    checks.check_writer(ours, settings, FORMAT, reader)
+    checks.check_writer(saved_groups, settings, FORMAT, reader)
