@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .memory import MemoryPlan, estimate_memory, largest_window
 from .optimizer import EFCP
+from .projected import LORENZA, AdaRankGrad, GaLore, NaturalGaLore, ProjectedAdam
 from .variants import DenseGGT, DenseMFAC, LowRankGGT, LowRankMFAC, MicroAdam, SparseAdaGrad, SparseGGT, SparseMFAC
 
 if TYPE_CHECKING:
@@ -23,16 +24,21 @@ __version__ = "0.1.0"
 
 __all__ = [
     "EFCP",
+    "LORENZA",
     "OPTIMIZERS",
+    "AdaRankGrad",
     "DenseGGT",
     "DenseMFAC",
     "EFCPCallback",
     "EFCPTrainer",
     "EFCPTrainingArguments",
+    "GaLore",
     "LowRankGGT",
     "LowRankMFAC",
     "MemoryPlan",
     "MicroAdam",
+    "NaturalGaLore",
+    "ProjectedAdam",
     "SparseAdaGrad",
     "SparseGGT",
     "SparseMFAC",

@@ -29,14 +29,24 @@ def allocate(param: torch.Tensor, device: torch.device | str) -> dict[str, torch
     }
 
 
-def step(params: list[torch.Tensor], states: list[dict[str, Any]], *, lr: float, weight_decay: float) -> None:
-    """One step of AdamW, with PyTorch's own kernel and default betas and eps.
+def step(
+    params: list[torch.Tensor],
+    states: list[dict[str, Any]],
+    *,
+    lr: float,
+    weight_decay: float,
+    betas: tuple[float, float] = BETAS,
+    eps: float = EPS,
+) -> None:
+    """One step of AdamW, with PyTorch's own kernel.
 
     Args:
         params: Parameters that have a gradient.
         states: Their states, from `allocate`.
         lr: Learning rate.
         weight_decay: Decoupled weight decay.
+        betas: Decays of the moments; PyTorch's defaults.
+        eps: What is added to the root of the second moment; PyTorch's default.
     """
     adamw(
         params,
@@ -46,11 +56,11 @@ def step(params: list[torch.Tensor], states: list[dict[str, Any]], *, lr: float,
         [],
         [state["step"] for state in states],
         amsgrad=False,
-        beta1=BETAS[0],
-        beta2=BETAS[1],
+        beta1=betas[0],
+        beta2=betas[1],
         lr=lr,
         weight_decay=weight_decay,
-        eps=EPS,
+        eps=eps,
         maximize=False,
     )
 

@@ -44,11 +44,11 @@ def skips(
     bad = [
         member.param
         for member in active
-        if member.param.grad is not None and not _is_finite(member.param.grad, sums[member.position])
+        if member.param.grad is not None and not is_finite(member.param.grad, sums[member.position])
     ]
     count = float(shards.all_reduce(torch.tensor([len(bad)], dtype=torch.float64, device="cpu"), processes, device))
     if count and not skip:
-        raise ValueError(_message(bad, name))
+        raise ValueError(message(bad, name))
     return count > 0.0
 
 
@@ -77,13 +77,29 @@ def squares(active: list[Member], kernels: Kernels) -> dict[int, float]:
     return dict(zip(positions, torch.cat(sums).tolist(), strict=True)) if sums else {}
 
 
-def _is_finite(grad: torch.Tensor, square: float) -> bool:
-    """Whether a gradient is, on this rank; on devices without float64 its `|g|^2` may overflow though it is."""
+def is_finite(grad: torch.Tensor, square: float) -> bool:
+    """Whether a gradient has neither NaN nor infinity; one that is sharded is looked at on this rank only.
+
+    Args:
+        grad: The gradient.
+        square: Its `|g|^2`. Only a finite one proves something: on devices without float64 it may overflow.
+
+    Returns:
+        True if so.
+    """
     return math.isfinite(square) or bool(torch.isfinite(local(grad)).all())
 
 
-def _message(params: list[torch.Tensor], name: Callable[[torch.Tensor], str]) -> str:
-    """What to say; there are no parameters if they are on another rank."""
+def message(params: list[torch.Tensor], name: Callable[[torch.Tensor], str]) -> str:
+    """What to say about gradients with NaN or infinity.
+
+    Args:
+        params: Parameters that have one on this rank; none if it is on another rank only.
+        name: What to call a parameter.
+
+    Returns:
+        The message.
+    """
     where = "a gradient on another rank has entries that are NaN or infinite"
     for param in params[:1]:
         assert param.grad is not None

@@ -27,6 +27,7 @@ from transformers import (
 
 import hf_efcp
 from hf_efcp import EFCPTrainer, EFCPTrainingArguments
+from hf_efcp.family import AnyOptimizer
 from hf_efcp.glue import GlueTask, compute_metrics
 
 
@@ -290,7 +291,7 @@ def train(
 
 
 def _memory(optimizer: torch.optim.Optimizer) -> dict[str, int]:
-    if isinstance(optimizer, hf_efcp.EFCP):
+    if isinstance(optimizer, AnyOptimizer):
         return optimizer.memory()
     return {"total": state_bytes(optimizer)}
 

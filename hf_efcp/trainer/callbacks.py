@@ -9,7 +9,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..diagnostics import Snapshot, measure, refuse_shards, snapshot
-from ..optimizer import EFCP
+from ..family import AnyOptimizer
 
 logger = logging.getLogger(__name__)
 
@@ -165,9 +165,9 @@ class EFCPCallback(TrainerCallback):
         self._seconds, self._steps = 0.0, 0
 
 
-def _efcp(optimizer: Any) -> EFCP:
+def _efcp(optimizer: Any) -> AnyOptimizer:
     inner = getattr(optimizer, "optimizer", optimizer)  # Accelerate wraps it
-    if not isinstance(inner, EFCP):
+    if not isinstance(inner, AnyOptimizer):
         raise TypeError(
             f"EFCPCallback measures the optimizers of hf_efcp, but this Trainer has {type(inner).__name__}: give it "
             'one, for example optim="sparse_mfac", or leave the callback out'

@@ -8,16 +8,16 @@ from typing import Any
 from huggingface_hub import ModelCard
 
 from .. import __version__
-from ..optimizer import EFCP
+from ..family import AnyOptimizer
 from ..shards import local
 
 _TAG = "hf_efcp"
-_PAPER = "https://arxiv.org/abs/2306.06098"
+_PAPER = ("EFCP", "https://arxiv.org/abs/2306.06098")
 # Of a group, what is no setting; rates are told as they were before the schedule.
-_NO_SETTINGS = {"params", "preconditioned", "skipped_steps", "efcp_format", "lr", "initial_lr", "given_lr"}
+_NO_SETTINGS = {"params", "preconditioned", "skipped_steps", "efcp_format", "projected", "lr", "initial_lr", "given_lr"}
 
 
-def learning_rate(optimizer: EFCP) -> float:
+def learning_rate(optimizer: AnyOptimizer) -> float:
     """Return the learning rate of the preconditioned parameters, before any schedule.
 
     Args:
@@ -29,7 +29,7 @@ def learning_rate(optimizer: EFCP) -> float:
     return _rate(_preconditioned(optimizer)[0])
 
 
-def add_optimizer(file: Path, optimizer: EFCP) -> None:
+def add_optimizer(file: Path, optimizer: AnyOptimizer) -> None:
     """Write our tag into a card, and a section on the optimizer before the versions at its end.
 
     Args:
@@ -44,7 +44,7 @@ def add_optimizer(file: Path, optimizer: EFCP) -> None:
     card.save(file)
 
 
-def describe(optimizer: EFCP) -> str:
+def describe(optimizer: AnyOptimizer) -> str:
     """Describe an optimizer in Markdown: its class, settings, bytes and where it comes from.
 
     Args:
@@ -56,8 +56,9 @@ def describe(optimizer: EFCP) -> str:
     groups = _preconditioned(optimizer)
     excluded = [group for group in optimizer.param_groups if not group["preconditioned"]]
     bytes_each = optimizer.planned_memory()["total"] / max(1, _numel(optimizer.param_groups))
+    title, link = getattr(optimizer, "paper", _PAPER)
     lines = [
-        f"`{type(optimizer).__name__}` of hf_efcp {__version__}, an implementation of [EFCP]({_PAPER}), with "
+        f"`{type(optimizer).__name__}` of hf_efcp {__version__}, an implementation of [{title}]({link}), with "
         f"{bytes_each:.2f} bytes of state per parameter and these settings:",
         "",
         f"- lr: {_values([_rate(group) for group in groups])}",
@@ -69,7 +70,7 @@ def describe(optimizer: EFCP) -> str:
     return "\n".join(lines)
 
 
-def _preconditioned(optimizer: EFCP) -> list[dict[str, Any]]:
+def _preconditioned(optimizer: AnyOptimizer) -> list[dict[str, Any]]:
     return [group for group in optimizer.param_groups if group["preconditioned"]] or optimizer.param_groups
 
 

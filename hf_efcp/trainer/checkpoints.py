@@ -24,7 +24,7 @@ from transformers.trainer import (
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
-from ..optimizer import EFCP
+from ..family import AnyOptimizer
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +134,7 @@ def _step(folder: str | Path) -> str:
     return Path(folder).name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
 
 
-def check_settings(folder: str, trainer: Trainer, optimizer: EFCP) -> None:
+def check_settings(folder: str, trainer: Trainer, optimizer: AnyOptimizer) -> None:
     """Refuse a checkpoint of sharded state whose settings differ, of which torch would only say that shapes do.
 
     Args:

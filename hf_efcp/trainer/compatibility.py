@@ -11,16 +11,22 @@ from transformers import Trainer
 _INSTEAD = "train on one device, with torchrun (DDP), or with FSDP version 2 (fsdp=True)"
 
 
-def refuse_what_cannot_work(trainer: Trainer) -> None:
+def refuse_what_cannot_work(trainer: Trainer, projected: bool) -> None:
     """Refuse a trainer whose parameters an EFCP optimizer could not step.
 
     Args:
         trainer: A trainer that was just constructed.
+        projected: Its optimizer is one of `hf_efcp.projected`, which needs whole matrices.
 
     Raises:
         ValueError: It is set up for DeepSpeed, FSDP version 1, sharding that does not happen, a model that was
-            distributed while it was loaded, or fp16 with float16 parameters.
+            distributed while it was loaded, or fp16 with float16 parameters; or for FSDP with a projected optimizer.
     """
+    if trainer.is_fsdp_enabled and projected:
+        raise ValueError(
+            "GaLore and its relatives project whole matrices, which FSDP shards: train on one device or with torchrun "
+            "(DDP), or take another optimizer of hf_efcp, such as lowrank_mfac"
+        )
     if trainer.is_deepspeed_enabled:
         raise ValueError(
             f"EFCP optimizers do not work with DeepSpeed, which hands them flattened parameters: {_INSTEAD}"

@@ -13,10 +13,13 @@ from transformers import Trainer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer_utils import TrainOutput
 
-from ..factory import create_optimizer, efcp_name, parse_optim_args
+from ..factory import OPTIMIZERS, create_optimizer, efcp_name, parse_optim_args
+from ..family import AnyOptimizer
 from ..optimizer import EFCP
+from ..projected import LORENZA, ProjectedAdam
 from . import card, checkpoints, compatibility
 from .callbacks import EFCPCallback
+from .uphill import Uphill
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +41,7 @@ class EFCPTrainer(Trainer):
     - Checkpoints are written file by file. `train(resume_from_checkpoint=True)` takes the newest complete one and
       warns about newer ones; a given one that is incomplete is refused, where the parent would go on with an empty
       window without a word. Stock optimizers are resumed as by the parent, but not from a checkpoint of ours.
+    - LORENZA evaluates the loss of all accumulated batches by itself, before the first of their backward passes.
     - The model card has a section on the optimizer, however it was given, and the tag `hf_efcp`.
     - Steps that `nonfinite="skip"` left out are in the logs as `skipped_steps`, with a warning at the end.
     - The values of an `EFCPCallback` are in the logs. `efcp_diagnostics_steps` of the arguments adds one, unless there
@@ -71,9 +75,10 @@ class EFCPTrainer(Trainer):
         # "...ForCausalLM" only, that of transformers 4 not at all.
         self._parent_counts = hasattr(self, "_loss_shifts_labels")
         self._loss_shifts_labels = getattr(self, "_loss_shifts_labels", False) or _is_causal(_unadapted(self._module()))
-        self._efcp = self._asks_for_efcp()
+        asked = self._asked_for()
+        self._efcp = issubclass(asked, AnyOptimizer)
         if self._efcp:
-            compatibility.refuse_what_cannot_work(self)
+            compatibility.refuse_what_cannot_work(self, issubclass(asked, ProjectedAdam))
         self._add_diagnostics(getattr(self.args, "efcp_diagnostics_steps", 0))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -108,7 +113,8 @@ class EFCPTrainer(Trainer):
         Returns:
             What the parent returns.
         """
-        if ours := self._efcp_optimizer():
+        ours = self._efcp_optimizer()
+        if isinstance(ours, EFCP):
             num_grads = ours.param_groups[0]["num_grads"]
             if num_grads > num_training_steps > 0:
                 sizes = [ours.planned_memory(count)["total"] for count in (num_grads, num_training_steps)]
@@ -144,6 +150,37 @@ class EFCPTrainer(Trainer):
                 "%d of %d steps were skipped because gradients were NaN or infinite", skipped, output.global_step
             )
         return output
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], torch.Tensor | int | None]:
+        """Collect the batches of a step, as the parent does.
+
+        Args:
+            *args: The parent's arguments.
+            **kwargs: The parent's arguments.
+
+        Returns:
+            What the parent returns.
+        """
+        batches, items = super().get_batch_samples(*args, **kwargs)
+        self._uphill = Uphill(self, batches, items)
+        return batches, items
+
+    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """One backward pass, as the parent's; with LORENZA where its ascent has led.
+
+        Args:
+            model: The model, wrapped or not.
+            *args: The parent's further arguments.
+            **kwargs: The parent's further arguments.
+
+        Returns:
+            What the parent returns.
+        """
+        optimizer = self._bare_optimizer()
+        if not isinstance(optimizer, LORENZA):
+            return super().training_step(model, *args, **kwargs)
+        with self._uphill.of(optimizer, model):
+            return super().training_step(model, *args, **kwargs)
 
     def compute_loss(
         self,
@@ -256,9 +293,9 @@ class EFCPTrainer(Trainer):
     def _diagnostics(self) -> list[EFCPCallback]:
         return [callback for callback in self.callback_handler.callbacks if isinstance(callback, EFCPCallback)]
 
-    def _efcp_optimizer(self) -> EFCP | None:
+    def _efcp_optimizer(self) -> AnyOptimizer | None:
         optimizer = self._bare_optimizer()
-        return optimizer if isinstance(optimizer, EFCP) else None
+        return optimizer if isinstance(optimizer, AnyOptimizer) else None
 
     def _bare_optimizer(self) -> Any:
         return getattr(self.optimizer, "optimizer", self.optimizer)  # Accelerate wraps it
@@ -270,13 +307,15 @@ class EFCPTrainer(Trainer):
     def _module(self) -> nn.Module:
         return cast(nn.Module, self.model)  # the parent types it as optional; after construction it never is None
 
-    def _asks_for_efcp(self) -> bool:
+    def _asked_for(self) -> type:
+        """The class of the optimizer that was given or named; `object` where that is not one of ours."""
         if self.optimizer is not None:
-            return isinstance(self.optimizer, EFCP)
+            return type(self._bare_optimizer())
         if self.optimizer_cls_and_kwargs is not None:
             given = self.optimizer_cls_and_kwargs[0]
-            return isinstance(given, type) and issubclass(given, EFCP)
-        return efcp_name(self.args.optim) is not None
+            return given if isinstance(given, type) else object
+        name = efcp_name(self.args.optim)
+        return object if name is None else OPTIMIZERS[name]
 
 
 def _unadapted(model: nn.Module) -> nn.Module:

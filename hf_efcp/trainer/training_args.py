@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from ..factory import OPTIMIZERS, default_lr, efcp_name, parse_optim_args, unknown
-from ..optimizer import EFCP
+from ..family import AnyOptimizer
 
 logger = logging.getLogger(__name__)
 
@@ -158,7 +158,7 @@ class EFCPTrainingArguments(TrainingArguments):
             options.pop("memory_budget", None)  # needs the model, too
         preconditioned, excluded = (torch.nn.Parameter(torch.zeros(1)) for _ in range(2))
         adamw = {"params": [excluded], "preconditioned": False, "lr": options.pop("exclude_lr", self.learning_rate)}
-        optimizer: Callable[..., EFCP] = OPTIMIZERS[self.optim]
+        optimizer: Callable[..., AnyOptimizer] = OPTIMIZERS[self.optim]
         optimizer(
             [{"params": [preconditioned]}, adamw], lr=self.learning_rate, weight_decay=self.weight_decay, **options
         )

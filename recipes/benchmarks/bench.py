@@ -19,9 +19,10 @@ from plan import ComparisonArguments, Contender, Plan
 from training import build_trainer, load_model, tokenize, train
 from transformers import PrinterCallback, set_seed
 
-from hf_efcp import EFCP, OPTIMIZERS, EFCPTrainingArguments
+from hf_efcp import OPTIMIZERS, EFCPTrainingArguments
 from hf_efcp.checks import HEAVY_BALL
 from hf_efcp.factory import efcp_name, parse_optim_args
+from hf_efcp.family import AnyOptimizer
 from hf_efcp.glue import GlueTask
 
 # What a run's result does not depend on; all other training arguments that are not at their default are in its key.
@@ -33,7 +34,7 @@ NOT_IN_KEY = {
     *("dataloader_num_workers", "dataloader_pin_memory"),
 }
 # What parameter groups hold beside an optimizer's own settings.
-_OF_GROUPS = {"params", "lr", "weight_decay", "preconditioned", "skipped_steps", "efcp_format", "given_lr"}
+_OF_GROUPS = {"params", "lr", "weight_decay", "preconditioned", "skipped_steps", "efcp_format", "projected", "given_lr"}
 
 
 class Bench:
@@ -153,7 +154,7 @@ def _optimizer_settings(contender: Contender) -> dict[str, Any]:
     options = parse_optim_args(name, args.optim_args)
     options.pop("backend", None)  # changes no more than the time
     # As an optimizer spells them out, with defaults that hang on other options and may be others in another version.
-    make: Callable[..., EFCP] = OPTIMIZERS[name]
+    make: Callable[..., AnyOptimizer] = OPTIMIZERS[name]
     of_the_model = ("exclude", "exclude_lr", "memory_budget")
     own = {key: value for key, value in options.items() if key not in of_the_model}
     (group,) = make([torch.nn.Parameter(torch.zeros(1))], **own).param_groups

@@ -136,7 +136,8 @@ def build(case: Case, model: torch.nn.Module, seed: int, available: Callable[[],
     if need > room:
         raise MemoryError(f"{case.label} needs {need / 2**30:.1f} GiB of state, and {room / 2**30:.1f} GiB may be used")
     efcp.step()
-    fill_window(efcp, seed)
+    if isinstance(efcp, EFCP):
+        fill_window(efcp, seed)
     return efcp
 
 

@@ -106,6 +106,8 @@ def read_plan(argv: list[str]) -> Plan:
 
 def _missing(entry: Any) -> str | None:
     optim = str(entry.get("optim")) if isinstance(entry, dict) else ""
+    if efcp_name(optim) is not None:
+        return None
     needed = [module for name, module in _NEEDS.items() if name in optim]
     return next((module for module in needed if not _installed(module)), None)
 
