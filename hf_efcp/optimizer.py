@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
 from functools import wraps
-from typing import Any, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import torch
 from torch.optim.optimizer import ParamsT
@@ -25,6 +25,9 @@ from .sites import Group, Member, Site, dense
 from .threads import one_thread
 from .update import Move, move_all
 from .vectors import Vectors
+
+if TYPE_CHECKING:
+    from .whole import Whole
 
 FORMAT = 3  # of the state; a checkpoint says which it has
 _FLOAT32_MAX = torch.finfo(torch.float32).max
@@ -125,7 +128,8 @@ class EFCP(torch.optim.Optimizer):
         error_dtype: How the error is kept.
         nonfinite: What to do about a gradient with NaN or infinity, on any rank: "raise" an error, or "skip" the step
             and count it in `skipped_steps`. Nothing changes either way.
-        backend: "auto" (numba on the CPU, plain torch elsewhere), "reference" (plain torch) or "numba".
+        backend: "auto" (numba on the CPU, Triton on CUDA and ROCm, plain torch elsewhere), "reference" (plain torch),
+            "numba" or "triton".
         memory_budget: Instead of `num_grads`: what all state may take, in bytes per parameter ("8B/param"), as text
             ("300MB", "2GiB": powers of 1000 and of 1024) or as an int of bytes. Takes the largest window that fits,
             for the parameters that are there and require a gradient, excluded ones included; counted whole, before
@@ -149,6 +153,9 @@ class EFCP(torch.optim.Optimizer):
         >>> optimizer.memory()["values"]  # 8 rows of 10 and of 1 entries in bfloat16
         176
     """
+
+    _whole: Whole | None = None  # made by the first step that wants it, and not part of a copy
+    _warned: bool = False
 
     def __init__(
         self,
@@ -246,7 +253,7 @@ class EFCP(torch.optim.Optimizer):
 
     @property
     def backend(self) -> str:
-        """The backend that steps the parameters where they are now: "numba" or "reference"."""
+        """The backend that steps the parameters where they are now: "numba", "triton" or "reference"."""
         return choose(self._backend, checks.check_one_device(member.param for member in self._members())).NAME
 
     @property
@@ -411,7 +418,8 @@ class EFCP(torch.optim.Optimizer):
                 )
         processes = shards.check([member.param for member in active])
         kernels = choose(self._backend, device)
-        squares = _squares(active, kernels)
+        whole = self._whole_steps(kernels, active, device)
+        squares = _squares(active, kernels) if whole is None else whole.squares(active)
         if self._refuses_nonfinite(active, squares, processes, device):
             return False
         preconditioner = replace(self._preconditioner, **{name: shared[name] for name in self._tunable})
@@ -420,7 +428,10 @@ class EFCP(torch.optim.Optimizer):
         self._allocate(active)
         vectors = Vectors(self._layout.metric, self.state, kernels)
         units = [self._sites(unit) for unit in self._units()]
-        pushed = self._push(units, preconditioner, kernels, vectors)
+        if whole is not None:
+            self._step_whole(whole, self._begin(units), preconditioner, vectors)
+            return True
+        pushed = self._push(self._begin(units), preconditioner, kernels, vectors)
         pushed = self._collect(pushed, processes, device)
         plans = self._plan(pushed, preconditioner, device)
         moves = []
@@ -534,10 +545,48 @@ class EFCP(torch.optim.Optimizer):
                 group["skipped_steps"] += 1
         return count > 0.0
 
-    def _push(
-        self, units: list[list[Site]], preconditioner: Preconditioner, kernels: Kernels, vectors: Vectors
-    ) -> list[Pushed]:
-        """Push a row, of zeros where there is no gradient, and take the products that the matrices need."""
+    def _whole_steps(self, kernels: Kernels, active: list[Member], device: torch.device) -> Whole | None:
+        """What steps the whole model in a few launches; None where the backend, or the optimizer, has no such step."""
+        if kernels.NAME != "triton":
+            return None
+        from .whole import Whole, refusal  # Triton is imported where it is used
+
+        reason = refusal(self._layout, self._preconditioner, self._precondition, active)
+        if reason is not None:
+            if not self._warned:
+                self._warned = True
+                warnings.warn(
+                    f"the Triton kernels have no step for {reason}: this optimizer runs plain torch kernels, tensor by "
+                    'tensor, which are many times slower on a GPU. backend="reference" silences this',
+                    stacklevel=2,
+                )
+            return None
+        if self._whole is None or self._whole.device != device:
+            self._whole = Whole(self._layout, device)
+        return self._whole
+
+    def _step_whole(
+        self, whole: Whole, pushed: list[Pushed], preconditioner: Preconditioner, vectors: Vectors
+    ) -> None:
+        """The step of everything that is preconditioned, in a few launches."""
+        if not pushed:
+            return
+        vectors.begin([site for unit in pushed for site in unit.sites])
+        columns = whole.push([(unit.sites, unit.now) for unit in pushed])
+        for unit in pushed:
+            unit.gram_state["pushed"] = unit.now.steps
+        states, beta1 = [unit.gram_state for unit in pushed], self._structure.get("metric_beta1", 0.0)
+        coefficients = whole.solve(states, [unit.now for unit in pushed], columns, preconditioner, beta1)
+        if coefficients is None:
+            own = [unit._replace(column=column[: unit.now.rows]) for unit, column in zip(pushed, columns, strict=True)]
+            own = self._collect(own, None, columns.device)
+            coefficients = torch.zeros_like(columns)
+            for place, plan in enumerate(self._plan(own, preconditioner, columns.device)):
+                coefficients[place, : own[place].now.rows] = plan.coefficients
+        whole.move(coefficients)
+
+    def _begin(self, units: list[list[Site]]) -> list[Pushed]:
+        """Where the windows of units stand, with rows of zeros for what has no gradient, and sums of zeros."""
         window, pushed = self._layout.window, []
         for sites in units:
             gram_state, now = self._place(sites)
@@ -549,6 +598,13 @@ class EFCP(torch.optim.Optimizer):
             column = torch.zeros(now.rows, dtype=widest(device), device=device)
             products = torch.zeros(now.rows + 1, dtype=widest(device), device=device)
             pushed.append(Pushed(gram_state, present, now, column, products))
+        return pushed
+
+    def _push(
+        self, pushed: list[Pushed], preconditioner: Preconditioner, kernels: Kernels, vectors: Vectors
+    ) -> list[Pushed]:
+        """Push the rows, and take the products that the matrices need."""
+        window = self._layout.window
         rows = [(site, unit.now) for unit in pushed for site in unit.sites]
         vectors.begin([site for site, _ in rows])
         push(rows, self._layout, kernels, vectors)
@@ -611,6 +667,7 @@ class EFCP(torch.optim.Optimizer):
         found = []
         for unit, column, products in zip(pushed, summed[::2], summed[1::2], strict=True):
             if "gram" in unit.gram_state:
+                unit.gram_state["gram"] = unit.gram_state["gram"].to("cpu")  # a step of the whole model has it elsewhere
                 unit.gram_state["gram"][unit.now.newest, : unit.now.rows] = column
                 unit.gram_state["gram"][: unit.now.rows, unit.now.newest] = column
             found.append(unit._replace(column=column, products=products))
