@@ -127,7 +127,8 @@ class EFCP(torch.optim.Optimizer):
         momentum_dtype: How the first moment is kept: float32 or bfloat16.
         error_dtype: How the error is kept.
         nonfinite: What to do about a gradient with NaN or infinity, on any rank: "raise" an error, or "skip" the step
-            and count it in `skipped_steps`. Nothing changes either way.
+            and count it in `skipped_steps`; nothing changes either way. "ignore" does not look, for those who do so
+            themselves (a GradScaler does): the only time a step on a GPU waits for the device is for this.
         backend: "auto" (numba on the CPU, Triton on CUDA and ROCm, plain torch elsewhere), "reference" (plain torch),
             "numba" or "triton".
         memory_budget: Instead of `num_grads`: what all state may take, in bytes per parameter ("8B/param"), as text
@@ -197,7 +198,7 @@ class EFCP(torch.optim.Optimizer):
         checks.check_choice("precondition", precondition, ("row", "gradient", "momentum"))
         checks.check_choice("metric", metric, METRICS)
         checks.check_choice("scope", scope, ("model", "layer"))
-        checks.check_choice("nonfinite", nonfinite, ("raise", "skip"))
+        checks.check_choice("nonfinite", nonfinite, ("raise", "skip", "ignore"))
         check_name(backend)
         checks.check_momentum(precondition, metric, beta1)
         preconditioner.check(precondition, metric)
@@ -210,7 +211,7 @@ class EFCP(torch.optim.Optimizer):
         self._preconditioner = preconditioner
         self._layout = Layout(compressor, error_store(error_dtype), preconditioner, num_grads, made)
         self._precondition = precondition
-        self._skip_nonfinite = nonfinite == "skip"
+        self._nonfinite = nonfinite
         self._backend = backend
         # What decides the shapes of the state, and so can neither change nor differ in a checkpoint.
         structure: Group = {
@@ -419,9 +420,12 @@ class EFCP(torch.optim.Optimizer):
         processes = shards.check([member.param for member in active])
         kernels = choose(self._backend, device)
         whole = self._whole_steps(kernels, active, device)
-        squares = _squares(active, kernels) if whole is None else whole.squares(active)
-        if self._refuses_nonfinite(active, squares, processes, device):
-            return False
+        if whole is not None:
+            whole.check(active, self.state, self._name)
+        if self._nonfinite != "ignore":
+            squares = _squares(active, kernels) if whole is None else whole.squares(active)
+            if self._refuses_nonfinite(active, squares, processes, device):
+                return False
         preconditioner = replace(self._preconditioner, **{name: shared[name] for name in self._tunable})
         preconditioner.check(self._precondition, self._structure["metric"])
 
@@ -538,7 +542,7 @@ class EFCP(torch.optim.Optimizer):
             if member.param.grad is not None and not checks.is_finite(member.param.grad, squares[member.position])
         ]
         count = float(shards.all_reduce(torch.tensor([len(bad)], dtype=torch.float64, device="cpu"), processes, device))
-        if count and not self._skip_nonfinite:
+        if count and self._nonfinite == "raise":
             raise ValueError(checks.nonfinite_message(bad, self._name))
         if count:
             for group in self.param_groups:
@@ -565,9 +569,7 @@ class EFCP(torch.optim.Optimizer):
             self._whole = Whole(self._layout, device)
         return self._whole
 
-    def _step_whole(
-        self, whole: Whole, pushed: list[Pushed], preconditioner: Preconditioner, vectors: Vectors
-    ) -> None:
+    def _step_whole(self, whole: Whole, pushed: list[Pushed], preconditioner: Preconditioner, vectors: Vectors) -> None:
         """The step of everything that is preconditioned, in a few launches."""
         if not pushed:
             return
@@ -667,7 +669,7 @@ class EFCP(torch.optim.Optimizer):
         found = []
         for unit, column, products in zip(pushed, summed[::2], summed[1::2], strict=True):
             if "gram" in unit.gram_state:
-                unit.gram_state["gram"] = unit.gram_state["gram"].to("cpu")  # a step of the whole model has it elsewhere
+                unit.gram_state["gram"] = unit.gram_state["gram"].to("cpu")  # `Whole` has it elsewhere
                 unit.gram_state["gram"][unit.now.newest, : unit.now.rows] = column
                 unit.gram_state["gram"][: unit.now.rows, unit.now.newest] = column
             found.append(unit._replace(column=column, products=products))

@@ -7,13 +7,14 @@ device, where they are damped and solved as well, so that nothing waits for the 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
 from . import checks, noise
+from .blocks import sharing
 from .compressors import TopK
 from .errors import BucketErrors
 from .kernels import BUCKET
@@ -31,9 +32,7 @@ _NO_METRIC = 5
 Unit = tuple[list[Site], WindowPosition]  # parameters that share a matrix, all with a gradient
 
 
-def refusal(
-    layout: Layout, preconditioner: Preconditioner, precondition: str, members: Sequence[Member]
-) -> str | None:
+def refusal(layout: Layout, preconditioner: Preconditioner, precondition: str, members: Sequence[Member]) -> str | None:
     """Why the kernels cannot step an optimizer.
 
     Args:
@@ -83,6 +82,33 @@ class Whole:
         self._settings: Settings | None = None
         self._moved: list[tuple[torch.Tensor, torch.Tensor]] = []  # parameters that are not contiguous, and copies
 
+    def check(
+        self, members: Sequence[Member], states: Mapping[Any, Mapping[str, Any]], name: Callable[[torch.Tensor], str]
+    ) -> None:
+        """Refuse what has addresses that are not the device's, and what would repeat those of one step.
+
+        Args:
+            members: Parameters.
+            states: Their states, by parameter.
+            name: Tells what to call a parameter, when it comes to that.
+
+        Raises:
+            ValueError: A tensor of a state is on another device than its parameter.
+            RuntimeError: A CUDA graph is captured.
+        """
+        for member in members:
+            for key, value in states.get(member.param, {}).items():
+                if isinstance(value, torch.Tensor) and key not in ("gram", "step") and value.device != self.device:
+                    raise ValueError(
+                        f"{name(member.param)} is on {self.device}, but {key} of its state on {value.device}: load the "
+                        "state again with load_state_dict, which puts it there, or move it back"
+                    )
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "a step cannot be captured in a CUDA graph: what differs between steps (the noise, the place in the "
+                "window, addresses of gradients) is sent from the host. Capture forward and backward, and step outside"
+            )
+
     def squares(self, members: Sequence[Member]) -> dict[int, float]:
         """What stands for `|g|^2` in the check of the gradients: 0, or infinity where an entry is not finite.
 
@@ -92,10 +118,10 @@ class Whole:
         Returns:
             By position.
         """
-        given = [member for member in members if member.param.grad is not None]
+        given = [(member.position, member.param.grad) for member in members if member.param.grad is not None]
         with self._on_device():
-            bad = self._model.find_nonfinite([_flat(member.param.grad) for member in given])
-        return {member.position: math.inf if found else 0.0 for member, found in zip(given, bad, strict=True)}
+            bad = self._model.find_nonfinite([_flat(gradient) for _, gradient in given])
+        return {position: math.inf if found else 0.0 for (position, _), found in zip(given, bad, strict=True)}
 
     def push(self, units: Sequence[Unit]) -> torch.Tensor:
         """Take the gradients into second moments, windows and errors.
@@ -110,12 +136,17 @@ class Whole:
         self._moved = []
         self._settings = settings = self._compiled([site for sites, _ in units for site in sites])
         self._rows = rows = [
-            row for number, (sites, now) in enumerate(units) for site in sites for row in self._describe(site, now, number)
+            row
+            for number, (sites, now) in enumerate(units)
+            for site in sites
+            for row in self._describe(site, now, number)
         ]
+        if not rows:
+            return torch.zeros(len(units), settings.capacity, dtype=torch.float64, device=self.device)
         with self._on_device():
             if settings.rank:
                 place_scratch(rows, settings.rank)
-            model.begin(rows)
+            model.begin(rows, len(units))
             if metric is not None:
                 model.observe(rows, settings)
             if settings.rank:
@@ -171,8 +202,9 @@ class Whole:
         """
         assert self._settings is not None  # push comes first
         move = self._model.move_low_rank if self._settings.rank else self._model.move_sparse
-        with self._on_device():
-            move(self._rows, self._settings, coefficients)
+        if self._rows:
+            with self._on_device():
+                move(self._rows, self._settings, coefficients)
         for param, copy in self._moved:
             param.copy_(copy.view(param.shape))
         self._rows, self._moved = [], []
@@ -250,7 +282,7 @@ class Whole:
         found = []
         for piece, indices, values, scales in self._layout.window.parts(state, shape):  # type: ignore[attr-defined]
             own = {"begin": piece.start, "blocks": piece.blocks, "kept": piece.kept, "stride": indices.stride(0)}
-            own |= {"width": piece.length, "height": -(-piece.blocks // piece.groups)}
+            own |= {"width": piece.length, "height": min(sharing(piece.length), piece.blocks)}
             window = {"indices": indices, "values": values}
             if scales is not None:
                 window["scales"], own["scale_stride"] = scales, scales.stride(0)

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .error import load_factor
-from .shared import HEIGHT, HELD, LEFT, NEWEST, NUMEL, RIGHT, VALUES, WIDTH, field
+from .shared import HEIGHT, HELD, LEFT, NEWEST, NUMEL, RIGHT, VALUES, WIDTH, field, small
 
 
 @triton.jit
@@ -18,9 +18,10 @@ def inner(
     total = tl.zeros((PADDED, PADDED), tl.float64)
     for first in range(0, length, LENGTH):
         place = first + tl.arange(0, LENGTH)
+        vectors = k[:, None] * length + place[None, :]
         inside = (k < RANK)[:, None] & (place < length)[None, :]
-        x = load_factor(side, (i * RANK + k[:, None]) * length + place[None, :], inside, VALUES_IN).to(tl.float64)
-        y = load_factor(side, (newest * RANK + k[:, None]) * length + place[None, :], inside, VALUES_IN)
+        x = load_factor(side, i * RANK * length, vectors, inside, VALUES_IN).to(tl.float64)
+        y = load_factor(side, newest * RANK * length, vectors, inside, VALUES_IN)
         total += tl.sum(x[:, None, :] * y.to(tl.float64)[None, :, :], axis=2)
     return total
 
@@ -43,15 +44,15 @@ def dots(
     product = tl.zeros((), tl.float64)
     if i < field(table, row, HELD):
         if left == 0:
-            numel, values = field(table, row, NUMEL), field(table, row, VALUES)
+            numel, values = small(table, row, NUMEL), field(table, row, VALUES)
             total = tl.zeros((WHOLE,), tl.float64)
             for first in range(0, numel, WHOLE):
                 place = first + tl.arange(0, WHOLE)
-                x = load_factor(values, i * numel + place, place < numel, VALUES_IN).to(tl.float64)
-                total += x * load_factor(values, newest * numel + place, place < numel, VALUES_IN).to(tl.float64)
+                x = load_factor(values, i * numel, place, place < numel, VALUES_IN).to(tl.float64)
+                total += x * load_factor(values, newest * numel, place, place < numel, VALUES_IN).to(tl.float64)
             product = tl.sum(total, axis=0)
         else:
-            P = inner(left, field(table, row, HEIGHT), newest, i, RANK, PADDED, VALUES_IN, LENGTH)
-            Q = inner(field(table, row, RIGHT), field(table, row, WIDTH), newest, i, RANK, PADDED, VALUES_IN, LENGTH)
+            P = inner(left, small(table, row, HEIGHT), newest, i, RANK, PADDED, VALUES_IN, LENGTH)
+            Q = inner(field(table, row, RIGHT), small(table, row, WIDTH), newest, i, RANK, PADDED, VALUES_IN, LENGTH)
             product = tl.sum(tl.sum(P * Q, axis=1), axis=0)
     tl.store(columns + row * capacity + i, product)

@@ -1,4 +1,4 @@
-"""The error that low-rank compression leaves, of a whole model in one launch: `e <- A - P Q^T`, rounded as it is kept."""
+"""The error that low-rank compression leaves, a whole model in a launch: `e <- A - P Q^T`, rounded as it is kept."""
 
 from __future__ import annotations
 
@@ -23,18 +23,19 @@ from .shared import (
     floats,
     halves,
     nearest,
+    small,
     store_buckets,
     widened,
 )
 
 
 @triton.jit
-def load_factor(address, place, inside, VALUES_IN: tl.constexpr):
-    """A part of a factor, or of a row that is kept whole, as float32."""
+def load_factor(address, begin, place, inside, VALUES_IN: tl.constexpr):
+    """A part of a factor, or of a row that is kept whole, as float32; only `begin` may be beyond 32 bits."""
     if VALUES_IN == BFLOAT16:
-        x = widened(tl.load(halves(address) + place, mask=inside, other=0))
+        x = widened(tl.load(halves(address) + begin + place, mask=inside, other=0))
     else:
-        x = tl.load(floats(address) + place, mask=inside, other=0.0)
+        x = tl.load(floats(address) + begin + place, mask=inside, other=0.0)
     return x
 
 
@@ -53,8 +54,8 @@ def keep_error(
 ):
     """Some buckets of a tensor. The row of one that is kept whole is written here as well."""
     task = tl.program_id(0)
-    row, first = tl.load(tasks + 2 * task), tl.load(tasks + 2 * task + 1)
-    numel, newest = field(table, row, NUMEL), field(table, row, NEWEST)
+    row, first = tl.load(tasks + 2 * task), tl.load(tasks + 2 * task + 1).to(tl.int32)
+    numel, newest = small(table, row, NUMEL), field(table, row, NEWEST)
     bucket = first + tl.arange(0, ROWS)
     position = bucket[:, None] * ENTRIES + tl.arange(0, ENTRIES)[None, :]
     inside = position < numel
@@ -69,11 +70,11 @@ def keep_error(
             tl.store(floats(values) + newest * numel + position, a, mask=inside)
             a -= a
     else:
-        height, width = field(table, row, HEIGHT), field(table, row, WIDTH)
-        r, c = position.to(tl.int32) // width.to(tl.int32), position.to(tl.int32) % width.to(tl.int32)
+        height, width = small(table, row, HEIGHT), small(table, row, WIDTH)
+        r, c = position // width, position % width
         for k in range(RANK):
-            p = load_factor(left, (newest * RANK + k) * height + r, inside, VALUES_IN)
-            q = load_factor(right, (newest * RANK + k) * width + c, inside, VALUES_IN)
+            p = load_factor(left, (newest * RANK + k) * height, r, inside, VALUES_IN)
+            q = load_factor(right, (newest * RANK + k) * width, c, inside, VALUES_IN)
             a -= p * q
     tl.debug_barrier()  # scales are overwritten that other threads of the program read
     store_buckets(

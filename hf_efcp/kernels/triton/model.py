@@ -19,12 +19,12 @@ from . import columns, error, factors, finite, moments, move, orthonormal, share
 from .launch import cut, launch, padded, tiles, upload
 
 _RANGE = 4096  # entries of a program that goes through a tensor
-_ROWS = _RANGE // BUCKET
+_ROWS = 2048 // BUCKET
 _TILE = 32, 64  # rows and columns of a tile of a matrix
 _SPLIT = 2048  # rows of a matrix over which one program sums
 _INNER = 32  # vectors of the window that are multiplied at a time
 _FACTORS = 1024  # entries of a factor
-_SUMS = 2048  # float64 that a program adds at a time
+_SUMS = 1024  # float64 that a program adds at a time
 _BLOCKS = 64  # blocks whose products one program takes
 _CHUNK = 128  # entries of a block or a row that one warp takes
 _PROGRAMS = 4096  # that have sums of their own
@@ -100,8 +100,10 @@ class Model:
     device: torch.device
     _plans: dict[Any, torch.Tensor] = field(default_factory=dict)
     _shapes: Any = None
+    _checked: tuple[list[int], torch.Tensor] = field(default_factory=lambda: ([], torch.empty(0, device="cpu")))
     table: torch.Tensor = field(init=False)
     numbers: torch.Tensor = field(init=False)
+    units: int = field(init=False)
 
     def find_nonfinite(self, gradients: Sequence[torch.Tensor]) -> list[bool]:
         """Which gradients have NaN or infinity. The only copy from the device that a step waits for.
@@ -115,18 +117,23 @@ class Model:
         rows = [Row(g, g, {}, {"numel": g.numel()}, {}) for g in gradients]
         table = upload(np.array([row.integers() for row in rows], np.int64), self.device)
         flags = torch.zeros(len(rows), dtype=torch.int32, device=self.device)
-        tasks = upload(cut([g.numel() for g in gradients], _RANGE), self.device)
+        sizes = [g.numel() for g in gradients]
+        if sizes != self._checked[0]:
+            self._checked = sizes, upload(cut(sizes, _RANGE), self.device)
+        tasks = self._checked[1]
         launch(finite.find_nonfinite, (len(tasks),), table, tasks, flags, LENGTH=_RANGE)
         return [bool(flag) for flag in flags.tolist()]
 
-    def begin(self, rows: Sequence[Row]) -> None:
+    def begin(self, rows: Sequence[Row], units: int) -> None:
         """Take the tensors of this step.
 
         Args:
-            rows: In an order that is the same in every step.
+            rows: In an order that is the same in every step, those of a unit together.
+            units: How many units there are; one may have no rows.
         """
         names = ("numel", "height", "width", "blocks", "kept", "unit", "begin")
-        shapes = tuple(tuple(row.places.get(name, 0) for name in names) for row in rows)
+        self.units = units
+        shapes: Any = units, tuple(tuple(row.places.get(name, 0) for name in names) for row in rows)
         if shapes != self._shapes:
             self._plans, self._shapes = {}, shapes
         integers = np.array([row.integers() for row in rows], np.int64)
@@ -171,38 +178,46 @@ class Model:
         given = self.table, self.numbers
         launch(sketch.sketch, (len(bands),), *given, bands, peak, scratch, eps, **common)
         which = self._plan("matrices", lambda: np.array(matrices, np.int64))
-        many = {"RANK": rank, "PADDED": padded(rank), "ROWS": max(16, _SUMS // padded(rank))}
+        many = {"RANK": rank, "PADDED": padded(rank), "ROWS": max(16, 1024 // padded(rank))}
         launch(orthonormal.orthonormalise, (len(which),), self.table, which, scratch, **many, warps=8)
         splits = self._plan("splits", lambda: _splits(sizes))
-        launch(factors.project, (len(splits),), *given, splits, scratch, eps, **common, SPLIT=_SPLIT)
+        launch(
+            factors.project,
+            (len(splits),),
+            *given,
+            splits,
+            scratch,
+            eps,
+            **{**common, "ROWS": _TILE[0] // 2},
+            SPLIT=_SPLIT,
+        )
         kept = {"RANK": rank, "VALUES_IN": settings.values}
         launch(factors.keep_factors, (len(vectors),), self.table, vectors, scratch, **kept, LENGTH=_FACTORS)
         buckets = self._plan("observe", lambda: _buckets(rows))
         launch(error.keep_error, (len(buckets),), *given, buckets, eps, **kept, **settings.reading, ROWS=_ROWS)
 
     def push_top_k(self, rows: Sequence[Row], settings: Settings) -> None:
-        """Top-k of every block: the newest rows of the windows, and the errors. One launch for each length of blocks.
+        """Top-k of every block: the newest rows of the windows, and the errors.
 
         Args:
             rows: As in `begin`.
             settings: What is compiled.
         """
         groups = [-(-row.places["blocks"] // row.places["height"]) for row in rows]
-        # A group of short blocks is one tile; its sides are powers of two.
-        sides = [(padded(row.places["height"]), padded(row.places["width"], BUCKET)) for row in rows]
-        for share, length in sorted(set(sides)):
-            mine = [count if side == (share, length) else 0 for count, side in zip(groups, sides, strict=True)]
-            tasks = self._plan(("select", share, length), lambda mine=mine: cut(mine, 1))
-            launch(
-                topk.select,
-                (len(tasks),),
-                *(self.table, self.numbers, tasks, settings.eps),
-                **self._sparse(settings),
-                **settings.reading,
-                SHARE=share,
-                LENGTH=length,
-                warps=min(16, max(4, share * length // 1024)),
-            )
+        tasks = self._plan("groups", lambda: cut(groups, 1))
+        # A group of short blocks is one tile; its sides are powers of two, of the largest, so that one launch does all.
+        share = padded(max(row.places["height"] for row in rows))
+        length = padded(max(row.places["width"] for row in rows), BUCKET)
+        launch(
+            topk.select,
+            (len(tasks),),
+            *(self.table, self.numbers, tasks, settings.eps),
+            **self._sparse(settings),
+            **settings.reading,
+            SHARE=share,
+            LENGTH=length,
+            warps=min(32, max(4, share * length // 512)),
+        )
 
     def dots_low_rank(self, rows: Sequence[Row], settings: Settings) -> torch.Tensor:
         """The new columns of the Gram matrices.
@@ -225,7 +240,7 @@ class Model:
             LENGTH=max(1, _SUMS // (wide * wide)),
             WHOLE=_FACTORS,
         )
-        if len({row.places["unit"] for row in rows}) == len(rows):
+        if [row.places["unit"] for row in rows] == list(range(self.units)):
             return found
         return self._add_up([row.places["unit"] for row in rows], found)
 
@@ -304,8 +319,8 @@ class Model:
         return {"VALUES_IN": settings.values, "WIDE_INDEX": settings.block_size > 256}
 
     def _add_up(self, units: Sequence[int], partial: torch.Tensor) -> torch.Tensor:
-        """Sums of the rows that belong to a unit; units ascend."""
-        count, capacity = units[-1] + 1, partial.shape[1]
+        """Sums over the rows of each unit; units ascend."""
+        count, capacity = self.units, partial.shape[1]
         bounds = self._plan(
             ("bounds", len(units)), lambda: np.searchsorted(np.array(units), np.arange(count + 1)).astype(np.int64)
         )

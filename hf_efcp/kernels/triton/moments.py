@@ -6,28 +6,27 @@ import triton
 import triton.language as tl
 
 from .shared import (
+    _FLOAT32_MAX,
     ENTRIES,
     INT8,
     NUMEL,
     SECOND,
     SECOND_KEY,
     SECOND_SCALE,
-    _FLOAT32_MAX,
     field,
     gradient_of,
     load_stored,
+    small,
     store_buckets,
 )
 
 
 @triton.jit
-def observe(
-    table, numbers, tasks, beta2, rest, METRIC: tl.constexpr, COUPLED: tl.constexpr, ROWS: tl.constexpr
-):
+def observe(table, numbers, tasks, beta2, rest, METRIC: tl.constexpr, COUPLED: tl.constexpr, ROWS: tl.constexpr):
     """Some buckets of a tensor; `rest` is `1 - beta2`. Levels are those of the root."""
     task = tl.program_id(0)
-    row, first = tl.load(tasks + 2 * task), tl.load(tasks + 2 * task + 1)
-    numel = field(table, row, NUMEL)
+    row, first = tl.load(tasks + 2 * task), tl.load(tasks + 2 * task + 1).to(tl.int32)
+    numel = small(table, row, NUMEL)
     bucket = first + tl.arange(0, ROWS)
     position = bucket[:, None] * ENTRIES + tl.arange(0, ENTRIES)[None, :]
     inside = position < numel

@@ -26,6 +26,7 @@ from .shared import (
     into_metric,
     load_vector,
     number,
+    small,
     store_vector,
 )
 
@@ -64,30 +65,36 @@ def move(
     A coefficient may be beyond float32 where its row is tiny; it goes with the row, in float64, before anything else.
     """
     task = tl.program_id(0)
-    row, top, begin = tl.load(tasks + 3 * task), tl.load(tasks + 3 * task + 1), tl.load(tasks + 3 * task + 2)
-    held, left = field(table, row, HELD), field(table, row, LEFT)
+    row = tl.load(tasks + 3 * task)
+    top, begin = tl.load(tasks + 3 * task + 1).to(tl.int32), tl.load(tasks + 3 * task + 2).to(tl.int32)
+    held, left = small(table, row, HELD), field(table, row, LEFT)
     c_of = coefficients + field(table, row, UNIT) * capacity
     r, c = tl.arange(0, ROWS), begin + tl.arange(0, COLS)
     update = tl.zeros((ROWS, COLS), tl.float32)
     if left == 0:
-        numel, values = field(table, row, NUMEL), field(table, row, VALUES)
+        numel, values = small(table, row, NUMEL), field(table, row, VALUES)
         position = r[:, None] * COLS + c[None, :]
         inside = position < numel
         for i in range(0, held):
             weight = tl.load(c_of + i)
-            x = load_factor(values, i * numel + position, inside, VALUES_IN).to(tl.float64)
+            x = load_factor(values, i * field(table, row, NUMEL), position, inside, VALUES_IN).to(tl.float64)
             update += (weight * x).to(tl.float32)
     else:
-        height, width, right = field(table, row, HEIGHT), field(table, row, WIDTH), field(table, row, RIGHT)
-        r += top
+        height, width, right = small(table, row, HEIGHT), small(table, row, WIDTH), field(table, row, RIGHT)
+        r = top + r
         position = r[:, None] * width + c[None, :]
         inside = (r < height)[:, None] & (c < width)[None, :]
         for first in range(0, held * RANK, INNER):
-            k = first + tl.arange(0, INNER)
-            real = k < held * RANK
-            p = load_factor(left, k[None, :] * height + r[:, None], real[None, :] & (r < height)[:, None], VALUES_IN)
-            q = load_factor(right, k[:, None] * width + c[None, :], real[:, None] & (c < width)[None, :], VALUES_IN)
-            weight = tl.load(c_of + k // RANK, mask=real, other=0.0)
+            k = tl.arange(0, INNER)
+            real = k < held * RANK - first
+            above, beside = first * field(table, row, HEIGHT), first * field(table, row, WIDTH)
+            p = load_factor(
+                left, above, k[None, :] * height + r[:, None], real[None, :] & (r < height)[:, None], VALUES_IN
+            )
+            q = load_factor(
+                right, beside, k[:, None] * width + c[None, :], real[:, None] & (c < width)[None, :], VALUES_IN
+            )
+            weight = tl.load(c_of + (first + k) // RANK, mask=real, other=0.0)
             q = (weight[:, None] * q.to(tl.float64)).to(tl.float32)
             update = tl.dot(p, q, update, input_precision="ieee")
     apply(table, numbers, row, position, inside, update, eps, METRIC)

@@ -9,14 +9,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .shared import HEIGHT, IMAGE, field
+from .shared import HEIGHT, IMAGE, field, small
 
 
 @triton.jit
 def orthonormalise(table, tasks, scratch, RANK: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr):
     """Replace a tensor's `(rank, height)` in the scratch memory by the transposed basis."""
     row = tl.load(tasks + tl.program_id(0))
-    height = field(table, row, HEIGHT)
+    height = small(table, row, HEIGHT)
     image = scratch + field(table, row, IMAGE)
     j = tl.arange(0, PADDED)
     real = j < RANK
@@ -24,9 +24,9 @@ def orthonormalise(table, tasks, scratch, RANK: tl.constexpr, PADDED: tl.constex
     products = tl.zeros((PADDED,), tl.float64)
     for first in range(0, height, ROWS):
         r = first + tl.arange(0, ROWS)
-        y = tl.load(
-            image + j[None, :] * height + r[:, None], mask=real[None, :] & (r < height)[:, None], other=0.0
-        ).to(tl.float64)
+        y = tl.load(image + j[None, :] * height + r[:, None], mask=real[None, :] & (r < height)[:, None], other=0.0).to(
+            tl.float64
+        )
         below = tl.where(r > 0, tl.sum(tl.where(j[None, :] == 0, y, 0.0), axis=1), 0.0)
         products += tl.sum(below[:, None] * y, axis=0)
     T = tl.zeros((PADDED, PADDED), tl.float64)

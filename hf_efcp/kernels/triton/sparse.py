@@ -1,4 +1,4 @@
-"""What is made of sparse windows, of a whole model in one launch each: inner products, and the way to the parameters."""
+"""What is made of sparse windows, a whole model in a launch: inner products, and the way to the parameters."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .move import apply
-from .shared import BEGIN, BLOCKS, HELD, INDICES, KEPT, NEWEST, STRIDE, UNIT, VALUES, WIDTH, field
+from .shared import BEGIN, HELD, INDICES, KEPT, NEWEST, STRIDE, UNIT, VALUES, WIDTH, field
 from .topk import load_index, load_value, scale_of
 
 
@@ -98,7 +98,7 @@ def sparse_move(
             tl.store(own + begin + tl.arange(0, CHUNK), tl.zeros((CHUNK,), tl.float64))
         tl.debug_barrier()
         for i in range(0, field(table, row, HELD)):
-            weight = tl.load(c_of + i) * scale_of(table, row, block, tl.full((), i, tl.int64), VALUES_IN)
+            weight = tl.load(c_of + i) * scale_of(table, row, block, i, VALUES_IN)
             for begin in range(0, kept, CHUNK):
                 place = begin + tl.arange(0, CHUNK)
                 inside = place < kept

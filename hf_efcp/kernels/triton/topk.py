@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 
 from .shared import (
+    _LARGEST,
+    _SMALLEST,
     BEGIN,
     BFLOAT16,
     BLOCKS,
@@ -25,14 +27,13 @@ from .shared import (
     STRIDE,
     VALUES,
     WIDTH,
-    _LARGEST,
-    _SMALLEST,
     accumulator,
     bytes_at,
     field,
     floats,
     halves,
     nearest,
+    small,
     store_buckets,
     widened,
 )
@@ -57,13 +58,13 @@ def select(
     The smallest kept magnitude is found bit by bit; among its equals the lowest indices are kept.
     """
     task = tl.program_id(0)
-    row, group = tl.load(tasks + 2 * task), tl.load(tasks + 2 * task + 1)
-    length, blocks, kept = field(table, row, WIDTH), field(table, row, BLOCKS), field(table, row, KEPT)
-    share = field(table, row, HEIGHT)  # blocks of a group
+    row, group = tl.load(tasks + 2 * task), tl.load(tasks + 2 * task + 1).to(tl.int32)
+    length, blocks, kept = small(table, row, WIDTH), small(table, row, BLOCKS), small(table, row, KEPT)
+    share = small(table, row, HEIGHT)  # blocks of a group
     b, c = group * share + tl.arange(0, SHARE), tl.arange(0, LENGTH)
     real = (tl.arange(0, SHARE) < share) & (b < blocks)
     inside = real[:, None] & (c < length)[None, :]
-    position = field(table, row, BEGIN) + b[:, None] * length + c[None, :]
+    position = small(table, row, BEGIN) + b[:, None] * length + c[None, :]
     a = accumulator(table, numbers, row, position, inside, eps, STORED, METRIC, COUPLED)
     a = tl.minimum(tl.maximum(a, -_LARGEST), _LARGEST)
     keys = tl.where(inside, tl.abs(a).to(tl.int32, bitcast=True), -1)
@@ -77,7 +78,7 @@ def select(
     missing = kept - tl.sum(above.to(tl.int32), axis=1)
     chosen = above | (equal & (tl.cumsum(equal.to(tl.int32), axis=1) <= missing[:, None]))
     order = tl.cumsum(chosen.to(tl.int32), axis=1) - 1
-    place = b[:, None] * field(table, row, STRIDE) + field(table, row, NEWEST) * kept + order
+    place = b.to(tl.int64)[:, None] * field(table, row, STRIDE) + (field(table, row, NEWEST) * kept + order)
     values = field(table, row, VALUES)
     if VALUES_IN == FLOAT32:
         taken = a
@@ -114,7 +115,7 @@ def select(
         a = tl.reshape(tl.where(inside, a, 0.0), (ROWS, ENTRIES))
         position = tl.reshape(position, (ROWS, ENTRIES))
         inside = tl.reshape(inside, (ROWS, ENTRIES)).to(tl.int1)
-        numel = field(table, row, NUMEL)
+        numel = small(table, row, NUMEL)
         # A row of the tile without entries is put behind the end, where nothing is stored.
         bucket = tl.max(tl.where(inside, position // ENTRIES, -1), axis=1)
         bucket = tl.where(bucket < 0, numel, bucket)
@@ -146,7 +147,7 @@ def load_value(address, place, inside, unit, VALUES_IN: tl.constexpr):
 @triton.jit
 def scale_of(table, row, block, i, VALUES_IN: tl.constexpr):
     """The scale of rows in a block, float64; 1 where values are no levels."""
-    unit = (i * 0 + 1).to(tl.float64)
+    unit = tl.full((), 1.0, tl.float64)
     if VALUES_IN == INT8:
         place = block // field(table, row, HEIGHT) * field(table, row, SCALE_STRIDE) + i
         unit = widened(tl.load(halves(field(table, row, SCALES)) + place)).to(tl.float64)
