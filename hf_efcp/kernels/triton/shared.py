@@ -47,7 +47,6 @@ _LARGEST = tl.constexpr(float(torch.finfo(torch.bfloat16).max))
 _SMALLEST = tl.constexpr(float(torch.finfo(torch.float32).tiny))
 _FLOAT32_MAX = tl.constexpr(float(torch.finfo(torch.float32).max))
 _WHITENED = tl.constexpr(WHITENED)
-_PLAIN = tl.constexpr(2.0**96)  # where accumulators saturate without a metric, see `vectors.py`
 _HALF = tl.constexpr(2.0**31)
 
 
@@ -240,7 +239,4 @@ def accumulator(
     """`e + D^-1/2 g`, made anew by every kernel that needs it: it is read from fewer bytes than it would take."""
     g = gradient_of(table, numbers, row, position, inside, COUPLED)
     error = load_stored(field(table, row, ERROR), field(table, row, ERROR_SCALE), position, inside, STORED)
-    a = error + into_metric(table, numbers, row, position, inside, g, eps, METRIC)
-    if METRIC == NONE:
-        a = tl.minimum(tl.maximum(a, -_PLAIN), _PLAIN)
-    return a
+    return error + into_metric(table, numbers, row, position, inside, g, eps, METRIC)
