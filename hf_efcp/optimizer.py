@@ -596,9 +596,9 @@ class EFCP(torch.optim.Optimizer):
             for site in sites:
                 if site.member.param.grad is None:
                     window.clear(site.state, site.shape, now.newest)
-            device = sites[0].member.param.device
-            column = torch.zeros(now.rows, dtype=widest(device), device=device)
-            products = torch.zeros(now.rows + 1, dtype=widest(device), device=device)
+            column, products = (
+                torch.zeros(length, dtype=torch.float64, device="cpu") for length in (now.rows, now.rows + 1)
+            )
             pushed.append(Pushed(gram_state, present, now, column, products))
         return pushed
 
@@ -607,6 +607,10 @@ class EFCP(torch.optim.Optimizer):
     ) -> list[Pushed]:
         """Push the rows, and take the products that the matrices need."""
         window = self._layout.window
+        for place, unit in enumerate(pushed):
+            device = unit.sites[0].member.param.device
+            column, products = (part.to(device, widest(device)) for part in (unit.column, unit.products))
+            pushed[place] = unit._replace(column=column, products=products)
         rows = [(site, unit.now) for unit in pushed for site in unit.sites]
         vectors.begin([site for site, _ in rows])
         push(rows, self._layout, kernels, vectors)

@@ -114,7 +114,7 @@ def test_what_is_kept_whole_is_the_references_to_the_bit(value_dtype, error_dtyp
     kept, accumulator = error_of(old, error_dtype, reference)
     expected, store = {name: tensor.clone() for name, tensor in kept.items()}, error_store(error_dtype)
     accumulator += gradient
-    line = accumulator.to(value_dtype)
+    line = accumulator.to(value_dtype, copy=True)
     accumulator -= line
     if error_dtype == torch.float32:
         expected["error"] = accumulator
@@ -135,7 +135,9 @@ def test_what_is_kept_whole_is_the_references_to_the_bit(value_dtype, error_dtyp
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_is_found(dtype, bad):
-    gradients = [torch.full((length,), 1e-40 if dtype == torch.float32 else 1.0, dtype=dtype) for length in (1, 4097, 5)]
+    gradients = [
+        torch.full((length,), 1e-40 if dtype == torch.float32 else 1.0, dtype=dtype) for length in (1, 4097, 5)
+    ]
     model = Model(CPU)
     assert model.find_nonfinite(gradients) == [False] * 3
     gradients[0][0] = torch.finfo(dtype).max
@@ -234,9 +236,7 @@ def test_sparse_products_and_combinations(value_dtype, numel, density, newest, h
 @effort(max_examples=8, deadline=None)
 def test_low_rank_products_and_combinations(value_dtype, height, width, rank, held, seed):
     generator = torch.Generator().manual_seed(seed)
-    left, right = (
-        torch.randn(3, rank, side, generator=generator).to(value_dtype) for side in (height, width)
-    )
+    left, right = (torch.randn(3, rank, side, generator=generator).to(value_dtype) for side in (height, width))
     whole = torch.randn(3, 45, generator=generator).to(value_dtype)
     lines = torch.einsum("mkr,mkc->mrc", left.double(), right.double()).flatten(1), whole.double()
     rows = [
