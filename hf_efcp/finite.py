@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -17,7 +17,7 @@ _SQUARED = 4 << 20  # entries of gradients that are converted to float32 at a ti
 
 def skips(
     active: list[Member],
-    kernels: Kernels,
+    sums: Mapping[int, float],
     processes: torch.distributed.ProcessGroup | None,
     device: torch.device,
     name: Callable[[torch.Tensor], str],
@@ -28,7 +28,7 @@ def skips(
 
     Args:
         active: The parameters, with or without a gradient.
-        kernels: The backend.
+        sums: `|g|^2` of each gradient, by position.
         processes: Among which they are sharded; None for one process.
         device: Where they are.
         name: What to call a parameter.
@@ -40,7 +40,6 @@ def skips(
     Raises:
         ValueError: A gradient has NaN or infinity, and steps are not skipped.
     """
-    sums = squares(active, kernels)
     bad = [
         member.param
         for member in active

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch.optim.optimizer import ParamsT
@@ -14,7 +15,7 @@ from .accounting import count_bytes
 from .compressors import Compressor
 from .eager import never_compiled
 from .errors import error_store
-from .kernels import check_name, choose
+from .kernels import Kernels, check_name, choose
 from .layout import Layout
 from .metric import METRICS, Metric
 from .preconditioners import Preconditioner
@@ -23,6 +24,9 @@ from .sites import Group, Member, Site
 from .step import Step
 from .threads import one_thread
 from .vectors import Vectors
+
+if TYPE_CHECKING:
+    from .whole import Whole
 
 FORMAT = 3  # of the state; a checkpoint says which it has
 
@@ -91,8 +95,10 @@ class EFCP(torch.optim.Optimizer):
         momentum_dtype: How the first moment is kept: float32 or bfloat16.
         error_dtype: How the error is kept.
         nonfinite: What to do about a gradient with NaN or infinity, on any rank: "raise" an error, or "skip" the step
-            and count it in `skipped_steps`. Nothing changes either way.
-        backend: "auto" (numba on the CPU, plain torch elsewhere), "reference" (plain torch) or "numba".
+            and count it in `skipped_steps`; nothing changes either way. "ignore" does not look, for those who do so
+            themselves (a GradScaler does): the only time a step on a GPU waits for the device is for this.
+        backend: "auto" (numba on the CPU, Triton on CUDA and ROCm, plain torch elsewhere), "reference" (plain torch),
+            "numba" or "triton".
         memory_budget: Instead of `num_grads`: what all state may take, in bytes per parameter ("8B/param"), as text
             ("300MB", "2GiB": powers of 1000 and of 1024) or as an int of bytes. Takes the largest window that fits,
             for the parameters that are there and require a gradient, excluded ones included; counted whole, before
@@ -116,6 +122,9 @@ class EFCP(torch.optim.Optimizer):
         >>> optimizer.memory()["values"]  # 8 rows of 10 and of 1 entries in bfloat16
         176
     """
+
+    _whole: Whole | None = None  # made by the first step that wants it, and not part of a copy
+    _warned: bool = False
 
     def __init__(
         self,
@@ -147,7 +156,7 @@ class EFCP(torch.optim.Optimizer):
         checks.check_choice("precondition", precondition, ("row", "gradient", "momentum"))
         checks.check_choice("metric", metric, METRICS)
         checks.check_choice("scope", scope, ("model", "layer"))
-        checks.check_choice("nonfinite", nonfinite, ("raise", "skip"))
+        checks.check_choice("nonfinite", nonfinite, ("raise", "skip", "ignore"))
         check_name(backend)
         checks.check_momentum(precondition, metric, beta1)
         preconditioner.check(precondition, metric)
@@ -160,7 +169,7 @@ class EFCP(torch.optim.Optimizer):
         self._preconditioner = preconditioner
         self._layout = Layout(compressor, error_store(error_dtype), preconditioner, num_grads, made)
         self._precondition = precondition
-        self._skip_nonfinite = nonfinite == "skip"
+        self._nonfinite = nonfinite
         self._backend = backend
         # What decides the shapes of the state, and so can neither change nor differ in a checkpoint.
         structure: Group = {
@@ -203,7 +212,7 @@ class EFCP(torch.optim.Optimizer):
 
     @property
     def backend(self) -> str:
-        """The backend that steps the parameters where they are now: "numba" or "reference"."""
+        """The backend that steps the parameters where they are now: "numba", "triton" or "reference"."""
         return choose(self._backend, checks.check_one_device(member.param for member in self._members())).NAME
 
     @property
@@ -340,10 +349,15 @@ class EFCP(torch.optim.Optimizer):
                 )
         processes = shards.check([member.param for member in active])
         kernels = choose(self._backend, device)
-        if finite.skips(active, kernels, processes, device, self._name, skip=self._skip_nonfinite):
-            for group in self.param_groups:
-                group["skipped_steps"] += 1
-            return False
+        whole = self._whole_steps(kernels, active, device)
+        if whole is not None:
+            whole.check(active, self.state, self._name)
+        if self._nonfinite != "ignore":
+            squares = finite.squares(active, kernels) if whole is None else whole.squares(active)
+            if finite.skips(active, squares, processes, device, self._name, skip=self._nonfinite == "skip"):
+                for group in self.param_groups:
+                    group["skipped_steps"] += 1
+                return False
         preconditioner = replace(self._preconditioner, **{name: shared[name] for name in self._tunable})
         preconditioner.check(self._precondition, self._structure["metric"])
 
@@ -353,8 +367,32 @@ class EFCP(torch.optim.Optimizer):
         step = Step(
             self._layout, preconditioner, self._precondition, beta1, kernels, vectors, processes, device, self._name
         )
-        step.run([step.unit(self._sites(members), self._gram_state(members)) for members in self._units()])
+        units = [step.unit(self._sites(members), self._gram_state(members)) for members in self._units()]
+        if whole is None:
+            step.run(units)
+        else:
+            step.run_whole(units, whole)
         return True
+
+    def _whole_steps(self, kernels: Kernels, active: list[Member], device: torch.device) -> Whole | None:
+        """What steps the whole model in a few launches; None where the backend, or the optimizer, has no such step."""
+        if kernels.NAME != "triton":
+            return None
+        from .whole import Whole, refusal  # Triton is imported where it is used
+
+        reason = refusal(self._layout, self._preconditioner, self._precondition, active)
+        if reason is not None:
+            if not self._warned:
+                self._warned = True
+                warnings.warn(
+                    f"the Triton kernels have no step for {reason}: this optimizer runs plain torch kernels, tensor by "
+                    'tensor, which are many times slower on a GPU. backend="reference" silences this',
+                    stacklevel=2,
+                )
+            return None
+        if self._whole is None or self._whole.device != device:
+            self._whole = Whole(self._layout, device)
+        return self._whole
 
     def _fit(self, memory_budget: int | str) -> None:
         """Take the largest window that fits."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -18,6 +18,9 @@ from .sites import Site
 from .update import Move, move_all
 from .vectors import Vectors
 
+if TYPE_CHECKING:
+    from .whole import Whole
+
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 _FITS = 2.0**64  # coefficients below this, times rows of whitened entries, are within float32
 
@@ -26,8 +29,8 @@ class Unit(NamedTuple):
     """Parameters that share a matrix, and what a step finds out about them.
 
     `gram_state` is what they have in common; `sites` have a gradient; `column` is that of the Gram matrix, and
-    `products` are `G x` with `|x|^2` behind them, both of this process's part of the parameters, and on their device
-    until they are collected.
+    `products` are `G x` with `|x|^2` behind them, both of this process's part of the parameters until they are
+    collected.
     """
 
     gram_state: dict[str, Any]
@@ -73,8 +76,7 @@ class Step:
             ValueError: An update would overflow.
         """
         self._push(units)
-        self._add_products(units)
-        units = self._collect(units)
+        units = self._collect(self._with_products(units))
         plans = self._plan(units)
         moves = [self._move(site, plan) for unit, plan in zip(units, plans, strict=True) for site in unit.sites]
         move_all(moves, self.kernels)
@@ -96,9 +98,31 @@ class Step:
             if site.member.param.grad is None:
                 self.layout.window.clear(site.state, site.shape, now.newest)
         present = [site for site in sites if site.member.param.grad is not None]
-        column = torch.zeros(now.rows, dtype=widest(self.device), device=self.device)
-        products = torch.zeros(now.rows + 1, dtype=widest(self.device), device=self.device)
+        column, products = (torch.zeros(size, dtype=torch.float64, device="cpu") for size in (now.rows, now.rows + 1))
         return Unit(gram_state, present, now, column, products)
+
+    def run_whole(self, units: list[Unit], whole: Whole) -> None:
+        """The same in a few launches.
+
+        Args:
+            units: From `unit`.
+            whole: What steps the whole model.
+        """
+        if not units:
+            return
+        self.vectors.begin([site for unit in units for site in unit.sites])
+        columns = whole.push([(unit.sites, unit.now) for unit in units])
+        for unit in units:
+            unit.gram_state["pushed"] = unit.now.steps
+        states, positions = [unit.gram_state for unit in units], [unit.now for unit in units]
+        coefficients = whole.solve(states, positions, columns, self.preconditioner, self.beta1)
+        if coefficients is None:
+            own = [unit._replace(column=column[: unit.now.rows]) for unit, column in zip(units, columns, strict=True)]
+            own = self._collect(own)
+            coefficients = torch.zeros_like(columns)
+            for place, plan in enumerate(self._plan(own)):
+                coefficients[place, : own[place].now.rows] = plan.coefficients
+        whole.move(coefficients)
 
     def _push(self, units: list[Unit]) -> None:
         """A new row for each window, compressed with error feedback."""
@@ -110,18 +134,20 @@ class Step:
         for unit in units:
             unit.gram_state["pushed"] = unit.now.steps
 
-    def _add_products(self, units: list[Unit]) -> None:
+    def _with_products(self, units: list[Unit]) -> list[Unit]:
         """The products that the matrices need; columns of windows that stand at the same place are taken together."""
         if self.preconditioner.uses_gram:
+            columns: dict[int, torch.Tensor] = {}
             for now in dict.fromkeys(unit.now for unit in units):
-                some = [unit for unit in units if unit.now == now]
-                held = [(site.state, site.shape) for unit in some for site in unit.sites]
-                columns = self.layout.window.dots(held, now.newest, now.rows, self.kernels)
-                for unit, own in zip(some, torch.split(columns, [len(unit.sites) for unit in some]), strict=True):
-                    unit.column.add_(own.sum(dim=0))
+                places = [place for place, unit in enumerate(units) if unit.now == now]
+                held = [(site.state, site.shape) for place in places for site in units[place].sites]
+                found = self.layout.window.dots(held, now.newest, now.rows, self.kernels)
+                own = torch.split(found, [len(units[place].sites) for place in places])
+                columns |= {place: some.sum(dim=0) for place, some in zip(places, own, strict=True)}
+            units = [unit._replace(column=columns[place]) for place, unit in enumerate(units)]
         if self.precondition != "row":
-            for unit in units:
-                unit.products.add_(self._products(unit))
+            units = [unit._replace(products=self._products(unit)) for unit in units]
+        return units
 
     def _products(self, unit: Unit) -> torch.Tensor:
         """`G x` of the dense vector, and without a metric `|x|^2` behind it, `(rows + 1,)`. Threads share the spans."""
@@ -147,11 +173,14 @@ class Step:
         if not units:
             return units
         own = [tensor for unit in units for tensor in (unit.column, unit.products)]
+        wide = widest(self.device)
+        own = [tensor.to(self.device, wide) for tensor in own]
         total = shards.all_reduce(torch.cat(own), self.processes, self.device)
         summed = torch.split(total, [len(tensor) for tensor in own])
         found = []
         for unit, column, products in zip(units, summed[::2], summed[1::2], strict=True):
             if "gram" in unit.gram_state:
+                unit.gram_state["gram"] = unit.gram_state["gram"].to("cpu")  # `Whole` has it elsewhere
                 unit.gram_state["gram"][unit.now.newest, : unit.now.rows] = column
                 unit.gram_state["gram"][: unit.now.rows, unit.now.newest] = column
             found.append(unit._replace(column=column, products=products))
