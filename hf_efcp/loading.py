@@ -60,7 +60,8 @@ def warn_of_changes(saved_groups: list[Group], groups: list[Group], tunable: tup
         groups: The optimizer's.
         tunable: Names of the preconditioner's settings.
     """
-    names = (checks.HEAVY_BALL, "weight_decay", "decoupled_weight_decay", *tunable)
+    given = (checks.HEAVY_BALL, "weight_decay", "decoupled_weight_decay")
+    names = [*(name for name in given if name in groups[0]), *tunable]
     if changed := checks.changed_settings(saved_groups, groups, names):
         warnings.warn(
             "the settings of the checkpoint are taken, as in every torch.optim.Optimizer, and not those that were "

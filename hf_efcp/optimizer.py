@@ -12,11 +12,12 @@ from torch.optim.optimizer import ParamsT
 
 from . import adamw, budget, checks, finite, groups, layout, loading, shards
 from .accounting import count_bytes
+from .base import FORMAT, GroupedOptimizer
 from .compressors import Compressor
 from .eager import never_compiled
 from .errors import error_store
 from .kernels import Kernels, check_name, choose
-from .layout import Layout
+from .layout import Layout, State
 from .metric import METRICS, Metric
 from .preconditioners import Preconditioner
 from .shards import is_sharded, local
@@ -28,10 +29,8 @@ from .vectors import Vectors
 if TYPE_CHECKING:
     from .whole import Whole
 
-FORMAT = 3  # of the state; a checkpoint says which it has
 
-
-class EFCP(torch.optim.Optimizer):
+class EFCP(GroupedOptimizer):
     """Full-matrix preconditioning over a window of compressed gradients, with error feedback.
 
     One step, for all parameters together (EFCP, arXiv 2306.06098, algorithm 1):
@@ -206,43 +205,10 @@ class EFCP(torch.optim.Optimizer):
         if memory_budget is not None:
             self._fit(memory_budget)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """The base class drops every attribute that it does not know from copies and pickles."""
-        return {**super().__getstate__(), "_own": self._own, **{name: self.__dict__[name] for name in self._own}}
-
     @property
     def backend(self) -> str:
         """The backend that steps the parameters where they are now: "numba", "triton" or "reference"."""
         return choose(self._backend, checks.check_one_device(member.param for member in self._members())).NAME
-
-    @property
-    def skipped_steps(self) -> int:
-        """Steps that `nonfinite="skip"` left out, since the start and over all resumes."""
-        return int(self.param_groups[0]["skipped_steps"])
-
-    def add_param_group(self, param_group: Group) -> None:
-        """Add a group, before or after the first step.
-
-        Args:
-            param_group: As for any `torch.optim.Optimizer`.
-
-        Raises:
-            ValueError: A value is outside its range, or differs from the optimizer's where it may not.
-            TypeError: A parameter has a dtype that is not supported.
-        """
-        shared = self._shared()
-        param_group = {**shared, **groups.with_names(groups.renamed(groups.plain(param_group)), self.param_groups)}
-        checks.check_group({**self.defaults, **param_group}, shared)
-        # Schedules change the learning rate: what was given is kept to be compared with what a checkpoint has.
-        param_group.setdefault("given_lr", float(param_group.get("lr", self.defaults["lr"])))
-        super().add_param_group(param_group)
-        try:
-            for param in self.param_groups[-1]["params"]:
-                if param.requires_grad:
-                    checks.check_parameter(param, self._name)
-        except TypeError:
-            self.param_groups.pop()
-            raise
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -295,31 +261,11 @@ class EFCP(torch.optim.Optimizer):
         trainable = [member for member in self._members() if member.param.requires_grad]
         return count_bytes(plan.fresh_states(trainable, self._structure["scope"] == "layer"))
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict()` returned, bit for bit.
+    def _check_group(self, group: Group, shared: Group) -> None:
+        checks.check_group(group, shared)
 
-        The base class would cast every tensor to its parameter's dtype, indices too. Hyperparameters come from the
-        checkpoint, as in every `torch.optim.Optimizer`, with a warning if others were given; those that decide the
-        shapes of the state must be equal.
-
-        Args:
-            state_dict: A checkpoint of the same optimizer over the same groups.
-
-        Raises:
-            ValueError: It does not fit. Nothing was changed.
-        """
-        self._check_groups(state_dict["param_groups"])
-        saved = loading.saved_states(state_dict, self._members())
+    def _check_states(self, saved: list[tuple[Member, State]]) -> None:
         loading.check(saved, self._layout, self._structure["scope"] == "layer", self._name)
-        loading.warn_of_changes(state_dict["param_groups"], self.param_groups, self._tunable)
-        super().load_state_dict({**state_dict, "state": {}})
-        for member, state in saved:
-            self.state[member.param] = {name: loading.copied(name, v, member.param) for name, v in state.items()}
-
-    def _check_groups(self, saved_groups: list[Group]) -> None:
-        """Refuse the parameter groups of a checkpoint that does not fit."""
-        checks.check_writer(saved_groups, self._settings, FORMAT, type(self).__name__)
-        checks.check_settings(saved_groups, self.param_groups, ("preconditioned", *self._structure))
 
     @never_compiled
     def _step_all(self) -> None:
@@ -355,8 +301,7 @@ class EFCP(torch.optim.Optimizer):
         if self._nonfinite != "ignore":
             squares = finite.squares(active, kernels) if whole is None else whole.squares(active)
             if finite.skips(active, squares, processes, device, self._name, skip=self._nonfinite == "skip"):
-                for group in self.param_groups:
-                    group["skipped_steps"] += 1
+                self._count_skipped()
                 return False
         preconditioner = replace(self._preconditioner, **{name: shared[name] for name in self._tunable})
         preconditioner.check(self._precondition, self._structure["metric"])
@@ -410,24 +355,12 @@ class EFCP(torch.optim.Optimizer):
         for settings in (self._structure, self.defaults, *self.param_groups):
             settings["num_grads"] = num_grads
 
-    def _members(self) -> list[Member]:
-        pairs = ((group, param) for group in self.param_groups for param in group["params"])
-        return [Member(position, group, param) for position, (group, param) in enumerate(pairs)]
-
     def _units(self) -> list[list[Member]]:
         """Parameters that share a preconditioner. One without a gradient takes part, with a row of zeros."""
         members = [m for m in self._members() if m.group["preconditioned"] and self.state.get(m.param)]
         if self._structure["scope"] == "layer":
             return [[member] for member in members if member.param.grad is not None]
         return [members] if any(member.param.grad is not None for member in members) else []
-
-    def _shared(self) -> Group:
-        """The settings that are one value for all groups, as they are now."""
-        source = self.param_groups[0] if self.param_groups else self.defaults
-        return {**self._structure, **{name: source[name] for name in self._tunable}}
-
-    def _name(self, param: torch.Tensor) -> str:
-        return groups.name_of(param, self.param_groups)
 
     def _allocate(self, active: list[Member]) -> None:
         """Make the state of the parameters that have none."""

@@ -12,11 +12,12 @@ from torch.optim.optimizer import ParamsT
 from .. import adamw, checks
 from ..eager import never_compiled
 from ..kernels import pool
+from ..layout import State
 from ..shards import is_sharded
 from ..sites import Group, Member, dense
 from ..threads import one_thread
 from . import subspace
-from .grouped import Grouped, State
+from .grouped import Grouped
 
 # By the name of a tensor in the state; all else are moments, AdamW's step counters among them.
 _PART = {"basis": "subspace", "factor": "subspace", "values": "window", "gram": "window"}

@@ -9,10 +9,10 @@ from torch.optim.optimizer import ParamsT
 
 from ..compressors import DenseWindow
 from ..kernels import choose, widest
+from ..layout import State
 from ..preconditioners import MFAC, WindowPosition
 from ..sites import Group
 from .base import ProjectedAdam, ProjectedOptions
-from .grouped import State
 
 
 class NaturalGaLore(ProjectedAdam):
