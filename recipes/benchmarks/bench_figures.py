@@ -15,7 +15,7 @@ from plots import COLOURS
 
 # Okabe and Ito again, with grey for the rest.
 _PALETTE, _GREY = (*COLOURS, "#E69F00", "#56B4E9", "#F0E442"), "#999999"
-STEP_PARTS = dict(zip((*PARTS, "rest"), (*_PALETTE, _GREY), strict=True))
+STEP_PARTS = dict(zip((*PARTS, "rest"), (*COLOURS, _GREY), strict=True))
 MEMORY_PARTS = dict(
     zip(("indices", "values", "error", "momentum", "metric", "gram"), (*_PALETTE[:5], _GREY), strict=True)
 )
@@ -107,14 +107,14 @@ def plot_sweeps(path: Path, sweeps: list[Sweep]) -> None:
             seconds = [parts[part] for parts in sweep.parts]
             axes.plot(sweep.sizes, seconds, color=STEP_PARTS[part], marker=".", label=part)
         # Through the largest size, where fixed costs count least.
-        for slope, height in ((1, sweep.seconds[-1]), (1, sweep.parts[-1]["dots"]), (3, sweep.parts[-1]["solve"])):
+        for slope, height in ((1, sweep.seconds[-1]), (1, sweep.parts[-1]["products"]), (3, sweep.parts[-1]["solve"])):
             if slope == 1 or sweep.name == "num_grads":
                 ideal = [height * (size / sweep.sizes[-1]) ** slope for size in sweep.sizes]
                 axes.plot(sweep.sizes, ideal, color="#999999", linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
         axes.set_xscale("log", base=2)
         axes.set_xticks(sweep.sizes, [_short(size) for size in sweep.sizes])
         axes.set_yscale("log")
-        axes.set_ylim(bottom=max(1e-5, 0.2 * min(parts["dots"] for parts in sweep.parts)))
+        axes.set_ylim(bottom=max(1e-5, 0.2 * min(parts["products"] for parts in sweep.parts)))
         axes.set_xlabel(sweep.name)
         axes.set_ylabel("seconds")
         axes.set_title(sweep.fixed, loc="left", fontsize=9)
