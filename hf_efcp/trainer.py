@@ -279,11 +279,11 @@ class EFCPTrainer(Trainer):
         return efcp_name(self.args.optim) is not None
 
 
-def _unadapted(model: nn.Module) -> nn.Module:
+def _unadapted(model: Any) -> Any:
     """The model in PEFT's wrapper, or the model."""
     if hasattr(model, "get_base_model"):
-        return cast(nn.Module, model.get_base_model())
-    return cast(nn.Module, model.base_model.model) if type(model).__name__ == "PeftMixedModel" else model
+        return model.get_base_model()
+    return model.base_model.model if type(model).__name__ == "PeftMixedModel" else model
 
 
 def _is_causal(model: nn.Module) -> bool:
