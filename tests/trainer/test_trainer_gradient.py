@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from peft import LoraConfig, get_peft_model
 from ranks import run
-from tiny import Gradients, arguments
+from tiny import OLD, Gradients, arguments, needs_transformers_5
 from tiny_models import EXAMPLES, NAMES, Made, tiny
 from torch import nn
 from transformers import Trainer, set_seed
@@ -18,7 +17,7 @@ from transformers.trainer_pt_utils import LabelSmoother
 
 from hf_efcp import EFCPTrainer
 
-LOGGED = {"abs": 5.1e-5} if transformers.__version__ < "5" else {"rel": 1e-5}  # rounded to four decimals before
+LOGGED = {"abs": 5.1e-5} if OLD else {"rel": 1e-5}
 CUT = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
 
 
@@ -77,6 +76,7 @@ def test_batches_of_two_have_the_gradient_and_the_losses_of_a_batch_of_eight(tmp
         assert evaluated == pytest.approx(loss, rel=1e-5)
 
 
+@needs_transformers_5
 @pytest.mark.parametrize(("name", "factor"), [("T5", 4), ("BERT masked", 4), ("Wav2Vec2", 4), ("Llama", 1)])
 def test_what_the_stock_trainer_makes_of_it(tmp_path, name, factor):
     gradient, loss = by_hand(tiny(name))
@@ -93,6 +93,7 @@ def test_items_that_a_model_counts_weigh_the_same_in_every_batch(tmp_path):
     assert apart(trained(tmp_path, tiny("Llama uneven"), **CUT)[0], gradient) < 1e-5
 
 
+@needs_transformers_5
 def test_the_model_is_called_once_for_a_batch_and_told_the_items_of_one(tmp_path):
     model, rows = tiny("BERT masked")
     told = []
@@ -105,6 +106,7 @@ def test_the_model_is_called_once_for_a_batch_and_told_the_items_of_one(tmp_path
     assert told == [4.0] * 8  # four batches of the step, four of the evaluation
 
 
+@needs_transformers_5
 @pytest.mark.parametrize("name", ["RoBERTa tags", "Llama uneven"])
 def test_label_smoothing_takes_the_mean_over_all_items(tmp_path, name):
     def uneven() -> Made:
@@ -152,6 +154,7 @@ class DividesByAllItems(EFCPTrainer):
         return (loss, outputs) if return_outputs else loss
 
 
+@needs_transformers_5
 @pytest.mark.parametrize("trainer_cls", [CallsOurs, SaysItIsNotScaled, TakesTheMean, DividesByAllItems])
 def test_a_subclass_says_what_its_loss_is_as_with_the_stock_trainer(tmp_path, trainer_cls):
     gradient, loss = by_hand(tiny("BERT classes"))
