@@ -1,4 +1,4 @@
-"""What run_glue.py and run_qa.py share: training the run and its baseline, and what they leave behind."""
+"""What the scripts share that train one model: the run and its baseline, and what they leave behind."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def fine_tune(
         trainer = build(copy.deepcopy(model), run)
         record, history = train(trainer, task, splits, resume)
         trainer.save_model()
-        layers = model.config.num_hidden_layers
+        layers = getattr(model.config, "num_hidden_layers", None)  # convolutions count in stages
         records.append({"model": source.model_name_or_path, "layers": layers, **record, **counts})
         curves.append((f"{record['optimizer']}, lr {run.learning_rate:g}", history))
         if args.process_index == 0:
@@ -60,7 +60,8 @@ def fine_tune(
 
     output_dir, main_run = Path(args.output_dir), records[0]
     write_json(output_dir / "metrics.json", {**main_run, "baseline": records[1] if len(records) > 1 else None})
-    title = f"{task.name}: {main_run['model']}, {main_run['layers']} layers, batch {main_run['train_batch_size']}"
+    layers = f", {main_run['layers']} layers" if main_run["layers"] else ""
+    title = f"{task.name}: {main_run['model']}{layers}, batch {main_run['train_batch_size']}"
     plot_training(output_dir / "training.png", title, task.headline, curves)
     if len(records) > 1:
         print(comparison(records))

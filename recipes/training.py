@@ -27,6 +27,7 @@ from transformers import (
 
 import hf_efcp
 from hf_efcp import EFCPTrainer, EFCPTrainingArguments
+from hf_efcp.family import AnyOptimizer
 from hf_efcp.glue import GlueTask, compute_metrics
 
 
@@ -290,15 +291,30 @@ def train(
 
 
 def _memory(optimizer: torch.optim.Optimizer) -> dict[str, int]:
-    if isinstance(optimizer, hf_efcp.EFCP):
+    if isinstance(optimizer, AnyOptimizer):
         return optimizer.memory()
-    tensors = [tensor for state in optimizer.state.values() for tensor in _tensors(state)]
-    return {"total": sum(tensor.numel() * tensor.element_size() for tensor in tensors)}
+    return {"total": state_bytes(optimizer)}
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of the state of any optimizer; a tensor that parameters share counts once.
+
+    Args:
+        optimizer: the optimizer.
+
+    Returns:
+        The bytes.
+    """
+    found = {id(tensor): tensor.nbytes for state in optimizer.state.values() for tensor in _tensors(state)}
+    return sum(found.values())
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    # Also those in lists and in objects such as GaLore's projectors, which hold a matrix for each parameter.
-    if torch.is_tensor(value):
+    # Also those in lists and in objects such as GaLore's projectors, and those that a quantized tensor is made of.
+    if hasattr(value, "__tensor_flatten__"):
+        for name in value.__tensor_flatten__()[0]:
+            yield from _tensors(getattr(value, name))
+    elif torch.is_tensor(value):
         yield value
     elif isinstance(value, dict | list | tuple):
         for item in value.values() if isinstance(value, dict) else value:

@@ -21,8 +21,8 @@ from transformers import (
 
 from hf_efcp import EFCPTrainer, EFCPTrainingArguments
 
-# Transformers 4: BERT takes no further keyword arguments, so that Trainer believes nothing wrong of it; Trainer does not
-# ask whether a loss is scaled, smooths labels batch by batch, and rounds what it logs to four decimals.
+# Transformers 4: BERT takes no further keyword arguments, so that Trainer believes nothing wrong of it; Trainer does
+# not ask whether a loss is scaled, smooths labels batch by batch, and rounds what it logs to four decimals.
 OLD = transformers.__version__ < "5"
 needs_transformers_5 = pytest.mark.skipif(OLD, reason="transformers 4 does otherwise: see docs/stacks.md")
 
