@@ -318,12 +318,11 @@ class EFCPTrainer(Trainer):
         return object if name is None else OPTIMIZERS[name]
 
 
-def _unadapted(model: nn.Module) -> nn.Module:
+def _unadapted(model: Any) -> Any:
     """The model in PEFT's wrapper, or the model."""
-    wrapper: Any = model
-    if hasattr(wrapper, "get_base_model"):
-        return cast(nn.Module, wrapper.get_base_model())
-    return cast(nn.Module, wrapper.base_model.model) if type(wrapper).__name__ == "PeftMixedModel" else model
+    if hasattr(model, "get_base_model"):
+        return model.get_base_model()
+    return model.base_model.model if type(model).__name__ == "PeftMixedModel" else model
 
 
 def _is_causal(model: nn.Module) -> bool:
