@@ -30,19 +30,21 @@ def published(monkeypatch):
 
 
 @pytest.mark.parametrize("proj_type", ["std", "reverse_std", "left", "right"])
+@pytest.mark.parametrize(("eps", "size"), [(1e-8, 1.0), (1e-6, 1e3)])  # Trainer's, and its own
 @pytest.mark.parametrize(
     ("lr", "rank", "scale", "weight_decay"), [(1e-2, 128, 0.25, 0.0), (3e-5, 4, 4.0, 0.0), (1e-2, 8, 1.0, 1e-3)]
 )
-def test_sixty_steps_with_two_refreshes(published, lr, rank, scale, weight_decay, proj_type):
+def test_sixty_steps_with_two_refreshes(published, lr, rank, scale, weight_decay, proj_type, eps, size):
     """On the same gradients; what is not projected is stepped by both as AdamW.
 
-    Its eps is added to a root that is not bias-corrected, ours, as torch.optim.AdamW's, to one that is: gradients here
-    are so long that neither counts. It also decays after the step, a difference of `lr^2 weight_decay`.
+    Its eps is added to a root that is not bias-corrected, ours, as torch.optim.AdamW's, to one that is, which counts in
+    the first steps, for entries that are not far above `30 eps`. It decays after the step: a difference of `lr
+    weight_decay` of an update.
     """
     source = torch.Generator().manual_seed(rank)
     starts = [torch.randn(shape, generator=source) for shape in SHAPES]
     ours, theirs = ([torch.nn.Parameter(start.clone()) for start in starts] for _ in range(2))
-    settings = dict(lr=lr, weight_decay=weight_decay, eps=1e-6)
+    settings = dict(lr=lr, weight_decay=weight_decay, eps=eps)
     matrices, others = theirs[:3], theirs[3:]
     reference = published(
         [{"params": others}, {"params": matrices, "rank": rank, "update_proj_gap": 20, "scale": scale,
@@ -50,9 +52,9 @@ def test_sixty_steps_with_two_refreshes(published, lr, rank, scale, weight_decay
         no_deprecation_warning=True, **settings,
     )  # fmt: skip
     optimizer = GaLore(ours, rank=rank, scale=scale, update_gap=20, proj_type=proj_type, **settings)
-    common = [10 * torch.randn(shape, generator=source) for shape in SHAPES]
+    common = [torch.randn(shape, generator=source) for shape in SHAPES]
     for _ in range(60):
-        gradients = [part + 10 * torch.randn(part.shape, generator=source) for part in common]
+        gradients = [size * (part + torch.randn(part.shape, generator=source)) for part in common]
         for params, one in ((ours, optimizer), (theirs, reference)):
             set_gradients(params, gradients)
             one.step()
