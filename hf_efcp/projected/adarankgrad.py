@@ -10,7 +10,8 @@ from torch.optim.optimizer import ParamsT
 from ..kernels import widest
 from ..sites import Group
 from . import subspace
-from .base import ProjectedAdam, ProjectedOptions, State
+from .base import ProjectedAdam, ProjectedOptions
+from .grouped import State
 
 
 class AdaRankGrad(ProjectedAdam):

@@ -14,7 +14,8 @@ from .. import shards
 from ..kernels import widest
 from ..sites import Group, Member
 from . import subspace
-from .base import ProjectedAdam, ProjectedOptions, State
+from .base import ProjectedAdam, ProjectedOptions
+from .grouped import State
 
 
 class _Held(NamedTuple):

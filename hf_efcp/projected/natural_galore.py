@@ -11,7 +11,8 @@ from ..kernels import choose, widest
 from ..preconditioners import MFAC, WindowPosition
 from ..sites import Group
 from ..windows import DenseWindow
-from .base import ProjectedAdam, ProjectedOptions, State
+from .base import ProjectedAdam, ProjectedOptions
+from .grouped import State
 
 
 class NaturalGaLore(ProjectedAdam):
