@@ -99,15 +99,27 @@ def test_an_error_in_a_backward_pass_leaves_the_weights_as_they_were(tmp_path, m
     assert torch.equal(flat(model.parameters()), watch.seen[2][0])
 
 
+REPLICAS = {
+    "lorenza": UPHILL["optim_args"],
+    "galore": "rank=4,scale=1,update_gap=10",  # one subspace: the signs of the next hang on the last bit
+    "adarankgrad": "max_rank=4,scale=1,max_gap=3,residual=0.2",
+    "natural_galore": "rank=4,scale=1,update_gap=10,history=3",
+}
+
+
 def _replica(rank, folder):
-    return trained(f"{folder}/{rank}", per_device_train_batch_size=4)[1]
+    return {
+        optim: trained(f"{folder}/{rank}/{optim}", optim=optim, optim_args=options, per_device_train_batch_size=4)[1]
+        for optim, options in REPLICAS.items()
+    }
 
 
 def test_replicas_are_one_process_with_their_batches(tmp_path):
     first, second = run_ranks(_replica, 2, tmp_path, str(tmp_path))
-    assert torch.equal(first, second)
-    _, alone = trained(tmp_path / "alone")
-    assert (alone - first).norm() < 5e-3 * moved(alone)
+    for optim, options in REPLICAS.items():
+        assert torch.equal(first[optim], second[optim])
+        _, alone = trained(tmp_path / "alone", optim=optim, optim_args=options)
+        assert (alone - first[optim]).norm() < 5e-3 * moved(alone)
 
 
 def test_a_plain_trainer_is_refused_with_the_way_out(tmp_path):
