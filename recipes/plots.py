@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")  # Okabe and Ito: told apart by colour-blind eyes, and in grey
 MARKERS = ("o", "s", "^", "D")
+WIDTH = 8.4  # inches: as wide as README.md and the site show a picture, so that its words stay readable
 
 
 def plot_training(path: Path, title: str, metric: str, runs: list[tuple[str, list[dict[str, Any]]]]) -> None:
@@ -23,7 +24,7 @@ def plot_training(path: Path, title: str, metric: str, runs: list[tuple[str, lis
         runs: for each curve, its name in the legend and its log history.
     """
     # A Figure of its own, without pyplot: no display is needed and no global state is left behind.
-    figure = Figure(figsize=(11, 4.8), dpi=150, layout="constrained")
+    figure = Figure(figsize=(WIDTH, 4.2), dpi=150, layout="constrained")
     loss_axes, metric_axes = figure.subplots(1, 2)
     shown_metric = metric.replace("_", " ")
     for (name, history), colour, marker in zip(runs, COLOURS, MARKERS, strict=False):

@@ -17,7 +17,7 @@ class Result:
         task: the task's name.
         headline: the metric that stands for the task.
         label: the optimizer's name in the comparison.
-        stock: whether it is one of Trainer's own.
+        stock: whether it is none of EFCP's.
         tried: the learning rates that have a result on the search seed.
         best: the best of them, None when there is none.
         seeds: the seeds to train with at the best learning rate.
@@ -37,9 +37,8 @@ class Result:
 
     @property
     def family(self) -> str:
-        """How its gradients are kept; "stock" for an optimizer of Trainer's own."""
-        kind = self.runs[0]["optimizer"].partition("_")[0]
-        return "stock" if self.stock else kind if kind in ("sparse", "lowrank", "dense") else "other"
+        """How its gradients are kept; "stock" for an optimizer that is none of EFCP's."""
+        return family("" if self.stock else self.runs[0]["optimizer"])
 
     @property
     def values(self) -> list[float]:
@@ -73,6 +72,19 @@ class Result:
         return sum(run["metrics"]["loss"] is None for run in self.runs)
 
 
+def family(optimizer: str) -> str:
+    """How an optimizer of EFCP keeps its gradients.
+
+    Args:
+        optimizer: its name; "" for one that is none of EFCP's.
+
+    Returns:
+        "sparse", "lowrank", "dense" or "other"; "stock" if there is no name.
+    """
+    kind = optimizer.partition("_")[0]
+    return kind if kind in ("sparse", "lowrank", "dense") else "other" if optimizer else "stock"
+
+
 @dataclasses.dataclass(frozen=True)
 class Curve:
     """What one optimizer reached on one task with each learning rate.
@@ -81,7 +93,7 @@ class Curve:
         task: the task's name.
         headline: the metric that stands for the task.
         label: the optimizer's name in the comparison.
-        stock: whether it is one of Trainer's own.
+        family: as that of `Result`.
         points: for each learning rate, ascending, the headline metric of each seed that has a number.
         losses: the same for the validation loss.
     """
@@ -89,9 +101,14 @@ class Curve:
     task: str
     headline: str
     label: str
-    stock: bool
+    family: str
     points: dict[float, tuple[float, ...]]
     losses: dict[float, tuple[float, ...]]
+
+    @property
+    def values(self) -> list[float]:
+        """The headline metric of every seed at every learning rate."""
+        return [value for values in self.points.values() for value in values]
 
     def loss(self) -> Curve:
         """The curve of the validation loss.
