@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from bench_cases import ADAMW
 from bench_measure import PARTS
@@ -11,11 +12,11 @@ from bench_report import Report
 from bench_sweep import Sweep
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from plots import COLOURS, WIDTH
+from plots import WIDTH
 
-# Okabe and Ito again for what a step does, and colours that are none of them for what a state is made of; the metric has
-# its colour in both.
-_STEP, _GREY = (*COLOURS, "#E69F00", "#56B4E9", "#F0E442"), "#999999"
+# Okabe and Ito for what a step does, and colours that are none of them for what a state is made of; the metric has its
+# colour in both.
+_STEP, _GREY = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442"), "#999999"
 STEP_PARTS = dict(zip((*PARTS, "rest"), (*_STEP, _GREY), strict=True))
 MEMORY_PARTS = {
     **{"indices": "#332288", "values": "#88A0DD", "error": "#882255", "momentum": "#DDBB99"},
@@ -96,10 +97,12 @@ def _stacked(
         axes.annotate(text, (min(total, _FAR * end), row), va="center", fontsize=7)
     axes.set_yticks(range(len(labels)), labels, fontsize=8)
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.4 * end)
+    axes.set_xlim(0, 1.3 * end)
     axes.grid(alpha=0.25, axis="x")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.06), ncols=3, frameon=False, fontsize=7)
+    axes.tick_params(axis="x", labelsize=8)
+    below: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, 0.0), "borderaxespad": 2.6}
+    axes.legend(ncols=4, frameon=False, fontsize=7, **below)
 
 
 def plot_sweeps(path: Path, sweeps: list[Sweep]) -> None:

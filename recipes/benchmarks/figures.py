@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from families import FAMILIES, MEMBERS
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -17,16 +18,6 @@ from matplotlib.transforms import Bbox
 from plots import WIDTH, smooth
 from report import Curve, Result
 
-# How an optimizer keeps its gradients: the colour that means it in every picture, its marker, and the words.
-FAMILIES = {
-    "sparse": ("#0072B2", "o", "sparse window"),
-    "lowrank": ("#D55E00", "s", "low-rank window"),
-    "dense": ("#009E73", "^", "dense window"),
-    "other": ("#CC79A7", "D", "other EFCP"),
-    "stock": ("#333333", "X", "none of EFCP's"),
-}
-# What tells members of a family apart where each has a curve: marker and dashes.
-MEMBERS = (("o", "-"), ("s", "--"), ("^", ":"), ("D", "-."), ("X", (0, (6, 2, 1, 2, 1, 2))), ("v", (0, (1, 3))))
 Shown = TypeVar("Shown", Result, Curve)
 LEAST = 0.1  # of a metric: an axis that shows less would make noise look like a difference
 BACKGROUND = "#C8C8C8"
@@ -172,12 +163,12 @@ def plot_rates(path: Path, curves: list[Curve]) -> None:
 def _draw_rates(row: Sequence[Axes], curves: list[Curve], panels: list[str]) -> dict[str, Line2D]:
     tasks = list(dict.fromkeys(curve.task for curve in curves))
     rates = sorted({rate for curve in curves for rate in curve.points})
-    families: dict[str, int] = {}
+    drawn: list[str] = []
     handles = {}
     for number, label in enumerate(dict.fromkeys(curve.label for curve in curves)):
         own = [curve for curve in curves if curve.label == label]
-        member = families[own[0].family] = families.get(own[0].family, -1) + 1
-        marker, dashes = MEMBERS[member % len(MEMBERS)]
+        marker, dashes = MEMBERS[drawn.count(own[0].family) % len(MEMBERS)]
+        drawn.append(own[0].family)
         style: dict[str, Any] = {
             "color": FAMILIES[own[0].family][0],
             "marker": marker,

@@ -6,6 +6,7 @@ import dataclasses
 import statistics
 from typing import Any
 
+from families import family
 from tables import table as lay_out
 
 
@@ -38,7 +39,7 @@ class Result:
     @property
     def family(self) -> str:
         """How its gradients are kept; "stock" for an optimizer that is none of EFCP's."""
-        return family("" if self.stock else self.runs[0]["optimizer"])
+        return "stock" if self.stock else family(self.runs[0]["optimizer"])
 
     @property
     def values(self) -> list[float]:
@@ -70,19 +71,6 @@ class Result:
     def diverged(self) -> int:
         """The number of runs that ended with a loss that is not a number."""
         return sum(run["metrics"]["loss"] is None for run in self.runs)
-
-
-def family(optimizer: str) -> str:
-    """How an optimizer of EFCP keeps its gradients.
-
-    Args:
-        optimizer: its name; "" for one that is none of EFCP's.
-
-    Returns:
-        "sparse", "lowrank", "dense" or "other"; "stock" if there is no name.
-    """
-    kind = optimizer.partition("_")[0]
-    return kind if kind in ("sparse", "lowrank", "dense") else "other" if optimizer else "stock"
 
 
 @dataclasses.dataclass(frozen=True)
