@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 WIDTH = 8.4  # inches: as wide as README.md and the site show a picture, so that its words stay readable
+LEAST = 0.1  # of a metric: an axis that shows less would make noise look like a difference
 
 
 def plot_training(path: Path, title: str, metric: str, runs: list[tuple[str, list[dict[str, Any]]]]) -> None:
@@ -40,6 +41,7 @@ def plot_training(path: Path, title: str, metric: str, runs: list[tuple[str, lis
         metric_axes.plot(steps, values, linewidth=2, label=label, **style)
     _label(loss_axes, "Training loss (light: as logged)", "loss per example")
     _label(metric_axes, "On the validation split", shown_metric)
+    metric_axes.set_ylim(wide(metric_axes.get_ylim()))
     figure.suptitle(title, fontsize=13)
     figure.legend(loc="outside lower center", ncols=len(runs), frameon=False)
     figure.savefig(path)
@@ -48,6 +50,20 @@ def plot_training(path: Path, title: str, metric: str, runs: list[tuple[str, lis
 def _series(history: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
     points = {row["step"]: row[key] for row in history if key in row}  # a step evaluated twice counts once
     return list(points), list(points.values())
+
+
+def wide(limits: tuple[float, float]) -> tuple[float, float]:
+    """The limits of an axis of a metric, at least `LEAST` apart.
+
+    Args:
+        limits: as the values have them.
+
+    Returns:
+        The same, or wider ones around the same middle.
+    """
+    low, high = limits
+    more = max(0.0, LEAST - (high - low)) / 2
+    return low - more, high + more
 
 
 def smooth(values: list[float]) -> list[float]:

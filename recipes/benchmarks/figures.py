@@ -15,11 +15,10 @@ from matplotlib.lines import Line2D
 from matplotlib.text import Annotation, Text
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from matplotlib.transforms import Bbox
-from plots import WIDTH, smooth
+from plots import WIDTH, smooth, wide
 from report import Curve, Result
 
 Shown = TypeVar("Shown", Result, Curve)
-LEAST = 0.1  # of a metric: an axis that shows less would make noise look like a difference
 BACKGROUND = "#C8C8C8"
 
 
@@ -122,7 +121,7 @@ def plot_metrics(path: Path, results: list[Result]) -> None:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         axes.margins(x=0.08)
-        axes.set_xlim(_wide(axes.get_xlim()))
+        axes.set_xlim(wide(axes.get_xlim()))
     _family_legend(figure, results)
     figure.suptitle("After training: mean, standard deviation (bar), each seed (small circle)", fontsize=12)
     figure.savefig(path)
@@ -145,7 +144,7 @@ def plot_rates(path: Path, curves: list[Curve]) -> None:
     metric, loss = grid.T if upright else grid
     handles = _draw_rates(metric, curves, panels) | _draw_rates(loss, [curve.loss() for curve in curves], panels)
     for axes in metric:
-        axes.set_ylim(_wide(axes.get_ylim()))
+        axes.set_ylim(wide(axes.get_ylim()))
     for axes in grid[-1]:
         axes.set_xlabel("learning rate")
     figure.suptitle("Only the optimizer changes: after training, against the learning rate", fontsize=11)
@@ -207,13 +206,6 @@ def _learned(shown: list[Shown]) -> tuple[list[Shown], list[str]]:
     return [one for one in shown if one.task in learned], learned
 
 
-def _wide(limits: tuple[float, float]) -> tuple[float, float]:
-    """The limits of an axis of a metric, at least `LEAST` apart."""
-    low, high = limits
-    more = max(0.0, LEAST - (high - low)) / 2
-    return low - more, high + more
-
-
 def plot_memory(path: Path, results: list[Result]) -> None:
     """Draw the final metric against the bytes of the optimizer's state, a panel for each task.
 
@@ -243,7 +235,7 @@ def plot_memory(path: Path, results: list[Result]) -> None:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         axes.margins(y=0.08)
-        axes.set_ylim(_wide(axes.get_ylim()))
+        axes.set_ylim(wide(axes.get_ylim()))
     _family_legend(figure, results)
     figure.suptitle("What the state costs, and what it brings (mean and standard deviation over seeds)", fontsize=12)
     figure.draw_without_rendering()  # the places of the axes are known only then

@@ -76,7 +76,7 @@ def test_an_axis_of_a_metric_is_not_magnified(recipe, drawn):
     for limits in (metrics.get_xlim(), memory.get_ylim()):
         assert span(limits) == pytest.approx(0.1)
         assert sum(limits) / 2 == pytest.approx(0.81, abs=1e-3)
-    assert recipe.figures._wide((0.2, 0.9)) == (0.2, 0.9)
+    assert recipe.plots.wide((0.2, 0.9)) == (0.2, 0.9)
 
 
 @pytest.mark.parametrize("tasks", [1, 2, 4])

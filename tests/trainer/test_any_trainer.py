@@ -154,3 +154,8 @@ def test_what_does_not_fit_is_refused():
         for_trainer("adamw", args)
     with pytest.raises(ValueError, match="optim_args: lr does not belong here, use learning_rate"):
         for_trainer("lowrank_mfac", args, "lr=1e-3")
+
+
+def test_names_of_ours_are_refused_where_only_transformers_own_are_known():
+    with pytest.raises(ValueError, match="lowrank_mfac is not a valid OptimizerNames"):
+        TrainingArguments("out", optim="lowrank_mfac")
