@@ -25,6 +25,7 @@ from typing import Any
 import _recipes  # noqa: F401
 from bench import Bench
 from cli import explained, require
+from families import family
 from plan import Contender, Plan, read_plan
 from report import Curve, Result, rates_table, table
 from runs import RunLog
@@ -107,7 +108,8 @@ class Comparison:
             for name, points in found.items():
                 values = [run["metrics"][name] for run in runs if run is not None]
                 points[rate] = tuple(float(value) for value in values if value is not None)
-        return Curve(bench.task.name, bench.task.headline, contender.label, contender.stock, *found.values())
+        kind = "stock" if contender.stock else family(str(contender.args.optim))
+        return Curve(bench.task.name, bench.task.headline, contender.label, kind, *found.values())
 
     def _result(self, bench: Bench, contender: Contender) -> Result:
         search_seed, seeds = self.plan.comparison.search_seed, self.plan.comparison.seeds

@@ -6,6 +6,7 @@ import dataclasses
 import statistics
 from typing import Any
 
+from families import family
 from tables import table as lay_out
 
 
@@ -17,7 +18,7 @@ class Result:
         task: the task's name.
         headline: the metric that stands for the task.
         label: the optimizer's name in the comparison.
-        stock: whether it is one of Trainer's own.
+        stock: whether it is none of EFCP's.
         tried: the learning rates that have a result on the search seed.
         best: the best of them, None when there is none.
         seeds: the seeds to train with at the best learning rate.
@@ -37,9 +38,8 @@ class Result:
 
     @property
     def family(self) -> str:
-        """How its gradients are kept; "stock" for an optimizer of Trainer's own."""
-        kind = self.runs[0]["optimizer"].partition("_")[0]
-        return "stock" if self.stock else kind if kind in ("sparse", "lowrank", "dense") else "other"
+        """How its gradients are kept; "stock" for an optimizer that is none of EFCP's."""
+        return "stock" if self.stock else family(self.runs[0]["optimizer"])
 
     @property
     def values(self) -> list[float]:
@@ -81,7 +81,7 @@ class Curve:
         task: the task's name.
         headline: the metric that stands for the task.
         label: the optimizer's name in the comparison.
-        stock: whether it is one of Trainer's own.
+        family: as that of `Result`.
         points: for each learning rate, ascending, the headline metric of each seed that has a number.
         losses: the same for the validation loss.
     """
@@ -89,9 +89,14 @@ class Curve:
     task: str
     headline: str
     label: str
-    stock: bool
+    family: str
     points: dict[float, tuple[float, ...]]
     losses: dict[float, tuple[float, ...]]
+
+    @property
+    def values(self) -> list[float]:
+        """The headline metric of every seed at every learning rate."""
+        return [value for values in self.points.values() for value in values]
 
     def loss(self) -> Curve:
         """The curve of the validation loss.

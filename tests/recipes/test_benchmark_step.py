@@ -370,7 +370,7 @@ def test_the_benchmark_from_end_to_end(recipe, tiny_model, tmp_path, capsys):
         *("--repeats", "2", "--train_repeats", "2", "--batch", "2", "--length", "8"),
         *(
             "--only",
-            r"AdamW|published|sparse M-FAC, m = (256|1024)$|mine",
+            r"AdamW .fused|published|sparse M-FAC, m = (256|1024)$|mine",
             "--case",
             "mine: lowrank_mfac num_grads=4",
         ),
