@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 FORMAT = 3  # of the state; a checkpoint says which it has
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 _FITS = 2.0**64  # coefficients below this, times rows of whitened entries, are within float32
+_NOTHING = torch.empty(0, device="cpu")
 _SQUARED = 4 << 20  # entries of gradients that are converted to float32 at a time
 
 
@@ -580,7 +581,10 @@ class EFCP(torch.optim.Optimizer):
         states, beta1 = [unit.gram_state for unit in pushed], self._structure.get("metric_beta1", 0.0)
         coefficients = whole.solve(states, [unit.now for unit in pushed], columns, preconditioner, beta1)
         if coefficients is None:
-            own = [unit._replace(column=column[: unit.now.rows]) for unit, column in zip(pushed, columns, strict=True)]
+            own = [
+                unit._replace(column=column[: unit.now.rows], products=_no_products(unit.now, columns.device))
+                for unit, column in zip(pushed, columns, strict=True)
+            ]
             own = self._collect(own, None, columns.device)
             coefficients = torch.zeros_like(columns)
             for place, plan in enumerate(self._plan(own, preconditioner, columns.device)):
@@ -596,10 +600,7 @@ class EFCP(torch.optim.Optimizer):
             for site in sites:
                 if site.member.param.grad is None:
                     window.clear(site.state, site.shape, now.newest)
-            column, products = (
-                torch.zeros(length, dtype=torch.float64, device="cpu") for length in (now.rows, now.rows + 1)
-            )
-            pushed.append(Pushed(gram_state, present, now, column, products))
+            pushed.append(Pushed(gram_state, present, now, _NOTHING, _NOTHING))
         return pushed
 
     def _push(
@@ -609,8 +610,8 @@ class EFCP(torch.optim.Optimizer):
         window = self._layout.window
         for place, unit in enumerate(pushed):
             device = unit.sites[0].member.param.device
-            column, products = (part.to(device, widest(device)) for part in (unit.column, unit.products))
-            pushed[place] = unit._replace(column=column, products=products)
+            column = torch.zeros(unit.now.rows, dtype=widest(device), device=device)
+            pushed[place] = unit._replace(column=column, products=_no_products(unit.now, device))
         rows = [(site, unit.now) for unit in pushed for site in unit.sites]
         vectors.begin([site for site, _ in rows])
         push(rows, self._layout, kernels, vectors)
@@ -759,6 +760,11 @@ def _squares(active: list[Member], kernels: Kernels) -> dict[int, float]:
     if waiting:
         sums.append(kernels.squares(waiting))
     return dict(zip(positions, torch.cat(sums).tolist(), strict=True)) if sums else {}
+
+
+def _no_products(now: WindowPosition, device: torch.device) -> torch.Tensor:
+    """Products of no dense vector."""
+    return torch.zeros(now.rows + 1, dtype=widest(device), device=device)
 
 
 def _placed(plan: Any, device: torch.device) -> Any:

@@ -153,7 +153,7 @@ def test_ten_million_entries_in_three_tensors():
     assert model.find_nonfinite(gradients) == [False, True, False]
 
 
-@pytest.mark.parametrize("height, rank", [(9, 1), (40, 4), (600, 3), (70, 16)])
+@pytest.mark.parametrize(("height", "rank"), [(9, 1), (40, 4), (600, 3), (70, 16)])
 @pytest.mark.parametrize("kind", ["full", "deficient", "zero", "tiny", "huge"])
 def test_the_basis_is_orthonormal_and_spans_the_columns(height, rank, kind):
     generator = torch.Generator().manual_seed(height + rank)
