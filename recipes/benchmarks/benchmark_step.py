@@ -10,8 +10,8 @@ The model is the demo extra's MiniLM (22.7 M parameters). First the step alone, 
 contenders is the algorithm as it was published, in plain torch. Then whole training steps. Windows are filled by
 writing random rows into the state, which takes seconds where a thousand steps would take an hour. The contenders take
 turns, and medians are reported, beside the time of reading the window twice, which is the floor of what a step over
-that window can cost. `--sweep` doubles the parameters, the window and the density of sparse M-FAC instead. `--device cuda` times
-a BERT-base on a GPU by CUDA events instead, AdamW fused beside windows of 16 to 1024 gradients.
+that window can cost. `--sweep` doubles the parameters, the window and the density of sparse M-FAC instead.
+`--device cuda` times a BERT-base on a GPU by CUDA events, AdamW fused beside windows of 16 to 1024 gradients.
 
 results.json, results.md and results.png, or sweep.json and so on, are written to `--output_dir`.
 """
