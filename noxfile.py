@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
+from pathlib import Path
 
 import nox
 
@@ -43,3 +45,11 @@ def tests(session: nox.Session) -> None:
 def notebooks(session: nox.Session) -> None:
     """The notebooks, from top to bottom."""
     _module(session, "pytest", "--nbmake", "--nbmake-timeout=300", "notebooks")
+
+
+@nox.session
+def package(session: nox.Session) -> None:
+    """Source distribution and wheel, in dist/, and whether the package index would take them."""
+    shutil.rmtree("dist", ignore_errors=True)
+    _module(session, "build")
+    _module(session, "twine", "check", "--strict", *map(str, Path("dist").iterdir()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -28,14 +29,24 @@ def allocate(param: torch.Tensor, device: torch.device | str) -> dict[str, torch
     }
 
 
-def step(params: list[torch.Tensor], states: list[dict[str, Any]], *, lr: float, weight_decay: float) -> None:
-    """One step of AdamW, with PyTorch's own kernel and default betas and eps.
+def step(
+    params: list[torch.Tensor],
+    states: list[dict[str, Any]],
+    *,
+    lr: float,
+    weight_decay: float,
+    betas: tuple[float, float] = BETAS,
+    eps: float = EPS,
+) -> None:
+    """One step of AdamW, with PyTorch's own kernel.
 
     Args:
         params: Parameters that have a gradient.
         states: Their states, from `allocate`.
         lr: Learning rate.
         weight_decay: Decoupled weight decay.
+        betas: Decays of the moments; PyTorch's defaults.
+        eps: What is added to the root of the second moment; PyTorch's default.
     """
     adamw(
         params,
@@ -45,10 +56,24 @@ def step(params: list[torch.Tensor], states: list[dict[str, Any]], *, lr: float,
         [],
         [state["step"] for state in states],
         amsgrad=False,
-        beta1=BETAS[0],
-        beta2=BETAS[1],
+        beta1=betas[0],
+        beta2=betas[1],
         lr=lr,
         weight_decay=weight_decay,
-        eps=EPS,
+        eps=eps,
         maximize=False,
     )
+
+
+def step_excluded(groups: list[dict[str, Any]], states: Mapping[torch.Tensor, dict[str, Any]]) -> None:
+    """Step the groups that are not preconditioned.
+
+    Args:
+        groups: All parameter groups.
+        states: Of all parameters.
+    """
+    for group in groups:
+        if not group["preconditioned"]:
+            params = [param for param in group["params"] if param.grad is not None]
+            own = [states[param] for param in params]
+            step(params, own, lr=float(group["lr"]), weight_decay=group["weight_decay"])

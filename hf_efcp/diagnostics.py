@@ -22,8 +22,11 @@ import numpy as np
 import torch
 
 from . import checks
+from .family import AnyOptimizer
 from .kernels import choose, widest
 from .optimizer import EFCP
+from .projected import ProjectedAdam
+from .projected.diagnostics import subspaces
 from .shards import is_sharded
 from .sites import Member
 from .threads import one_thread
@@ -65,7 +68,7 @@ class Snapshot:
     pushed: int
 
 
-def snapshot(optimizer: EFCP) -> Snapshot:
+def snapshot(optimizer: AnyOptimizer) -> Snapshot:
     """Copy the preconditioned parameters that have a gradient: to be called between `backward()` and `step()`.
 
     Args:
@@ -79,13 +82,17 @@ def snapshot(optimizer: EFCP) -> Snapshot:
     for _, group, param in _preconditioned(optimizer):
         if param.grad is None:
             continue
-        lr, decay, decoupled = float(group["lr"]), float(group["weight_decay"]), group["decoupled_weight_decay"]
+        lr, decay, decoupled = (
+            float(group["lr"]),
+            float(group["weight_decay"]),
+            group.get("decoupled_weight_decay", True),
+        )
         theta = param.detach().clone(memory_format=torch.contiguous_format).view(-1)
         params.append(Before(param, theta, lr, 1.0 - lr * decay if decoupled else 1.0, 0.0 if decoupled else decay))
     return Snapshot(params, _pushed(optimizer))
 
 
-def measure(optimizer: EFCP, before: Snapshot) -> dict[str, float]:
+def measure(optimizer: AnyOptimizer, before: Snapshot) -> dict[str, float]:
     """Compare a step's update with its gradient, and look at the state: to be called before `zero_grad()`.
 
     `g` is the gradient that the optimizer saw: clipped, unscaled, with L2 regularisation. `u` is what moved the
@@ -106,6 +113,8 @@ def measure(optimizer: EFCP, before: Snapshot) -> dict[str, float]:
         - "scaling_p05", "scaling_p50", "scaling_p95": quantiles of `|u_i / g_i|`, over the entries where neither is 0.
         - "error_norm" and "error_share", see the functions. Unless nothing is compressed.
         - "effective_rank" of the Gram matrix; with `scope="layer"` the mean over parameters. Not for diagonal rules.
+        - "subspace_rank", "energy_kept", "subspace_turn" and "refreshes" of a projected optimizer, see
+          `hf_efcp.projected.diagnostics.subspaces`.
         - "state_bytes", and "state_bytes_per_parameter" over all parameters that have a state.
 
     Raises:
@@ -115,7 +124,9 @@ def measure(optimizer: EFCP, before: Snapshot) -> dict[str, float]:
     values: dict[str, float] = {}
     if _pushed(optimizer) > before.pushed:
         values |= _compare(before.params)
-    if units := _units(optimizer):
+    if isinstance(optimizer, ProjectedAdam):
+        values |= subspaces(optimizer)
+    elif units := _units(optimizer):
         if not optimizer._layout.compressor.lossless:
             error = _error_square(optimizer, units)
             values |= {"error_norm": math.sqrt(error), "error_share": _share(error, _row_square(optimizer, units))}
@@ -208,7 +219,7 @@ def gram_matrix(optimizer: EFCP, param: torch.Tensor | None = None) -> torch.Ten
     return _written(optimizer, units[0])
 
 
-def refuse_shards(optimizer: EFCP) -> None:
+def refuse_shards(optimizer: AnyOptimizer) -> None:
     """Refuse an optimizer of which this process has a part only.
 
     Args:
@@ -224,7 +235,7 @@ def refuse_shards(optimizer: EFCP) -> None:
         )
 
 
-def _preconditioned(optimizer: EFCP) -> list[Member]:
+def _preconditioned(optimizer: AnyOptimizer) -> list[Member]:
     return [member for member in optimizer._members() if member.group["preconditioned"]]
 
 
@@ -235,8 +246,10 @@ def _units(optimizer: EFCP) -> list[list[Member]]:
     return [unit for unit in units if optimizer._gram_state(unit).get("pushed")]
 
 
-def _pushed(optimizer: EFCP) -> int:
-    """Rows pushed by all units: it grows with every step that was not skipped."""
+def _pushed(optimizer: AnyOptimizer) -> int:
+    """Rows pushed by all units, or gradients seen: it grows with every step that was not skipped."""
+    if isinstance(optimizer, ProjectedAdam):
+        return sum(int(state.get("steps", state.get("step", 0))) for state in optimizer.state.values())
     return sum(optimizer._gram_state(unit)["pushed"] for unit in _units(optimizer))
 
 

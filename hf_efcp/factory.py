@@ -14,12 +14,13 @@ from torch import nn
 
 from .budget import FORMS, in_bytes
 from .checks import check_kinds, kinds
-from .optimizer import EFCP
+from .family import AnyOptimizer
+from .projected import LORENZA, AdaRankGrad, GaLore, NaturalGaLore
 from .variants import DenseGGT, DenseMFAC, LowRankGGT, LowRankMFAC, MicroAdam, SparseAdaGrad, SparseGGT, SparseMFAC
 
 logger = logging.getLogger(__name__)
 
-OPTIMIZERS: dict[str, type[EFCP]] = {
+OPTIMIZERS: dict[str, type[AnyOptimizer]] = {
     "sparse_mfac": SparseMFAC,
     "sparse_ggt": SparseGGT,
     "dense_mfac": DenseMFAC,
@@ -28,6 +29,10 @@ OPTIMIZERS: dict[str, type[EFCP]] = {
     "lowrank_ggt": LowRankGGT,
     "sparse_adagrad": SparseAdaGrad,
     "microadam": MicroAdam,
+    "galore": GaLore,
+    "adarankgrad": AdaRankGrad,
+    "lorenza": LORENZA,
+    "natural_galore": NaturalGaLore,
 }
 
 
@@ -60,7 +65,7 @@ def unknown(name: Any, valid: Iterable[str] = OPTIMIZERS) -> str:
     return f"unknown optimizer {name!r}; expected one of: {', '.join(valid)}{hint}"
 
 
-def maker(optimizer: str | Callable[..., EFCP]) -> Callable[..., EFCP]:
+def maker(optimizer: str | Callable[..., AnyOptimizer]) -> Callable[..., AnyOptimizer]:
     """Return what makes the optimizer that a name means.
 
     Args:
@@ -73,7 +78,7 @@ def maker(optimizer: str | Callable[..., EFCP]) -> Callable[..., EFCP]:
         TypeError: It is something else.
         ValueError: The name is unknown.
     """
-    if callable(optimizer) and (not isinstance(optimizer, type) or issubclass(optimizer, EFCP)):
+    if callable(optimizer) and (not isinstance(optimizer, type) or issubclass(optimizer, AnyOptimizer)):
         return optimizer
     return OPTIMIZERS[_known(optimizer)]
 
@@ -102,7 +107,7 @@ def create_optimizer(
     exclude: str | Sequence[str] = (),
     exclude_lr: float = 5e-5,
     **kwargs: Any,
-) -> EFCP:
+) -> AnyOptimizer:
     """Create the optimizer called `name` over the trainable parameters of `model`.
 
     Weight decay goes to the parameters that `transformers.Trainer` would decay: all but biases and norm layers.
@@ -164,7 +169,7 @@ def create_optimizer(
             if named:
                 groups.append(group)
 
-    factory: Callable[..., EFCP] = OPTIMIZERS[name]
+    factory: Callable[..., AnyOptimizer] = OPTIMIZERS[name]
     optimizer = factory(groups, lr=lr, weight_decay=weight_decay, **kwargs)
 
     numels = [(key in excluded, p.numel()) for key, p in trainable.items()]

@@ -10,7 +10,7 @@ import torch
 from . import adamw
 from .accounting import count_bytes
 from .factory import maker
-from .optimizer import EFCP
+from .family import AnyOptimizer
 from .shards import local
 from .variants import LowRankMFAC
 
@@ -21,7 +21,7 @@ class MemoryPlan(dict[str, int]):
     Args:
         parts: The bytes.
         title: What the table is of.
-        num_grads: Capacity of the window.
+        num_grads: Capacity of the window; 0 for an optimizer that has none.
         parameters: How many trainable parameters there are.
         adamw: Bytes that `torch.optim.AdamW` would keep for them.
 
@@ -48,13 +48,14 @@ class MemoryPlan(dict[str, int]):
             f"{labels.get(part, part):<24} {size:>17,} {size / max(1, self.parameters):>8.2f}"
             for part, size in {**self, "adamw": self.adamw}.items()
         ]
-        head = f"{self.title}: num_grads={self.num_grads}, {self.parameters:,} trainable parameters"
+        window = f"num_grads={self.num_grads}, " if self.num_grads else ""
+        head = f"{self.title}: {window}{self.parameters:,} trainable parameters"
         return "\n".join([head, f"{'':<24} {'bytes':>17} {'B/param':>8}", *rows])
 
 
 def estimate_memory(
     model_or_params: torch.nn.Module | Iterable[Any],
-    optimizer: str | Callable[..., EFCP] = LowRankMFAC,
+    optimizer: str | Callable[..., AnyOptimizer] = LowRankMFAC,
     **arguments: Any,
 ) -> MemoryPlan:
     """Bytes of an optimizer's state, as its `memory()` will report them after the first step.
@@ -69,8 +70,9 @@ def estimate_memory(
         **arguments: The optimizer's own arguments.
 
     Returns:
-        Bytes by part: `indices`, `values`, `error`, `momentum`, `metric`, `gram` and their `total`. A dictionary that
-        prints as a table, with `num_grads` as an attribute.
+        Bytes by part: `indices`, `values`, `error`, `momentum`, `metric`, `gram` and their `total`, or `subspace`,
+        `moments`, `window` and `total` of a projected optimizer. A dictionary that prints as a table, with `num_grads`
+        as an attribute.
 
     Raises:
         TypeError: Arguments are swapped, or of the wrong kind.
@@ -100,7 +102,7 @@ def estimate_memory(
     return MemoryPlan(
         made.planned_memory(),
         title=type(made).__name__,
-        num_grads=made.param_groups[0]["num_grads"],
+        num_grads=made.param_groups[0].get("num_grads", 0),
         parameters=sum(local(param).numel() for param in trainable),
         adamw=count_bytes(adamw.allocate(param, "meta") for param in trainable)["total"],
     )
@@ -108,7 +110,7 @@ def estimate_memory(
 
 def largest_window(
     model_or_params: torch.nn.Module | Iterable[Any],
-    optimizer: str | Callable[..., EFCP] = LowRankMFAC,
+    optimizer: str | Callable[..., AnyOptimizer] = LowRankMFAC,
     *,
     memory_budget: int | str,
     **arguments: Any,

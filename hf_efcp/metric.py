@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import torch
 
 from . import noise
+from .compressors import State
 from .errors import error_store
 from .kernels import BUCKET, Kernels
-from .windows import State
 
 METRICS = ("none", "adam", "factored")
 METRIC_DTYPES = (torch.float32, torch.bfloat16, torch.int8)

@@ -15,12 +15,11 @@ import torch
 
 from . import checks, noise
 from .blocks import sharing
-from .compressors import TopK
+from .compressors import LowRank, TopK
 from .errors import BucketErrors
 from .kernels import BUCKET
 from .kernels.triton.model import Model, Row, Settings, place_scratch
 from .layout import Layout
-from .lowrank import LowRank
 from .preconditioners import MFAC, GramPreconditioner, Preconditioner, WindowPosition
 from .shards import is_sharded
 from .sites import Member, Site

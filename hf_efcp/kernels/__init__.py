@@ -21,7 +21,6 @@ BACKENDS = ("auto", "reference", "numba", "triton")
 BUCKET = 64  # consecutive entries of a quantised error that share a scale
 # Whitened entries saturate here, so that products of whole rows fit float32.
 WHITENED = 2.0**48
-_MODULES = {"reference": "reference", "numba": "cpu", "triton": "triton"}
 _TRITON = (3, 4)  # the oldest version whose settings are where we look for them
 
 
@@ -160,7 +159,7 @@ def choose(backend: str, device: torch.device) -> Kernels:
     try:
         if backend == "triton":
             _check_triton(device)
-        return cast(Kernels, importlib.import_module(f".{_MODULES[backend]}", __name__))
+        return cast(Kernels, importlib.import_module(f".{backend}", __name__))
     except ValueError:
         raise
     except Exception as error:
@@ -233,7 +232,7 @@ def check_name(backend: str) -> None:
 def _numba_or_warn() -> bool:
     """Whether the numba kernels can be imported; cached, so that their absence is reported once."""
     try:
-        importlib.import_module(f".{_MODULES['numba']}", __name__)
+        importlib.import_module(".numba", __name__)
     except Exception as error:  # not only ImportError: a numba that is too new has lost what they are built with
         warnings.warn(
             f"the numba kernels could not be imported ({type(error).__name__}: {error}); EFCP runs its plain torch "

@@ -13,9 +13,8 @@ import torch
 from torch.optim.optimizer import ParamsT
 
 from hf_efcp import EFCP, OPTIMIZERS
-from hf_efcp.compressors import Job
+from hf_efcp.compressors import Job, LowRank
 from hf_efcp.kernels import Kernels
-from hf_efcp.lowrank import LowRank
 from hf_efcp.preconditioners import MFAC, WindowPosition
 
 DEFAULTS: dict[str, Any] = {  # of `LowRankMFAC`; a test compares them

@@ -14,13 +14,15 @@ from typing import Any
 
 import torch
 from data import load_splits
+from peers import PEERS, PeerFactory
 from plan import ComparisonArguments, Contender, Plan
 from training import build_trainer, load_model, tokenize, train
 from transformers import PrinterCallback, set_seed
 
-from hf_efcp import EFCP, OPTIMIZERS, EFCPTrainingArguments
+from hf_efcp import OPTIMIZERS, EFCPTrainingArguments
 from hf_efcp.checks import HEAVY_BALL
 from hf_efcp.factory import efcp_name, parse_optim_args
+from hf_efcp.family import AnyOptimizer
 from hf_efcp.glue import GlueTask
 
 # What a run's result does not depend on; all other training arguments that are not at their default are in its key.
@@ -32,7 +34,7 @@ NOT_IN_KEY = {
     *("dataloader_num_workers", "dataloader_pin_memory"),
 }
 # What parameter groups hold beside an optimizer's own settings.
-_OF_GROUPS = {"params", "lr", "weight_decay", "preconditioned", "skipped_steps", "efcp_format", "given_lr"}
+_OF_GROUPS = {"params", "lr", "weight_decay", "preconditioned", "skipped_steps", "efcp_format", "projected", "given_lr"}
 
 
 class Bench:
@@ -70,7 +72,7 @@ class Bench:
                 "max_seq_length": self.plan.comparison.max_seq_length,
                 "model": self.plan.model.model_name_or_path,
                 "layers": self.plan.model.num_hidden_layers,
-                **_optimizer_settings(contender.args),
+                **_optimizer_settings(contender),
                 "learning_rate": learning_rate,
                 "seed": seed,
                 "arguments": _other_settings(contender.args),
@@ -94,10 +96,17 @@ class Bench:
         args = dataclasses.replace(contender.args, learning_rate=learning_rate, seed=seed)
         try:
             trainer = build_trainer(self.task, copy.deepcopy(self._model), self._tokenizer, self._tokenized or {}, args)
+            if contender.peer:
+                own = {"lr": learning_rate, "weight_decay": args.weight_decay, **contender.options}
+                factory: Any = PeerFactory  # the annotation knows of classes only
+                trainer.optimizer_cls_and_kwargs = factory, {"name": contender.peer, **own}
             trainer.remove_callback(PrinterCallback)  # what Trainer has in the place of its bars
             record, history = train(trainer, self.task, self._tokenized or {})
             # Evaluation and preparation included: for the estimate of the remaining time.
             run |= {"model": self.plan.model.model_name_or_path, "layers": self._model.config.num_hidden_layers}
+            if contender.peer:
+                text = ",".join(f"{key}={value}" for key, value in contender.options.items())
+                record |= {"optimizer": contender.peer, "optim_args": text or None}
             run |= {**record, "history": _compact(history), "all_seconds": time.perf_counter() - start}
         except Exception as error:  # whatever it is, the others can go on
             run["failed"] = f"{type(error).__name__}: {error}"
@@ -134,7 +143,10 @@ def _digest(task: GlueTask, splits: dict[str, Any]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _optimizer_settings(args: EFCPTrainingArguments) -> dict[str, Any]:
+def _optimizer_settings(contender: Contender) -> dict[str, Any]:
+    if contender.peer:
+        return {"optimizer": contender.peer, "options": {**PEERS[contender.peer].defaults, **contender.options}}
+    args = contender.args
     name = efcp_name(args.optim)
     if name is None:
         options = dict(option.strip().split("=") for option in (args.optim_args or "").split(",") if option.strip())
@@ -142,7 +154,7 @@ def _optimizer_settings(args: EFCPTrainingArguments) -> dict[str, Any]:
     options = parse_optim_args(name, args.optim_args)
     options.pop("backend", None)  # changes no more than the time
     # As an optimizer spells them out, with defaults that hang on other options and may be others in another version.
-    make: Callable[..., EFCP] = OPTIMIZERS[name]
+    make: Callable[..., AnyOptimizer] = OPTIMIZERS[name]
     of_the_model = ("exclude", "exclude_lr", "memory_budget")
     own = {key: value for key, value in options.items() if key not in of_the_model}
     (group,) = make([torch.nn.Parameter(torch.zeros(1))], **own).param_groups

@@ -1,14 +1,15 @@
-"""What EFCP's optimizers are measured against: torch's own, GaLore, and the algorithm as it was published."""
+"""What EFCP's optimizers are measured against: torch's own, other libraries', and the algorithm as published."""
 
 from __future__ import annotations
 
-import ast
 import importlib
 import math
 from collections.abc import Callable
 from typing import Any, overload
 
 import torch
+from peers import PEERS
+from transformers.optimization import Adafactor
 
 PUBLISHED_ROWS = 1024
 
@@ -198,6 +199,24 @@ def _galore(model: torch.nn.Module, **options: Any) -> torch.optim.Optimizer:
     return optimizer
 
 
+def _adafactor(model: torch.nn.Module, **options: Any) -> torch.optim.Optimizer:
+    settings = {"scale_parameter": False, "relative_step": False, **options}  # as Trainer has it
+    return Adafactor(model.parameters(), lr=0.0, **settings)  # type: ignore[no-untyped-call]
+
+
+def _adamw_8bit(model: torch.nn.Module, **options: Any) -> torch.optim.Optimizer:
+    try:
+        bitsandbytes = importlib.import_module("bitsandbytes")
+    except ImportError as error:
+        raise ImportError(f"bitsandbytes could not be imported ({error}): pip install bitsandbytes") from error
+    optimizer: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(model.parameters(), lr=0.0, **options)
+    return optimizer
+
+
+def _peer(name: str) -> Callable[..., torch.optim.Optimizer]:
+    return lambda model, **options: PEERS[name].build(model, lr=0.0, **options)
+
+
 def _published(model: torch.nn.Module, **options: Any) -> torch.optim.Optimizer:
     return AsPublished(model.parameters(), 0.0, **options)
 
@@ -207,28 +226,7 @@ BASELINES: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": _sgd,
     "galore": _galore,
     "published": _published,
+    "adafactor": _adafactor,
+    "adamw_8bit": _adamw_8bit,
+    **{name: _peer(name) for name in PEERS},
 }
-
-
-def parse_options(text: str) -> dict[str, Any]:
-    """Read "key=value,key=value" for a baseline, values as in Python.
-
-    Args:
-        text: The options.
-
-    Returns:
-        The options by name.
-
-    Raises:
-        ValueError: An item is not a key and a value.
-    """
-    options = {}
-    for item in filter(None, (part.strip() for part in text.split(","))):
-        key, equals, value = item.partition("=")
-        try:
-            if not equals:
-                raise ValueError("there is no '='")
-            options[key.strip()] = ast.literal_eval({"true": "True", "false": "False"}.get(value, value).strip())
-        except (SyntaxError, ValueError) as error:
-            raise ValueError(f"expected key=value with a number, true or false, got {item!r}: {error}") from None
-    return options

@@ -1,15 +1,16 @@
-"""Who takes part in the benchmark: contenders as "label: optimizer options", built, stepped once, windows filled."""
+"""Who takes part in the benchmark: cases as "label: optimizer options", built, stepped once, windows filled."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import psutil  # type: ignore[import-untyped]  # accelerate brings it
 import torch
-from bench_baselines import BASELINES, PUBLISHED_ROWS, AsPublished, parse_options, published_rows
+from bench_baselines import BASELINES, PUBLISHED_ROWS, AsPublished, published_rows
+from peers import parse_options
+from training import state_bytes
 
 from hf_efcp import EFCP, OPTIMIZERS, create_optimizer
 from hf_efcp.blocks import Piece, as_indices, cut
@@ -21,7 +22,7 @@ _ROOM = 0.8  # of the memory that is available
 
 
 @dataclass(frozen=True)
-class Contender:
+class Case:
     """An optimizer and its options.
 
     Args:
@@ -46,11 +47,17 @@ LOW_RANK = "low-rank M-FAC"
 MOMENTS = "low-rank M-FAC, both moments"
 # Ours at its defaults, and with both moments of AdamW; then the papers' rules, which have no metric.
 DEFAULTS = tuple(
-    Contender(label, optimizer, options, optional=True)
+    Case(label, optimizer, options, optional=True)
     for label, optimizer, options in (
         (ADAMW, "adamw", ""),
         ("SGD, momentum (fused)", "sgd", ""),
         ("GaLore, rank 128, between its SVDs", "galore", ""),
+        ("AdamW, 8 bits", "adamw_8bit", ""),
+        ("Adafactor", "adafactor", ""),
+        ("Muon, AdamW for the rest", "muon", ""),
+        ("SOAP, between its QRs", "soap", "precondition_frequency=1000"),
+        ("SOAP, a QR at every step", "soap", "precondition_frequency=1"),
+        ("Shampoo, between its roots", "shampoo", "preconditioning_compute_steps=1000"),
         (LOW_RANK, "lowrank_mfac", ""),
         (MOMENTS, "lowrank_mfac", "metric_dtype=float32,precondition=momentum"),
         ("sparse M-FAC, m = 64", "sparse_mfac", "num_grads=64,metric=none"),
@@ -69,14 +76,14 @@ DEFAULTS = tuple(
 )
 
 
-def parse_contender(text: str) -> Contender:
+def parse_case(text: str) -> Case:
     """Read "label: optimizer options"; without a label, the rest is the label.
 
     Args:
         text: For example "small: sparse_mfac num_grads=64,block_size=256", or "dense_ggt".
 
     Returns:
-        The contender.
+        The case.
 
     Raises:
         ValueError: There is no such optimizer.
@@ -87,18 +94,16 @@ def parse_contender(text: str) -> Contender:
         raise ValueError(
             f"unknown optimizer {name!r} in {text!r}; expected one of {', '.join([*OPTIMIZERS, *BASELINES])}"
         )
-    return Contender(label.strip(), name, options.strip())
+    return Case(label.strip(), name, options.strip())
 
 
-def build(
-    contender: Contender, model: torch.nn.Module, seed: int, available: Callable[[], int]
-) -> torch.optim.Optimizer:
+def build(case: Case, model: torch.nn.Module, seed: int, available: Callable[[], int]) -> torch.optim.Optimizer:
     """Make an optimizer over the model at learning rate 0, step it so that its state exists, and fill its window.
 
-    At learning rate 0 the parameters stay what they are, for all contenders, and the work is the same.
+    At learning rate 0 the parameters stay what they are, for all cases, and the work is the same.
 
     Args:
-        contender: Which.
+        case: Which.
         model: Its parameters have gradients.
         seed: Seed of the window's rows.
         available: Tells the bytes that are free.
@@ -111,29 +116,28 @@ def build(
     """
     room = int(_ROOM * available())
     numel = sum(param.numel() for param in model.parameters())
-    if contender.optimizer in BASELINES:
-        options = parse_options(contender.options)
-        if contender.optimizer == "published":
+    if case.optimizer in BASELINES:
+        options = parse_options(case.options)
+        if case.optimizer == "published":
             wanted, density = options.get("num_grads", PUBLISHED_ROWS), options.get("density", 0.01)
             options["num_grads"] = published_rows(numel, wanted, density, room)
             if not options["num_grads"]:
-                raise MemoryError(f"{contender.label} has no room for a single row in {room / 2**30:.1f} GiB")
-        optimizer = BASELINES[contender.optimizer](model, **options)
+                raise MemoryError(f"{case.label} has no room for a single row in {room / 2**30:.1f} GiB")
+        optimizer = BASELINES[case.optimizer](model, **options)
         if isinstance(optimizer, AsPublished):
             optimizer.fill(seed)
         return optimizer
 
-    arguments = parse_optim_args(contender.optimizer, contender.options)
-    efcp = create_optimizer(contender.optimizer, model, lr=0.0, **arguments)
+    arguments = parse_optim_args(case.optimizer, case.options)
+    efcp = create_optimizer(case.optimizer, model, lr=0.0, **arguments)
     for group in efcp.param_groups:
         group["lr"] = 0.0  # of excluded parameters too
     need = efcp.planned_memory()["total"]
     if need > room:
-        raise MemoryError(
-            f"{contender.label} needs {need / 2**30:.1f} GiB of state, and {room / 2**30:.1f} GiB may be used"
-        )
+        raise MemoryError(f"{case.label} needs {need / 2**30:.1f} GiB of state, and {room / 2**30:.1f} GiB may be used")
     efcp.step()
-    fill_window(efcp, seed)
+    if isinstance(efcp, EFCP):
+        fill_window(efcp, seed)
     return efcp
 
 
@@ -211,12 +215,5 @@ def state_memory(optimizer: torch.optim.Optimizer) -> dict[str, int]:
     """Bytes of the state by part; another library's state is one part, its moments."""
     if isinstance(optimizer, EFCP | AsPublished):
         return optimizer.memory()
-    total = sum(_nbytes(value) for state in optimizer.state.values() for value in state.values())
+    total = state_bytes(optimizer)
     return {**dict.fromkeys(("indices", "values", "error", "metric", "gram"), 0), "momentum": total, "total": total}
-
-
-def _nbytes(value: Any) -> int:
-    """Bytes of a tensor, or of the tensors that an object such as GaLore's projector keeps."""
-    if isinstance(value, torch.Tensor):
-        return value.nbytes
-    return sum(inner.nbytes for inner in getattr(value, "__dict__", {}).values() if isinstance(inner, torch.Tensor))

@@ -1,6 +1,6 @@
 """What a step costs on a GPU: CUDA events, bytes of the allocator, and a measured copy as the floor.
 
-The model is a BERT-base of random weights under bfloat16 autocast. Contenders take turns; windows are filled by steps,
+The model is a BERT-base of random weights under bfloat16 autocast. Cases take turns; windows are filled by steps,
 which a GPU does in seconds. Kernels are compiled, and caches filled, before anything is timed.
 """
 
@@ -15,16 +15,16 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Protocol
 
 import torch
-from bench_cases import ADAMW, Contender
+from bench_cases import ADAMW, Case
 
 from hf_efcp import EFCP, create_optimizer
 from hf_efcp.factory import parse_optim_args
 
 CAPACITIES = (16, 64, 256, 1024)
-CONTENDERS = (
-    Contender(ADAMW, "adamw"),
-    *(Contender(f"low-rank M-FAC, m = {m}", "lowrank_mfac", f"num_grads={m}") for m in CAPACITIES),
-    *(Contender(f"sparse M-FAC, m = {m}", "sparse_mfac", f"num_grads={m}") for m in CAPACITIES),
+CASES = (
+    Case(ADAMW, "adamw"),
+    *(Case(f"low-rank M-FAC, m = {m}", "lowrank_mfac", f"num_grads={m}") for m in CAPACITIES),
+    *(Case(f"sparse M-FAC, m = {m}", "sparse_mfac", f"num_grads={m}") for m in CAPACITIES),
 )
 _COPIED = 1 << 30  # bytes of the copy that is the floor
 _WARM_UP = 3
@@ -95,7 +95,7 @@ class CudaClock:
 
 @dataclass(frozen=True)
 class Line:
-    """What was measured of a contender.
+    """What was measured of a case.
 
     Args:
         label: Its name.
@@ -119,7 +119,7 @@ class Line:
 def measure_device(
     clock: Clock,
     model: torch.nn.Module,
-    contenders: Iterable[Contender] = CONTENDERS,
+    cases: Iterable[Case] = CASES,
     *,
     repeats: int,
     batch: int,
@@ -131,7 +131,7 @@ def measure_device(
     Args:
         clock: Of the device.
         model: A sequence classifier of transformers, on the device.
-        contenders: At learning rate 0, so that all train the same model.
+        cases: At learning rate 0, so that all train the same model.
         repeats: Steps of each.
         batch: Sequences of a batch.
         length: Tokens of a sequence.
@@ -143,8 +143,8 @@ def measure_device(
     torch.manual_seed(seed)
     inputs = _inputs(model, batch, length, clock.device)
     lines, passes = [], [clock.seconds(lambda: _pass(model, inputs)) for _ in range(repeats + _WARM_UP)][_WARM_UP:]
-    for contender in contenders:  # one after the other: all windows together may not fit
-        optimizer = _build(contender, model)
+    for case in cases:  # one after the other: all windows together may not fit
+        optimizer = _build(case, model)
         _fill(optimizer, model)
         peak = clock.peak(optimizer.step)
         for _ in range(_WARM_UP):
@@ -158,8 +158,8 @@ def measure_device(
         whole = [clock.seconds(train) for _ in range(repeats)]
         state, size = _state(optimizer), sum(p.numel() * p.element_size() for p in model.parameters())
         backend = optimizer.backend if isinstance(optimizer, EFCP) else "torch"
-        lines.append(Line(contender.label, backend, steps, whole, state, state + 3 * size, peak))
-        print(f"{contender.label}: {1000 * statistics.median(steps):.3f} ms", flush=True)
+        lines.append(Line(case.label, backend, steps, whole, state, state + 3 * size, peak))
+        print(f"{case.label}: {1000 * statistics.median(steps):.3f} ms", flush=True)
         del optimizer, train
     return {
         "machine": {**clock.describe(), **_versions(), "parameters": sum(p.numel() for p in model.parameters())},
@@ -216,12 +216,12 @@ def _pass(model: Any, inputs: dict[str, torch.Tensor]) -> None:
     loss.backward()
 
 
-def _build(contender: Contender, model: torch.nn.Module) -> torch.optim.Optimizer:
-    if contender.optimizer == "adamw":
+def _build(case: Case, model: torch.nn.Module) -> torch.optim.Optimizer:
+    if case.optimizer == "adamw":
         return torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
-    arguments = parse_optim_args(contender.optimizer, contender.options)
+    arguments = parse_optim_args(case.optimizer, case.options)
     # The check of the gradients is left in: it is what a user has.
-    optimizer = create_optimizer(contender.optimizer, model, lr=0.0, **arguments)
+    optimizer = create_optimizer(case.optimizer, model, lr=0.0, **arguments)
     for group in optimizer.param_groups:
         group["lr"] = 0.0
     return optimizer

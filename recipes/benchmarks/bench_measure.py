@@ -117,7 +117,7 @@ def _places(optimizer: torch.optim.Optimizer) -> dict[str, list[tuple[Any, str]]
     in_metric, dense = settings["metric"] != "none", settings["precondition"] != "row"
     places: dict[str, list[tuple[Any, str]]] = {
         "metric": [(Metric, name) for name in ("observe", "observe_factored", "whiten", "momentum") if in_metric],
-        "compress": [(hf_efcp.optimizer, "push")],
+        "compress": [(hf_efcp.step, "push")],
         "dots": [(window, "dots")] if optimizer._preconditioner.uses_gram else [],
         "project": [(window, "project")] if dense else [],
         "solve": [(EFCP, "_plan")],

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from bench_cases import ADAMW, PUBLISHED, SMALLEST, SPARSE_256, SPARSE_1024
 from bench_measure import PARTS
+from tables import table
 
 MIB = 2**20
 
 
 @dataclass(frozen=True)
-class Result:
-    """What was measured of one contender. Times are medians, in seconds.
+class Timing:
+    """What was measured of one case. Times are medians, in seconds.
 
     Args:
         label: Its name.
@@ -51,7 +51,7 @@ class Target:
 
     Args:
         what: What it is.
-        measured: The number; None where a contender was left out.
+        measured: The number; None where a case was left out.
         limit: What it must be at least or at most.
         unit: Behind both.
         at_least: The limit is a lower one.
@@ -80,11 +80,11 @@ class Report:
         parameters: Entries of all parameters.
         accumulator_seconds: Reading and writing a float32 vector of that size once, the median.
         peak_method: How resident memory was measured.
-        results: Of the contenders.
+        results: Of the cases.
         in_cache: Seconds of "dots" and "combine" if memory cost nothing, by label.
         training: Of training steps, by label.
         training_batch: Sequences and tokens of a batch.
-        left_out: Contenders that could not be built, with the reason.
+        left_out: Cases that could not be built, with the reason.
         cold: Seconds of a first step without and with compiled kernels on disk; empty if not measured.
     """
 
@@ -92,7 +92,7 @@ class Report:
     parameters: int
     accumulator_seconds: float
     peak_method: str
-    results: list[Result]
+    results: list[Timing]
     in_cache: dict[str, dict[str, float]] = field(default_factory=dict)
     training: dict[str, dict[str, Any]] = field(default_factory=dict)
     training_batch: tuple[int, int] = (0, 0)
@@ -100,7 +100,7 @@ class Report:
     cold: tuple[float, ...] = ()
 
     def targets(self) -> list[Target]:
-        """What the measured numbers must reach; those of the contenders that took part."""
+        """What the measured numbers must reach; those of the cases that took part."""
         by_label = {result.label: result for result in self.results}
         published, large, small = by_label.get(PUBLISHED), by_label.get(SPARSE_1024), by_label.get(SPARSE_256)
         ratio = published.seconds / large.seconds if published and large else None
@@ -136,7 +136,7 @@ class Report:
         lines = [
             describe(self.machine),
             "",
-            f"{self.parameters:,} parameters; every number is the median over its repeats, the contenders "
+            f"{self.parameters:,} parameters; every number is the median over its repeats, the cases "
             "took turns, their windows were full of random rows. Peak: by how much resident memory rises during a step "
             f"({self.peak_method}).",
             "",
@@ -158,7 +158,10 @@ class Report:
                 "The first step of a fresh process, 1 M parameters: {:.2f} s, {:.2f} s with the kernels of an "
                 "earlier process on disk.".format(*self.cold),
             ]
-        lines += ["", *table(("what", "measured", "must reach", ""), map(_row, self.targets()))]
+        lines += [
+            "",
+            *table(("what", "measured", "must reach", ""), map(_row, self.targets()), words=("must reach", "")),
+        ]
         return "\n".join(lines) + "\n"
 
     def _steps(self) -> list[str]:
@@ -241,19 +244,6 @@ def describe(machine: dict[str, Any]) -> str:
         f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, "
         f"{machine['memory'] / 2**30:.0f} GiB, {busy}{versions}, seed {machine['seed']}"
     )
-
-
-def table(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """A Markdown table.
-
-    Args:
-        heading: The columns.
-        rows: The cells.
-
-    Returns:
-        Its lines.
-    """
-    return [f"| {' | '.join(cells)} |" for cells in (heading, ["---"] * len(heading), *rows)]
 
 
 def _row(target: Target) -> tuple[str, str, str, str]:

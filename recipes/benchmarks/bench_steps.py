@@ -1,4 +1,4 @@
-"""The step alone: contenders that take turns on one model, and the medians of what they take."""
+"""The step alone: cases that take turns on one model, and the medians of what they take."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from bench_baselines import PUBLISHED_ROWS, AsPublished, parse_options
-from bench_cases import Contender, available_memory, build, state_memory, window_tensors
+from bench_baselines import PUBLISHED_ROWS, AsPublished
+from bench_cases import Case, available_memory, build, state_memory, window_tensors
 from bench_measure import peak_memory, read_and_write, stream, timed_step
-from bench_report import Report, Result
+from bench_report import Report, Timing
+from peers import parse_options
 
 from hf_efcp import EFCP
 from hf_efcp.kernels import choose
@@ -23,40 +24,40 @@ _IN_CACHE = 1 << 18  # entries of a parameter whose window stays in the cache: 1
 
 
 def build_all(
-    contenders: list[Contender], model: torch.nn.Module, seed: int
+    cases: list[Case], model: torch.nn.Module, seed: int
 ) -> tuple[dict[str, torch.optim.Optimizer], dict[str, str]]:
     """Make the optimizers, with full windows.
 
     Args:
-        contenders: Which.
+        cases: Which.
         model: Its parameters have gradients.
         seed: Seed of the windows.
 
     Returns:
-        The optimizers by label, and by label why an optional contender was left out.
+        The optimizers by label, and by label why an optional case was left out.
 
     Raises:
-        ImportError: A contender that is not optional needs a package.
+        ImportError: A case that is not optional needs a package.
         MemoryError: Its state would not fit.
         ValueError: Its options are wrong.
     """
     built: dict[str, torch.optim.Optimizer] = {}
     left_out = {}
     # The published algorithm takes what memory the others leave.
-    for contender in sorted(contenders, key=lambda contender: contender.optimizer == "published"):
+    for case in sorted(cases, key=lambda case: case.optimizer == "published"):
         try:
-            print(f"filling the window: {contender.label}", flush=True)
-            built[contender.label] = build(contender, model, seed, available_memory)
+            print(f"filling the window: {case.label}", flush=True)
+            built[case.label] = build(case, model, seed, available_memory)
         except (ImportError, MemoryError, ValueError) as error:
-            if not contender.optional:
+            if not case.optional:
                 raise
-            left_out[contender.label] = str(error)
+            left_out[case.label] = str(error)
             print(f"left out: {error}", flush=True)
     return built, left_out
 
 
 def measure_steps(
-    contenders: list[Contender],
+    cases: list[Case],
     built: dict[str, torch.optim.Optimizer],
     model: torch.nn.Module,
     here: dict[str, Any],
@@ -67,7 +68,7 @@ def measure_steps(
     """Time steps in turns. One more warms up, and one shows the memory: the same one for the published algorithm.
 
     Args:
-        contenders: In the order of the report.
+        cases: In the order of the report.
         built: Their optimizers by label; those without one are left out.
         model: The model.
         here: The machine, for the report.
@@ -99,20 +100,20 @@ def measure_steps(
             streams[label].append(stream(window_tensors(optimizer)))
         print(f"steps: round {turn} of {repeats}", flush=True)
     results = [
-        _result(contender, built[contender.label], numel, steps[contender.label], streams[contender.label], peak)
-        for contender in contenders
-        if (peak := peaks.get(contender.label)) is not None
+        _result(case, built[case.label], numel, steps[case.label], streams[case.label], peak)
+        for case in cases
+        if (peak := peaks.get(case.label)) is not None
     ]
     return Report(here, numel, statistics.median(accumulator_seconds), method, results)
 
 
 def measure_in_cache(
-    contenders: list[Contender], built: dict[str, torch.optim.Optimizer], *, repeats: int, seed: int
+    cases: list[Case], built: dict[str, torch.optim.Optimizer], *, repeats: int, seed: int
 ) -> dict[str, dict[str, float]]:
     """Time dots and combine on a window that stays in the cache: what they would take if memory cost nothing.
 
     Args:
-        contenders: Of sparse windows.
+        cases: Of sparse windows.
         built: Their optimizers by label; those without one are left out.
         repeats: Calls of each.
         seed: Seed of the window.
@@ -121,21 +122,19 @@ def measure_in_cache(
         By label, the seconds of "dots" and "combine", medians, multiplied up to as many entries as the window has.
     """
     found = {}
-    for contender in contenders:
-        if contender.label in built:
-            small, seconds = _dots_and_combine(contender, repeats, seed)
-            entries = [
-                sum(tensor.nbytes for tensor in window_tensors(some)) for some in (built[contender.label], small)
-            ]
-            found[contender.label] = {name: entries[0] / entries[1] * taken for name, taken in seconds.items()}
+    for case in cases:
+        if case.label in built:
+            small, seconds = _dots_and_combine(case, repeats, seed)
+            entries = [sum(tensor.nbytes for tensor in window_tensors(some)) for some in (built[case.label], small)]
+            found[case.label] = {name: entries[0] / entries[1] * taken for name, taken in seconds.items()}
     return found
 
 
-def _dots_and_combine(contender: Contender, repeats: int, seed: int) -> tuple[EFCP, dict[str, float]]:
+def _dots_and_combine(case: Case, repeats: int, seed: int) -> tuple[EFCP, dict[str, float]]:
     """An optimizer over one small parameter, and the seconds of both."""
     param = torch.nn.Parameter(torch.zeros(_IN_CACHE))
     param.grad = torch.randn(_IN_CACHE, generator=torch.Generator().manual_seed(seed))
-    optimizer = build(contender, torch.nn.ParameterList([param]), seed, available_memory)
+    optimizer = build(case, torch.nn.ParameterList([param]), seed, available_memory)
     assert isinstance(optimizer, EFCP)
     window, state, shape = optimizer._layout.window, optimizer.state[param], param.shape
     kernels, rows = choose("auto", param.device), optimizer.param_groups[0]["num_grads"]
@@ -162,18 +161,18 @@ def _median_seconds(work: Callable[[], Any], repeats: int) -> float:
 
 
 def _result(
-    contender: Contender,
+    case: Case,
     optimizer: torch.optim.Optimizer,
     numel: int,
     steps: list[Step],
     streams: list[tuple[float, int]],
     peak: int,
-) -> Result:
+) -> Timing:
     seconds = statistics.median(whole for whole, _ in steps)
     parts = {part: statistics.median(parts[part] for _, parts in steps) for part in steps[0][1]}
     extrapolated_from = None
     if isinstance(optimizer, AsPublished):
-        wanted = parse_options(contender.options).get("num_grads", PUBLISHED_ROWS)
+        wanted = parse_options(case.options).get("num_grads", PUBLISHED_ROWS)
         if wanted > optimizer.num_grads:
             extrapolated_from = optimizer.num_grads
             for part in ("dots", "combine"):
@@ -181,10 +180,10 @@ def _result(
                 parts[part] += more
                 seconds += more
     memory = state_memory(optimizer)
-    return Result(
-        label=contender.label,
-        optimizer=contender.optimizer,
-        options=contender.options,
+    return Timing(
+        label=case.label,
+        optimizer=case.optimizer,
+        options=case.options,
         seconds=seconds,
         parts=parts,
         repeats=[whole for whole, _ in steps],

@@ -9,9 +9,9 @@ from itertools import pairwise
 
 import numpy as np
 import torch
-from bench_cases import Contender, build
+from bench_cases import Case, build
 from bench_measure import timed_step
-from bench_report import table
+from tables import table
 
 _MATRIX = 1 << 18  # entries of a parameter, as of a layer of a small Transformer
 _NUM_GRADS, _DENSITY = 256, 0.01  # where they are not swept
@@ -112,8 +112,8 @@ def run_sweeps(largest: int, doublings: int, *, repeats: int, seed: int, availab
         for numel, num_grads, density in settings:
             print(f"{name}: {int(numel):,} parameters, m = {int(num_grads)}, density {density:g}", flush=True)
             options = f"num_grads={int(num_grads)},density={density},metric=none"
-            contender = Contender(f"{name} {options}", "sparse_mfac", options)
-            optimizers.append(build(contender, _model(int(numel), seed), seed, available))
+            case = Case(f"{name} {options}", "sparse_mfac", options)
+            optimizers.append(build(case, _model(int(numel), seed), seed, available))
         runs: list[list[tuple[float, dict[str, float]]]] = [[] for _ in optimizers]
         for turn in range(repeats + 1):
             for optimizer, times in zip(optimizers, runs, strict=True):

@@ -2,13 +2,13 @@
 
     python recipes/benchmarks/benchmark_step.py
     python recipes/benchmarks/benchmark_step.py --only "AdamW|1024" --train_repeats 0
-    python recipes/benchmarks/benchmark_step.py --contender "small: sparse_mfac num_grads=64,metric=none" lowrank_ggt
+    python recipes/benchmarks/benchmark_step.py --case "small: sparse_mfac num_grads=64,metric=none" lowrank_ggt
     python recipes/benchmarks/benchmark_step.py --sweep
     python recipes/benchmarks/benchmark_step.py --device cuda
 
 The model is the demo extra's MiniLM (22.7 M parameters). First the step alone, on random gradients, by part; among the
-contenders is the algorithm as it was published, in plain torch. Then whole training steps. Windows are filled by
-writing random rows into the state, which takes seconds where a thousand steps would take an hour. The contenders take
+cases is the algorithm as it was published, in plain torch. Then whole training steps. Windows are filled by
+writing random rows into the state, which takes seconds where a thousand steps would take an hour. The cases take
 turns, and medians are reported, beside the time of reading the window twice, which is the floor of what a step over
 that window can cost. `--sweep` doubles the parameters, the window and the density of sparse M-FAC instead.
 `--device cuda` times a BERT-base on a GPU by CUDA events, AdamW fused beside windows of 16 to 1024 gradients.
@@ -27,6 +27,7 @@ from typing import Any
 
 import _recipes  # noqa: F401
 import torch
+from arguments import PACKAGED, ModelArguments
 from bench_cases import (
     ADAMW,
     DEFAULTS,
@@ -34,11 +35,11 @@ from bench_cases import (
     MOMENTS,
     SPARSE_256,
     SPARSE_1024,
-    Contender,
+    Case,
     available_memory,
-    parse_contender,
+    parse_case,
 )
-from bench_device import CONTENDERS, CudaClock, device_markdown, measure_device
+from bench_device import CASES, CudaClock, device_markdown, measure_device
 from bench_figures import plot_report, plot_sweeps
 from bench_measure import cold_first_step, machine
 from bench_report import describe
@@ -46,7 +47,7 @@ from bench_steps import build_all, measure_in_cache, measure_steps
 from bench_sweep import run_sweeps
 from bench_training import measure_training
 from cli import require
-from training import PACKAGED, ModelArguments, load_model
+from training import load_model
 from transformers import BertConfig, BertForSequenceClassification
 
 from hf_efcp.glue import get_task
@@ -76,9 +77,9 @@ def _parser() -> argparse.ArgumentParser:
     trained = "|".join(map(re.escape, (ADAMW, LOW_RANK, MOMENTS, SPARSE_256, SPARSE_1024)))
     add = parser.add_argument
     add(
-        "--contender",
+        "--case",
         nargs="+",
-        type=_contender,
+        type=_case,
         default=[],
         help='more of them, or others of the same label: "label: optimizer options"',
     )
@@ -86,9 +87,9 @@ def _parser() -> argparse.ArgumentParser:
         "--only",
         type=_regex,
         default=re.compile(""),
-        help="a regular expression: only contenders whose label it matches somewhere",
+        help="a regular expression: only cases whose label it matches somewhere",
     )
-    add("--repeats", type=_positive, default=9, help="steps of each contender; one more warms up, one shows the memory")
+    add("--repeats", type=_positive, default=9, help="steps of each case; one more warms up, one shows the memory")
     add(
         "--published_repeats",
         type=_positive,
@@ -115,9 +116,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _contender(text: str) -> Contender:
+def _case(text: str) -> Case:
     try:
-        return parse_contender(text)
+        return parse_case(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 
@@ -142,13 +143,13 @@ def _benchmark(arguments: argparse.Namespace) -> None:
     for param in model.parameters():
         param.grad = torch.randn(param.shape, generator=generator) * 1e-3
 
-    by_label = {contender.label: contender for contender in (*DEFAULTS, *arguments.contender)}
-    contenders = [contender for contender in by_label.values() if arguments.only.search(contender.label)]
-    built, left_out = build_all(contenders, model, arguments.seed)
+    by_label = {case.label: case for case in (*DEFAULTS, *arguments.case)}
+    cases = [case for case in by_label.values() if arguments.only.search(case.label)]
+    built, left_out = build_all(cases, model, arguments.seed)
     report = measure_steps(
-        contenders, built, model, here, repeats=arguments.repeats, published_repeats=arguments.published_repeats
+        cases, built, model, here, repeats=arguments.repeats, published_repeats=arguments.published_repeats
     )
-    sparse = [contender for contender in contenders if contender.label in (SPARSE_256, SPARSE_1024)]
+    sparse = [case for case in cases if case.label in (SPARSE_256, SPARSE_1024)]
     in_cache = measure_in_cache(sparse, built, repeats=10 * arguments.repeats, seed=arguments.seed)
     trained = {label: optimizer for label, optimizer in built.items() if arguments.train.fullmatch(label)}
     training: dict[str, Any] = {}
@@ -178,7 +179,7 @@ def _device(arguments: argparse.Namespace) -> None:
     report = measure_device(
         clock,
         model,
-        [contender for contender in (*CONTENDERS, *arguments.contender) if arguments.only.search(contender.label)],
+        [case for case in (*CASES, *arguments.case) if arguments.only.search(case.label)],
         repeats=arguments.repeats,
         batch=arguments.batch,
         length=arguments.length,

@@ -30,7 +30,6 @@ from report import Curve, Result, rates_table, table
 from runs import RunLog
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-from hf_efcp.factory import efcp_name
 from hf_efcp.glue import get_task
 
 
@@ -108,8 +107,7 @@ class Comparison:
             for name, points in found.items():
                 values = [run["metrics"][name] for run in runs if run is not None]
                 points[rate] = tuple(float(value) for value in values if value is not None)
-        stock = efcp_name(contender.args.optim) is None
-        return Curve(bench.task.name, bench.task.headline, contender.label, stock, *found.values())
+        return Curve(bench.task.name, bench.task.headline, contender.label, contender.stock, *found.values())
 
     def _result(self, bench: Bench, contender: Contender) -> Result:
         search_seed, seeds = self.plan.comparison.search_seed, self.plan.comparison.seeds
@@ -127,7 +125,7 @@ class Comparison:
             task=bench.task.name,
             headline=bench.task.headline,
             label=contender.label,
-            stock=efcp_name(contender.args.optim) is None,
+            stock=contender.stock,
             tried=tuple(tried),
             best=best,
             seeds=tuple(seeds),
@@ -185,7 +183,7 @@ def write_report(comparison: Comparison) -> None:
     Args:
         comparison: the comparison.
     """
-    from plots import plot_losses, plot_memory, plot_metrics, plot_rates
+    from figures import plot_losses, plot_memory, plot_metrics, plot_rates
 
     output_dir, results = comparison.plan.output_dir, comparison.results()
     text = table(results, comparison.plan.comparison.search_seed, comparison.plan.skipped)

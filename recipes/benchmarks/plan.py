@@ -9,14 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import ablations  # noqa: F401  # whose optimizers have names then
+from arguments import DEFAULTS, ModelArguments, TextArguments
 from cli import parse_arguments, suggestions
-from training import DEFAULTS, ModelArguments, TextArguments
+from peers import PEERS, parse_options
 from transformers import Trainer
 
 from hf_efcp import EFCPTrainingArguments
 from hf_efcp.factory import efcp_name
 from hf_efcp.glue import get_task
 
+# What an optimizer that is left out where it is not installed needs, by a part of its name.
+_NEEDS = {"galore": "galore_torch", "bnb": "bitsandbytes", **{name: peer.module for name, peer in PEERS.items()}}
 COMMON_DEFAULTS = {**DEFAULTS, "save_strategy": "no", "disable_tqdm": True, "logging_steps": 10}
 ELSEWHERE = {
     "seed": "search_seed and seeds",
@@ -42,11 +45,21 @@ class ComparisonArguments(TextArguments):
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
-    """An optimizer of the comparison, with its settings but for learning rate and seed in `args`."""
+    """An optimizer of the comparison, with its settings but for learning rate and seed in `args`.
+
+    `peer` is a key of `PEERS`, of which `args.optim` knows nothing; its options are in `options`.
+    """
 
     label: str
     args: EFCPTrainingArguments
     learning_rates: tuple[float, ...]
+    peer: str | None = None
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def stock(self) -> bool:
+        """Whether it is none of EFCP's."""
+        return self.peer is not None or efcp_name(self.args.optim) is None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,13 +95,21 @@ def read_plan(argv: list[str]) -> Plan:
         get_task(task)
     contenders, skipped = [], []
     for label, entry in entries.items():
-        if isinstance(entry, dict) and "galore" in str(entry.get("optim")) and not _installed("galore_torch"):
-            skipped.append(f"{label} is left out: galore_torch is not installed")
+        if missing := _missing(entry):
+            skipped.append(f"{label} is left out: {missing} is not installed")
         else:
             contenders.append(_read_contender(label, entry, args))
     if not contenders:
         raise ValueError(f"no optimizer is left to run: {'; '.join(skipped)}")
     return Plan(comparison, model, Path(args.output_dir), tuple(contenders), tuple(skipped))
+
+
+def _missing(entry: Any) -> str | None:
+    optim = str(entry.get("optim")) if isinstance(entry, dict) else ""
+    if efcp_name(optim) is not None:
+        return None
+    needed = [module for name, module in _NEEDS.items() if name in optim]
+    return next((module for module in needed if not _installed(module)), None)
 
 
 def _installed(module: str) -> bool:
@@ -110,11 +131,22 @@ def _read_contender(label: str, entry: Any, common: EFCPTrainingArguments) -> Co
     except (TypeError, ValueError) as error:
         raise ValueError(f"learning_rates of {label!r} must be a list of numbers: {error}") from error
     try:
+        if given["optim"] in PEERS:
+            return _read_peer(label, given, common, rates)
         args = dataclasses.replace(common, **given, learning_rate=rates[0])
         _refuse_ignored_options(args)
     except (TypeError, ValueError) as error:
         raise ValueError(f"optimizer {label!r}: {error}") from error
     return Contender(label, args, rates)
+
+
+def _read_peer(label: str, given: dict[str, Any], common: EFCPTrainingArguments, rates: tuple[float, ...]) -> Contender:
+    if "optim_target_modules" in given:
+        raise ValueError(f"optim_target_modules has no effect on {given['optim']}")
+    options = parse_options(given.get("optim_args", ""))
+    PEERS[given["optim"]].check(options)
+    args = dataclasses.replace(common, optim="adamw_torch", optim_args=None, learning_rate=rates[0])
+    return Contender(label, args, rates, given["optim"], options)
 
 
 def _refuse_ignored_options(args: EFCPTrainingArguments) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Sequence
 from typing import Any
+
+from tables import table as lay_out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +122,7 @@ def _rates(curves: list[Curve]) -> list[str]:
     for task in dict.fromkeys(curve.task for curve in curves):
         of_task = [curve for curve in curves if curve.task == task]
         rows = [(curve.label, *(_spread(curve.points.get(rate, ())) for rate in rates)) for curve in of_task]
-        lines += ["", f"### {task}, {of_task[0].headline.replace('_', ' ')}", "", *_markdown(header, rows)]
+        lines += ["", f"### {task}, {of_task[0].headline.replace('_', ' ')}", "", *lay_out(header, rows)]
     tasks = len({curve.task for curve in curves})
     if tasks > 1:
         rows = []
@@ -133,7 +134,7 @@ def _rates(curves: list[Curve]) -> list[str]:
                 cells.append(f"{statistics.fmean(means):.3f}" if len(means) == tasks else "-")
             rows.append((label, *cells))
         title = "### Mean over tasks" + (", loss" if curves[0].headline == "loss" else "")
-        lines += ["", title, "", *_markdown(header, rows)]
+        lines += ["", title, "", *lay_out(header, rows)]
     return lines
 
 
@@ -196,7 +197,7 @@ def _of_task(results: list[Result]) -> list[str]:
         )
         for result in results
     ]
-    lines += _markdown((*header, "bytes / parameter"), rows)
+    lines += lay_out((*header, "bytes / parameter"), rows, words=("tried",))
     remarks = [f"- {result.label}: {failure.splitlines()[0]}" for result in results for failure in result.failures]
     remarks += [
         f"- {result.label}: diverged with {result.diverged} of {len(result.runs)} seeds"
@@ -214,7 +215,7 @@ def _over_tasks(results: list[Result], tasks: list[str]) -> list[str]:
         complete = len(known) == len(tasks)
         rows.append((label, f"{statistics.fmean(known):.3f}" if complete else "-"))
     title = ["", "## Mean over tasks", "", f"Of the metrics above, over {', '.join(tasks)}.", ""]
-    return [*title, *_markdown(("optimizer", "mean"), rows), ""]
+    return [*title, *lay_out(("optimizer", "mean"), rows), ""]
 
 
 def _value(result: Result) -> str:
@@ -223,12 +224,3 @@ def _value(result: Result) -> str:
     text = f"{result.mean:.3f}" + (f" ± {result.deviation:.3f}" if len(result.values) > 1 else "")
     missing = len(result.values) < len(result.seeds)
     return f"{text} ({len(result.values)} of {len(result.seeds)} seeds)" if missing else text
-
-
-def _markdown(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
-    def line(cells: tuple[str, ...]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-    words = [index == 0 or name == "tried" for index, name in enumerate(header)]
-    alignment = "| " + " | ".join("---" if left else "---:" for left in words) + " |"
-    return [line(header), alignment, *map(line, rows)]

@@ -12,9 +12,9 @@ from hypothesis.extra import numpy as arrays
 from rig import Model, error_of, place_scratch, row, settings, sparse_rows
 
 from hf_efcp import noise
+from hf_efcp.compressors import SparseWindow
 from hf_efcp.errors import UINT4, error_store
 from hf_efcp.kernels import reference
-from hf_efcp.windows import SparseWindow
 
 CPU = torch.device("cpu")
 # Few distinct values make ties; the rest are the corners of float32.

@@ -3,9 +3,9 @@
 import torch
 
 from hf_efcp.blocks import cut, index_dtype, sharing
+from hf_efcp.compressors import SparseWindow
 from hf_efcp.errors import UINT4, error_store
 from hf_efcp.kernels.triton.model import Model, Row, Settings, place_scratch
-from hf_efcp.windows import SparseWindow
 
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 3, UINT4: 4}
 NO_METRIC = 5

@@ -12,7 +12,7 @@ from variants import build, exact, names, papers_names
 from hf_efcp import EFCP, DenseMFAC, LowRankMFAC, MicroAdam, SparseAdaGrad, SparseGGT, SparseMFAC
 from hf_efcp.compressors import Identity
 from hf_efcp.diagnostics import effective_rank, error_norm, error_share, gram_matrix, measure, snapshot
-from hf_efcp.diagonal import AdaGradSum
+from hf_efcp.preconditioners import AdaGradSum
 
 OF_THE_STEP = {"gradient_norm", "update_norm", "cosine", "scaling_p05", "scaling_p50", "scaling_p95"}
 

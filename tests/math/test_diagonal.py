@@ -8,7 +8,7 @@ from problems import Regression, distance, flat, set_gradients
 
 from hf_efcp import EFCP
 from hf_efcp.compressors import TopK
-from hf_efcp.diagonal import AdaGradSum, AdamMoments
+from hf_efcp.preconditioners import AdaGradSum, AdamMoments
 
 BACKENDS = ["reference", "numba"]
 

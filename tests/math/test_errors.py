@@ -17,10 +17,10 @@ from variants import build
 from hf_efcp import estimate_memory
 from hf_efcp.compressors import TopK
 from hf_efcp.errors import error_store
-from hf_efcp.kernels import cpu, reference
+from hf_efcp.kernels import numba, reference
 from hf_efcp.noise import key, mix
 
-BACKENDS = [reference, cpu]
+BACKENDS = [reference, numba]
 QUANTISED = {torch.uint4: 7, torch.int8: 127}
 BELOW_FLOAT32 = [torch.uint4, torch.int8, torch.bfloat16]
 LARGEST = torch.finfo(torch.bfloat16).max  # what the accumulator saturates at

@@ -2,6 +2,7 @@
 
 import math
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -19,9 +20,9 @@ from variants import build, sparse_names
 
 from hf_efcp import kernels
 from hf_efcp.blocks import Part, Piece, cut, index_dtype, sharing
-from hf_efcp.kernels import cpu, reference
+from hf_efcp.kernels import numba, reference
 
-BACKENDS = [reference, cpu]
+BACKENDS = [reference, numba]
 LARGEST = torch.finfo(torch.bfloat16).max
 DTYPES = [torch.float32, torch.bfloat16, torch.int8]
 # Few distinct values make ties; the rest are the corners of float32.
@@ -234,11 +235,11 @@ def test_partial_sums_of_a_few_parts_at_a_time_are_the_same(monkeypatch):
         indices, values, _, dense = random_window(seed, 20, 6, length, length // 10, torch.bfloat16)
         parts.append(part(indices, values, None, length))
         expected.append(dense @ dense[2])
-    once = cpu.dots(parts, 2, 6)
+    once = numba.dots(parts, 2, 6)
     torch.testing.assert_close(once, torch.stack(expected), rtol=1e-12, atol=1e-10)
     for most in (1, 13):
-        monkeypatch.setattr(cpu, "_PARTIAL", most)
-        assert torch.equal(cpu.dots(parts, 2, 6), once)
+        monkeypatch.setattr(numba.products, "_PARTIAL", most)
+        assert torch.equal(numba.dots(parts, 2, 6), once)
 
 
 def test_a_processor_without_vectors_of_512_bits_adds_every_product(tmp_path):
@@ -246,11 +247,11 @@ def test_a_processor_without_vectors_of_512_bits_adds_every_product(tmp_path):
     done = python(
         f"""
         import sys
-        sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+        sys.path[:0] = {[str(Path(__file__).parents[up]) for up in (0, 1)]!r}
         from test_kernels import *
-        assert not cpu._WITH_BITS
+        assert not numba.products._WITH_BITS
         for length, kept, capacity in FEW[::3]:
-            check_dots_of_sparse_rows(cpu, torch.bfloat16, length, kept, capacity)
+            check_dots_of_sparse_rows(numba, torch.bfloat16, length, kept, capacity)
         print("equal")
         """,
         here,
@@ -288,7 +289,7 @@ def test_sums_of_squares_of_many_vectors(backend):
 
 
 def test_sums_on_a_device_without_float64_leave_what_is_summed(monkeypatch):
-    monkeypatch.setattr(reference, "widest", lambda device: torch.float32)
+    monkeypatch.setattr(reference.dense, "widest", lambda device: torch.float32)
     update = torch.arange(6.0)
     assert reference.squares([update]).tolist() == [55.0]
     assert update.tolist() == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
@@ -353,6 +354,37 @@ def python(code, environment=None):
     """Run code in a process of its own."""
     command, environment = [sys.executable, "-c", textwrap.dedent(code)], {**os.environ, **(environment or {})}
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=environment)
+
+
+def test_what_was_compiled_is_used_again_unless_any_file_has_changed(tmp_path):
+    """The weights of rows are multiplied in a file, and that factor is a helper's of another."""
+    shutil.copytree(
+        Path(kernels.__file__).parents[1], tmp_path / "hf_efcp", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    code = f"""
+        import sys
+        sys.path.insert(0, {str(tmp_path)!r})
+        import torch
+        from hf_efcp.kernels import numba
+        from hf_efcp.kernels.numba.products import _project
+        indices, values = torch.zeros(1, 1, 1, dtype=torch.uint8), torch.ones(1, 1, 1, dtype=torch.int8)
+        scales = torch.full((1, 1), 3.0, dtype=torch.bfloat16)
+        products = numba.project(indices, values, torch.ones(1, 5), 1, scales)
+        print(*products.tolist(), sum(_project.stats.cache_hits.values()))
+        """
+    here = {"NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+
+    def run():
+        done = python(code, here)
+        assert not done.stderr
+        return done.stdout.split()
+
+    assert [run(), run()] == [["3.0", "0"], ["3.0", "1"]]
+    helper = tmp_path / "hf_efcp" / "kernels" / "numba" / "arrays.py"
+    text = helper.read_text(encoding="utf-8")
+    assert text.count("* factor") == 1
+    helper.write_text(text.replace("* factor", "* factor * 2.0"), encoding="utf-8")
+    assert [run(), run()] == [["6.0", "0"], ["6.0", "1"]]
 
 
 def test_missing_numba_falls_back_with_one_warning():

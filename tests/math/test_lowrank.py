@@ -12,10 +12,9 @@ from problems import Regression, distance, flat, set_gradients
 from states import assert_same, refuse, train, trained
 from variants import build
 
-from hf_efcp import estimate_memory, lowrank, windows
-from hf_efcp.compressors import Job
+from hf_efcp import estimate_memory
+from hf_efcp.compressors import Job, LowRank, LowRankWindow, base, lowrank, matrices, matrix
 from hf_efcp.kernels import pool, reference
-from hf_efcp.lowrank import LowRank, LowRankWindow, matrix
 
 SHAPES = [(), (9,), (5, 4), (40, 3), (3, 40), (12, 17), (6, 3, 5), (4, 3, 2, 6), (0, 3), (1, 8)]
 
@@ -211,9 +210,13 @@ def test_accumulators_saturate_instead_of_overflowing():
 @pytest.mark.parametrize("rows", [1, 5, 8])
 def test_the_window_equals_dense_rows(shape, rows, value_dtype, monkeypatch):
     """In pieces of a few entries, so that every sum is cut."""
-    for name, size in (("_SLAB", 70), ("_FACTORS", 3), ("_TILE_FACTORS", 4)):
-        monkeypatch.setattr(lowrank, name, size)
-    monkeypatch.setattr(windows, "_SPAN", 100)
+    for module, name, size in (
+        (matrices, "_SLAB", 70),
+        (lowrank, "_FACTORS", 3),
+        (lowrank, "_TILE_FACTORS", 4),
+        (base, "_SPAN", 100),
+    ):
+        monkeypatch.setattr(module, name, size)
     check_window(shape, 8, 2, rows, value_dtype)
 
 
@@ -235,11 +238,11 @@ def check_window(shape, capacity, rank, rows, value_dtype):
     torch.testing.assert_close(
         sum(products, torch.zeros(rows, dtype=torch.float64)), dense @ x.double().view(-1), **tight
     )
-    for base, scale in ((None, 0.0), (x, -0.7)):
-        expected = c @ dense + (0 if base is None else scale * base.double().view(-1))
+    for dense_x, scale in ((None, 0.0), (x, -0.7)):
+        expected = c @ dense + (0 if dense_x is None else scale * dense_x.double().view(-1))
         update, end = torch.full((shape.numel(),), torch.nan), 0
         for span in spans:
-            own = None if base is None else base.view(-1)[span]
+            own = None if dense_x is None else dense_x.view(-1)[span]
             part = window.combine(state, shape, span, c, reference, base=own, scale=scale)
             assert span.start == end
             assert part.dtype == torch.float32

@@ -21,12 +21,11 @@ from hf_efcp import (
     SparseMFAC,
     estimate_memory,
 )
-from hf_efcp.compressors import Identity, TopK
-from hf_efcp.kernels import BUCKET, WHITENED, cpu, reference
-from hf_efcp.lowrank import LowRank
+from hf_efcp.compressors import Identity, LowRank, TopK
+from hf_efcp.kernels import BUCKET, WHITENED, numba, reference
 from hf_efcp.preconditioners import GGT, MFAC, WindowPosition
 
-BACKENDS = [pytest.param(reference, id="reference"), pytest.param(cpu, id="numba")]
+BACKENDS = [pytest.param(reference, id="reference"), pytest.param(numba, id="numba")]
 EXACT = dict.fromkeys(("error_dtype", "momentum_dtype", "metric_dtype"), torch.float32)
 SHAPES = [(40, 30), (30,), (3, 4, 5), ()]
 
@@ -186,7 +185,7 @@ def test_levels_are_observed_and_whitened_in_one_pass(numel):
     gradient[::7] = 0.0
     gradient[-1] = 1e15
     found = []
-    for backend in (reference, cpu):
+    for backend in (reference, numba):
         roots, scale = levels(numel)
         out = torch.ones(numel)
         for step in range(3):
@@ -222,7 +221,7 @@ def test_a_span_of_levels_is_whitened_from_anywhere(start, stop):
     expected = torch.empty_like(x)
     reference.whiten(x, v[start:stop].square(), 3.0, 1.3, 1e-8, expected)
     found = [x.clone() for _ in range(2)]
-    for backend, own in zip((reference, cpu), found, strict=True):
+    for backend, own in zip((reference, numba), found, strict=True):
         backend.whiten_levels(own, roots, scale, start, 3.0, 1.3, 1e-8)
     assert torch.equal(*found)
     torch.testing.assert_close(found[0], expected, rtol=1e-6, atol=0.0)

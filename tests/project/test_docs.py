@@ -14,7 +14,7 @@ import torch
 from test_configs import SCRIPTS
 from tiny import tiny_bert, toy_rows
 
-from hf_efcp import OPTIMIZERS
+from hf_efcp import OPTIMIZERS, cli
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -23,6 +23,14 @@ FENCE = re.compile(
 )
 
 
+# They have names for what others have made.
+INITS = {
+    "__init__.py",
+    "compressors/__init__.py",
+    "preconditioners/__init__.py",
+    "trainer/__init__.py",
+    "variants/__init__.py",
+}
 # Its blocks take models and data of many kinds: tests/trainer/test_any_trainer.py runs them.
 ELSEWHERE = {"docs/trainers.md"}
 
@@ -127,6 +135,16 @@ def check_script(place, argv, read_only):
         read_only(script, argv)
 
 
+def check_hf_efcp(command, argv, read_only):
+    """That a command takes its arguments, and the configuration that they name."""
+    script = cli.program(command, argv)
+    if script == "memory_plan":
+        read_only(script, argv)
+    else:
+        named = importlib.import_module("cli").find_config(argv[0]) if argv[0][0] != "-" else None
+        assert SCRIPTS[script](*([named, *argv[1:]] if named else argv))
+
+
 def check_install(argv):
     asked = [word for word in argv if word.startswith(".")]
     assert argv == ["-c", "constraints.txt", "-e", *asked]
@@ -148,6 +166,8 @@ def check_command(words, read_only):
             check_install(argv)
         case ["python", "-m", "pytest", *argv]:
             check_pytest(argv)
+        case ["hf-efcp", command, *argv] | ["torchrun", "--nproc_per_node", "2", "-m", "hf_efcp", command, *argv]:
+            check_hf_efcp(command, argv, read_only)
         case ["python", place, *argv] | ["torchrun", "--nproc_per_node", "2", place, *argv]:
             check_script(place, argv, read_only)
         case ["nox", *argv]:
@@ -174,6 +194,10 @@ def test_commands_parse(page, read_only):
         ("python -m pytest no_such_folder", AssertionError),
         ('pip install -c constraints.txt -e ".[nothing]"', AssertionError),
         ("nox -s nothing", AssertionError),
+        ("hf-efcp train missing", OSError),
+        ("hf-efcp train quickstart --no_such_flag 1", SystemExit),
+        ("hf-efcp plan bert --memory_limit 1", SystemExit),
+        ("hf-efcp trian quickstart", ValueError),
         ("no-such-tool run", AssertionError),
     ],
 )
@@ -204,7 +228,7 @@ def test_the_tree_has_every_file():
         Path(path.name) for path in (*(ROOT / "recipes").glob("*.py"), *(ROOT / "recipes/benchmarks").glob("*.py"))
     ]
     named = [str(path) for path in (*package, *recipes) if not path.name.startswith("bench_")]
-    assert not [name for name in named if f"`{name}`" not in tree and name != "__init__.py"]
+    assert not [name for name in named if f"`{name}`" not in tree and name not in INITS]
     found = re.findall(r"`([\w/]+\.py)`", tree)
     assert not [
         name

@@ -31,23 +31,23 @@ def model():
     return BertForSequenceClassification(BertConfig(vocab_size=50, max_position_embeddings=16, **sizes)).train()
 
 
-def test_contenders_are_timed_with_full_windows(recipe, model, monkeypatch):
+def test_cases_are_timed_with_full_windows(recipe, model, monkeypatch):
     bench, pushed = recipe.bench_device, []
-    contenders = [
-        recipe.bench_cases.Contender(bench.ADAMW, "adamw"),
-        recipe.bench_cases.Contender("low-rank", "lowrank_mfac", "num_grads=4"),
-        recipe.bench_cases.Contender("sparse", "sparse_mfac", "num_grads=5"),
+    cases = [
+        recipe.bench_cases.Case(bench.ADAMW, "adamw"),
+        recipe.bench_cases.Case("low-rank", "lowrank_mfac", "num_grads=4"),
+        recipe.bench_cases.Case("sparse", "sparse_mfac", "num_grads=5"),
     ]
     built = bench._build
 
-    def noted(contender, model):
-        optimizer = built(contender, model)
-        pushed.append((contender.label, optimizer))
+    def noted(case, model):
+        optimizer = built(case, model)
+        pushed.append((case.label, optimizer))
         return optimizer
 
     monkeypatch.setattr(bench, "_build", noted)
     before = [param.detach().clone() for param in model.parameters()]
-    report = bench.measure_device(FakeClock(), model, contenders, repeats=2, batch=2, length=8, seed=0)
+    report = bench.measure_device(FakeClock(), model, cases, repeats=2, batch=2, length=8, seed=0)
 
     for old, param in zip(before, model.parameters(), strict=True):
         assert torch.equal(old, param.detach())  # learning rate 0: all train the same model
@@ -56,7 +56,7 @@ def test_contenders_are_timed_with_full_windows(recipe, model, monkeypatch):
         steps = [state["pushed"] for state in optimizer.state.values() if "pushed" in state]
         # the window, the peak, what warms up, the steps, and the training steps
         assert set(steps) == {capacity + 1 + 3 + 2 + 2}, label
-    # 5 passes, then 4 timings of each contender.
+    # 5 passes, then 4 timings of each case.
     assert report["forward_backward"] == [0.004, 0.005]
     assert [line["steps"] for line in report["lines"]] == [[0.006, 0.007], [0.01, 0.011], [0.014, 0.015]]
     assert [line["whole"] for line in report["lines"]] == [[0.008, 0.009], [0.012, 0.013], [0.016, 0.017]]
@@ -77,8 +77,8 @@ def test_contenders_are_timed_with_full_windows(recipe, model, monkeypatch):
     assert low_rank_line.endswith("| 5 |")
 
 
-def test_windows_of_16_to_1024_gradients_are_contenders(recipe):
-    labels = [contender.label for contender in recipe.bench_device.CONTENDERS]
+def test_windows_of_16_to_1024_gradients_are_cases(recipe):
+    labels = [case.label for case in recipe.bench_device.CASES]
     assert labels[0] == "AdamW (fused)"
     for m in (16, 64, 256, 1024):
         assert f"low-rank M-FAC, m = {m}" in labels

@@ -102,13 +102,13 @@ def test_the_published_window_shrinks_to_the_memory_there_is_and_its_time_grows_
     model = module()
     numel = sum(param.numel() for param in model.parameters())
     row, temporaries = 12 * -(-numel // 10), 24 * numel
-    contender = cases.parse_contender("published num_grads=64,density=0.1")
-    small = cases.build(contender, model, 0, lambda: int((temporaries + 8 * row + row // 2) / 0.8))
+    case = cases.parse_case("published num_grads=64,density=0.1")
+    small = cases.build(case, model, 0, lambda: int((temporaries + 8 * row + row // 2) / 0.8))
     assert small.num_grads == 8
-    assert cases.build(contender, model, 0, plenty).num_grads == 64
+    assert cases.build(case, model, 0, plenty).num_grads == 64
     with pytest.raises(MemoryError, match="no room for a single row"):
-        cases.build(contender, model, 0, lambda: temporaries)
-    report = steps.measure_steps([contender], {contender.label: small}, model, {}, repeats=3, published_repeats=2)
+        cases.build(case, model, 0, lambda: temporaries)
+    report = steps.measure_steps([case], {case.label: small}, model, {}, repeats=3, published_repeats=2)
     (result,) = report.results
     assert result.extrapolated_from == 8
     assert len(result.repeats) == 2
@@ -140,13 +140,11 @@ def test_the_published_window_shrinks_to_the_memory_there_is_and_its_time_grows_
     ],
 )
 def test_filled_windows_are_valid(recipe, text):
-    contender = recipe.bench_cases.parse_contender(text)
+    case = recipe.bench_cases.parse_case(text)
     model = module()
     before = flat(model.parameters())
-    optimizer = recipe.bench_cases.build(contender, model, 0, plenty)
-    again = create_optimizer(
-        contender.optimizer, module(), lr=0.0, **parse_optim_args(contender.optimizer, contender.options)
-    )
+    optimizer = recipe.bench_cases.build(case, model, 0, plenty)
+    again = create_optimizer(case.optimizer, module(), lr=0.0, **parse_optim_args(case.optimizer, case.options))
     again.load_state_dict(optimizer.state_dict())  # which checks shapes, dtypes and indices
     group = optimizer.param_groups[0]
     capacity = group["num_grads"]
@@ -171,8 +169,8 @@ def test_filled_windows_are_valid(recipe, text):
 def test_rows_are_ascending_and_as_long_as_the_first(recipe):
     model = torch.nn.ParameterList([torch.zeros(50, 100)])
     model[0].grad = torch.randn(50, 100, generator=torch.Generator().manual_seed(0))
-    contender = recipe.bench_cases.parse_contender("sparse_mfac num_grads=6,density=0.1,block_size=1000,metric=none")
-    optimizer = recipe.bench_cases.build(contender, model, 0, plenty)
+    case = recipe.bench_cases.parse_case("sparse_mfac num_grads=6,density=0.1,block_size=1000,metric=none")
+    optimizer = recipe.bench_cases.build(case, model, 0, plenty)
     state = optimizer.state[model[0]]
     indices = as_indices(state["indices"], 1000).to(torch.int64).view(5, 6, 100)
     assert (indices.diff(dim=2) > 0).all()
@@ -225,9 +223,7 @@ def test_streaming_counts_every_byte_twice(recipe):
     seconds, counted = recipe.bench_measure.stream(tensors)
     assert counted == 2 * (15 + 14 + 4000)
     assert 0.0 < seconds < 1.0
-    optimizer = recipe.bench_cases.build(
-        recipe.bench_cases.parse_contender("sparse_mfac num_grads=9"), module(), 0, plenty
-    )
+    optimizer = recipe.bench_cases.build(recipe.bench_cases.parse_case("sparse_mfac num_grads=9"), module(), 0, plenty)
     memory = optimizer.memory()
     _, counted = recipe.bench_measure.stream(recipe.bench_cases.window_tensors(optimizer))
     assert counted == 2 * (memory["indices"] + memory["values"])
@@ -245,7 +241,7 @@ def test_streaming_counts_every_byte_twice(recipe):
     ],
 )
 def test_the_parts_of_a_step_add_up_and_nothing_stays_patched(recipe, text, without):
-    optimizer = recipe.bench_cases.build(recipe.bench_cases.parse_contender(text), module(), 0, plenty)
+    optimizer = recipe.bench_cases.build(recipe.bench_cases.parse_case(text), module(), 0, plenty)
     optimizer.step()
     places = recipe.bench_measure._places(optimizer)
     assert list(places) == [part for part in recipe.bench_measure.PARTS if part not in without]
@@ -260,16 +256,16 @@ def test_the_parts_of_a_step_add_up_and_nothing_stays_patched(recipe, text, with
 @pytest.mark.parametrize(
     ("text", "function", "part"),
     [
-        ("sparse_mfac num_grads=9", "hf_efcp.kernels.cpu.combine", "combine"),  # while the update is applied
-        ("lowrank_mfac num_grads=9", "hf_efcp.kernels.cpu.whiten_levels", "metric"),  # in all of the parts around it
-        ("lowrank_mfac num_grads=9", "hf_efcp.kernels.cpu.apply", "apply"),
+        ("sparse_mfac num_grads=9", "hf_efcp.kernels.numba.combine", "combine"),  # while the update is applied
+        ("lowrank_mfac num_grads=9", "hf_efcp.kernels.numba.whiten_levels", "metric"),  # in all of the parts around it
+        ("lowrank_mfac num_grads=9", "hf_efcp.kernels.numba.apply", "apply"),
         ("lowrank_mfac num_grads=9", "torch.linalg.qr", "compress"),
         ("lowrank_mfac num_grads=9", "torch.linalg.cholesky_ex", "solve"),
         ("dense_mfac num_grads=9,metric=none", "torch.linalg.cholesky_ex", "solve"),
     ],
 )
 def test_time_counts_for_the_part_that_took_it(recipe, text, function, part, monkeypatch):
-    optimizer = recipe.bench_cases.build(recipe.bench_cases.parse_contender(text), module(), 0, plenty)
+    optimizer = recipe.bench_cases.build(recipe.bench_cases.parse_case(text), module(), 0, plenty)
     optimizer.step()
     original, slept = pydoc.locate(function), []
 
@@ -291,7 +287,7 @@ def test_time_counts_for_the_part_that_took_it(recipe, text, function, part, mon
 
 
 def test_optimizers_of_other_libraries_have_no_parts(recipe):
-    adamw = recipe.bench_cases.build(recipe.bench_cases.parse_contender("adamw weight_decay=0.1"), module(), 0, plenty)
+    adamw = recipe.bench_cases.build(recipe.bench_cases.parse_case("adamw weight_decay=0.1"), module(), 0, plenty)
     assert adamw.defaults["weight_decay"] == 0.1
     assert adamw.defaults["fused"]
     whole, parts = recipe.bench_measure.timed_step(adamw)
@@ -319,11 +315,11 @@ def test_the_peak_of_resident_memory_is_seen(recipe, method, monkeypatch):
     assert 60 << 20 < peak < 90 << 20
 
 
-# Contenders
+# Cases
 
 
-def test_contenders_are_read(recipe):
-    parse = recipe.bench_cases.parse_contender
+def test_cases_are_read(recipe):
+    parse = recipe.bench_cases.parse_case
     small = parse("small one: sparse_mfac num_grads=64,block_size=256")
     assert (small.label, small.optimizer, small.options) == ("small one", "sparse_mfac", "num_grads=64,block_size=256")
     assert parse("dense_ggt").label == "dense_ggt"
@@ -332,17 +328,18 @@ def test_contenders_are_read(recipe):
         ValueError, match=r"unknown optimizer 'sparse_mfax' .* expected one of sparse_mfac, .*published"
     ):
         parse("x: sparse_mfax num_grads=3")
-    assert recipe.bench_baselines.parse_options("a=1, b=0.5,c=true") == {"a": 1, "b": 0.5, "c": True}
+    assert recipe.peers.parse_options("a=1, b=0.5,c=true") == {"a": 1, "b": 0.5, "c": True}
     with pytest.raises(ValueError, match="expected key=value .* got 'fused'"):
-        recipe.bench_baselines.parse_options("fused")
+        recipe.peers.parse_options("fused")
 
 
-def test_the_default_contenders_can_be_built(recipe):
+def test_the_default_cases_can_be_built(recipe):
     """Whatever cannot is left out of a run, for lack of memory or of GaLore; options that are wrong would be too."""
     cases = recipe.bench_cases
-    contenders = [contender for contender in cases.DEFAULTS if contender.optimizer != "galore"]
-    built, left_out = recipe.bench_steps.build_all(contenders, module(), 0)
-    assert set(built) == {contender.label for contender in contenders}
+    elsewhere = {"galore", "adamw_8bit", *recipe.peers.PEERS}  # test_peers.py has them
+    chosen = [case for case in cases.DEFAULTS if case.optimizer not in elsewhere]
+    built, left_out = recipe.bench_steps.build_all(chosen, module(), 0)
+    assert set(built) == {case.label for case in chosen}
     assert left_out == {}
     default, moments = built[cases.LOW_RANK].param_groups[0], built[cases.MOMENTS].param_groups[0]
     assert (default["metric_dtype"], default["precondition"], default["num_grads"]) == ("int8", "row", 16)
@@ -355,9 +352,9 @@ def test_the_default_contenders_can_be_built(recipe):
 def test_what_cannot_be_built_is_left_out_or_an_error(recipe, monkeypatch):
     cases, steps = recipe.bench_cases, recipe.bench_steps
     wrong = [
-        cases.Contender("a", "sparse_mfac", "num_gradz=3", optional=True),
-        cases.Contender("b", "galore", optional=True),
-        cases.Contender("c", "sgd", optional=True),
+        cases.Case("a", "sparse_mfac", "num_gradz=3", optional=True),
+        cases.Case("b", "galore", optional=True),
+        cases.Case("c", "sgd", optional=True),
     ]
     monkeypatch.setitem(sys.modules, "galore_torch", None)
     built, left_out = steps.build_all(wrong, module(), 0)
@@ -365,9 +362,9 @@ def test_what_cannot_be_built_is_left_out_or_an_error(recipe, monkeypatch):
     assert "unknown key 'num_gradz'" in left_out["a"]
     assert "pip install galore_torch" in left_out["b"]
     with pytest.raises(ValueError, match="unknown key"):
-        steps.build_all([cases.parse_contender("sparse_mfac num_gradz=3")], module(), 0)
+        steps.build_all([cases.parse_case("sparse_mfac num_gradz=3")], module(), 0)
     with pytest.raises(MemoryError, match=r"dense_mfac needs .* GiB of state, and .* GiB may be used"):
-        cases.build(cases.parse_contender("dense_mfac"), module(), 0, lambda: 1000)
+        cases.build(cases.parse_case("dense_mfac"), module(), 0, lambda: 1000)
 
 
 # The command
@@ -381,7 +378,7 @@ def test_the_benchmark_from_end_to_end(recipe, tiny_model, tmp_path, capsys):
         *(
             "--only",
             r"AdamW|published|sparse M-FAC, m = (256|1024)$|mine",
-            "--contender",
+            "--case",
             "mine: lowrank_mfac num_grads=4",
         ),
         f"{cases.SPARSE_256}: sparse_mfac num_grads=16,block_size=256,metric=none",
@@ -438,7 +435,7 @@ def test_the_benchmark_from_end_to_end(recipe, tiny_model, tmp_path, capsys):
     [
         (["--repeats", "0"], "must be at least 1, got 0"),
         (["--only", "("], r"'\(' is not a regular expression"),
-        (["--contender", "x: adam"], "unknown optimizer 'adam'"),
+        (["--case", "x: adam"], "unknown optimizer 'adam'"),
     ],
 )
 def test_wrong_flags_end_with_a_message(recipe, flags, message, capsys, tmp_path):
@@ -465,7 +462,7 @@ def test_the_limits_follow_the_machine_and_the_state(recipe):
     def result(label, total, peak):
         memory = {"indices": 0, "values": 0, "error": 0, "momentum": 0, "metric": 0, "gram": 10, "total": total}
         parts = {"compress": 0.05, "dots": 0.2, "solve": 0.1, "combine": 0.3, "apply": 0.1, "rest": 0.0}
-        return report.Result(label, "sparse_mfac", "", 1.0, parts, [1.0], 0.25, 8, memory, 1.0, peak)
+        return report.Timing(label, "sparse_mfac", "", 1.0, parts, [1.0], 0.25, 8, memory, 1.0, peak)
 
     labels = recipe.bench_cases
     results = [result(labels.SPARSE_1024, 1000 << 20, 40 << 20), result(labels.SMALLEST, 110, 0)]

@@ -15,7 +15,7 @@ import yaml
 from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+from transformers import AutoModelForQuestionAnswering, BertConfig, BertModel, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).parents[2]
 SAMPLE = ROOT / "tests" / "data" / "squad_sample"
@@ -622,7 +622,7 @@ def test_a_run_with_a_baseline(recipe, tiny_model, tmp_path, capsys):
     assert re.fullmatch(r"metals f1: [01]\.\d{3} \(sparse_mfac, 60 steps, \d+ s\)", lines[-1])
     assert [line.split()[:2] for line in lines[-4:-2]] == [["sparse_mfac", "0.01"], ["adamw_torch", "0.003"]]
     arguments = recipe.run_qa.ModelArguments(str(output))
-    _, model = recipe.training.load_pretrained(arguments, recipe.run_qa.AutoModelForQuestionAnswering, {})
+    _, model = recipe.training.load_pretrained(arguments, AutoModelForQuestionAnswering, {})
     assert model.qa_outputs.out_features == 2
     assert torch.equal(model.qa_outputs.weight, load_file(output / "model.safetensors")["qa_outputs.weight"])
 

@@ -10,7 +10,7 @@ from problems import Regression, flat, set_gradients
 from states import assert_same, snapshot, train, trained
 from variants import build, exact, names, papers_names, taken
 
-from hf_efcp.kernels import cpu
+from hf_efcp.kernels import numba
 
 pytestmark = pytest.mark.parametrize("name", names())
 
@@ -189,7 +189,8 @@ def test_odd_shapes_and_strides(name):
 
 
 def test_bits_do_not_depend_on_the_number_of_threads(name, monkeypatch):
-    monkeypatch.setattr(cpu, "_LIGHT", 1 << 15)  # several ranges of what is light, too
+    for module in (numba.dense, numba.moments):  # several ranges of what is light, too
+        monkeypatch.setattr(module, "LIGHT", 1 << 15)
     generator = torch.Generator().manual_seed(1)
     start = torch.randn(700, 300, generator=generator)
     gradients = [torch.randn(700, 300, generator=generator) for _ in range(7)]

@@ -15,7 +15,8 @@ from tiny import Gradients, arguments, parameters, tiny_bert, toy_rows
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from hf_efcp import EFCPCallback, EFCPTrainer, SparseMFAC, callbacks
+from hf_efcp import EFCPCallback, EFCPTrainer, SparseMFAC
+from hf_efcp.trainer import callbacks
 
 SPARSE = {
     "optim": "sparse_mfac",
@@ -289,7 +290,7 @@ def test_the_plain_trainer_says_what_it_cannot_do(tmp_path, caplog):
     )  # fmt: skip
     with caplog.at_level(logging.WARNING, "hf_efcp"):
         trainer.train()
-    (message,) = [record.getMessage() for record in caplog.records if record.name == "hf_efcp.callbacks"]
+    (message,) = [record.getMessage() for record in caplog.records if record.name == "hf_efcp.trainer.callbacks"]
     assert message.endswith("callbacks that come before it do not report them: use EFCPTrainer")
     assert samples(trainer.state.log_history) == [(2, 2), (4, 4)]
     assert [set(ours(logs)) for _, logs in before.seen] == [set(), set(), set()]

@@ -29,6 +29,10 @@ ARGUMENTS = {
     "lowrank_ggt": "num_grads=3,rank=2",
     "sparse_adagrad": "density=0.1",
     "microadam": "num_grads=3,density=0.1",
+    "galore": "rank=4,update_gap=3,exclude=word_embeddings",
+    "adarankgrad": "max_rank=4,max_gap=4,threshold=0.5",
+    "lorenza": "rank=4,update_gap=3,probes=2",
+    "natural_galore": "rank=4,update_gap=4,history=3",
 }
 FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
 
@@ -70,6 +74,8 @@ def killed_and_resumed(folder, optim, kills, dtype=torch.float32):
         ("sparse_mfac", [("step", random.Random(1).randrange(4, 7)), ("optimizer.pt", 12)], ["0", "3", "9"]),
         ("lowrank_mfac", [("model.safetensors", 6), ("trainer_state.json", 9)], ["0", "3", "6"]),
         ("sparse_ggt", [("rng_state.pth", 9)], ["0", "6"]),
+        ("lorenza", [("step", 5), ("optimizer.pt", 9)], ["0", "3", "6"]),
+        ("adarankgrad", [("step", 8)], ["0", "6"]),
     ],
 )
 def test_a_killed_run_ends_bit_equal(tmp_path, uninterrupted, optim, kills, starts):
@@ -161,7 +167,7 @@ def test_the_newest_complete_checkpoint_is_taken_and_the_others_are_warned_about
     with caplog.at_level(logging.WARNING, logger="hf_efcp"):
         run.train(resume_from_checkpoint=True)
     assert run.start.step == 4
-    first, second = (record.getMessage() for record in caplog.records if record.name == "hf_efcp.checkpoints")
+    first, second = (record.getMessage() for record in caplog.records if record.name == "hf_efcp.trainer.checkpoints")
     assert f"{folder}/checkpoint-8 is incomplete and was skipped: {folder}/checkpoint-8/trainer_state.json is" in first
     assert f"{folder}/checkpoint-6/optimizer.pt is missing" in second
     saved = torch.load(folder / "checkpoint-4" / "optimizer.pt")["state"]
@@ -176,7 +182,7 @@ def test_every_file_that_is_needed_is_looked_at(folder, caplog, name):
     with caplog.at_level(logging.WARNING, logger="hf_efcp"):
         run.train(resume_from_checkpoint=True)
     assert run.start.step == 4
-    assert len([record for record in caplog.records if record.name == "hf_efcp.checkpoints"]) == 2
+    assert len([record for record in caplog.records if record.name == "hf_efcp.trainer.checkpoints"]) == 2
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "model.safetensors", "trainer_state.json"])

@@ -472,7 +472,7 @@ def test_skipped_steps_are_logged_and_counted_at_the_end(tmp_path, caplog):
     assert [record for record in caplog.records if record.name.startswith("hf_efcp")] == []
     history = run(Spoil())
     assert [entry.get("skipped_steps") for entry in history] == [None, None, 1, 2, 2, 2, 2]
-    (record,) = [record for record in caplog.records if record.name == "hf_efcp.trainer"]
+    (record,) = [record for record in caplog.records if record.name == "hf_efcp.trainer.trainer"]
     assert record.getMessage() == "2 of 6 steps were skipped because gradients were NaN or infinite"
 
 

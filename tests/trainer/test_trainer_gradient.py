@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from ranks import run
 from tiny import Gradients, arguments
-from tiny_models import EXAMPLES, NAMES, Made, tiny
+from tiny_models import EXAMPLES, MODELS, NAMES, Made, tiny
 from torch import nn
 from transformers import Trainer, set_seed
 from transformers.trainer_pt_utils import LabelSmoother
@@ -73,6 +73,10 @@ def test_batches_of_two_have_the_gradient_and_the_losses_of_a_batch_of_eight(tmp
     assert logged == pytest.approx(loss, rel=1e-5)
     if name != "Llama uneven":  # every batch of an evaluation weighs the same
         assert evaluated == pytest.approx(loss, rel=1e-5)
+
+
+def test_it_was_tried_on_more_than_twenty_classes():
+    assert len({name for name, *_ in MODELS.values()}) > 20
 
 
 @pytest.mark.parametrize(("name", "factor"), [("T5", 4), ("BERT masked", 4), ("Wav2Vec2", 4), ("Llama", 1)])

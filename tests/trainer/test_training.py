@@ -17,6 +17,10 @@ SETTINGS = {
     "lowrank_ggt": "num_grads=16,rank=2",
     "sparse_adagrad": "density=0.1",
     "microadam": "density=0.1",
+    "galore": "rank=8,scale=1,update_gap=10",
+    "adarankgrad": "max_rank=8,scale=1,max_gap=10",
+    "lorenza": "rank=8,scale=1,update_gap=10",
+    "natural_galore": "rank=8,scale=1,update_gap=10",
 }
 
 

@@ -1,0 +1,11 @@
+"""Adam in subspaces of the gradient: GaLore, AdaRankGrad, LORENZA and Natural GaLore, the relatives of EFCP."""
+
+from __future__ import annotations
+
+from .adarankgrad import AdaRankGrad
+from .base import ProjectedAdam, ProjectedOptions
+from .galore import GaLore
+from .lorenza import LORENZA
+from .natural_galore import NaturalGaLore
+
+__all__ = ["LORENZA", "AdaRankGrad", "GaLore", "NaturalGaLore", "ProjectedAdam", "ProjectedOptions"]
