@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import platform
 import statistics
-from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -16,6 +15,7 @@ from typing import Any, Protocol
 
 import torch
 from bench_cases import ADAMW, Case
+from training import state_bytes
 
 from hf_efcp import EFCP, create_optimizer
 from hf_efcp.factory import parse_optim_args
@@ -61,12 +61,12 @@ class CudaClock:
             Seconds.
         """
         torch.cuda.synchronize(self.device)
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()  # type: ignore[no-untyped-call]
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        start.record()
         work()
-        end.record()  # type: ignore[no-untyped-call]
-        end.synchronize()  # type: ignore[no-untyped-call]
-        return float(start.elapsed_time(end)) / 1000.0  # type: ignore[no-untyped-call]
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1000.0
 
     def peak(self, work: Callable[[], Any]) -> int:
         """By the allocator's own high-water mark.
@@ -156,7 +156,7 @@ def measure_device(
             optimizer.step()
 
         whole = [clock.seconds(train) for _ in range(repeats)]
-        state, size = _state(optimizer), sum(p.numel() * p.element_size() for p in model.parameters())
+        state, size = state_bytes(optimizer), sum(p.numel() * p.element_size() for p in model.parameters())
         backend = optimizer.backend if isinstance(optimizer, EFCP) else "torch"
         lines.append(Line(case.label, backend, steps, whole, state, state + 3 * size, peak))
         print(f"{case.label}: {1000 * statistics.median(steps):.3f} ms", flush=True)
@@ -233,15 +233,6 @@ def _fill(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> None:
         for param in model.parameters():
             param.grad = torch.randn_like(param) * 1e-3
         optimizer.step()
-
-
-def _state(optimizer: torch.optim.Optimizer) -> int:
-    seen: dict[int, int] = defaultdict(int)
-    for state in optimizer.state.values():
-        for value in state.values():
-            if isinstance(value, torch.Tensor):
-                seen[id(value)] = value.nbytes
-    return sum(seen.values())
 
 
 def _bandwidth(clock: Clock, repeats: int) -> float:

@@ -175,7 +175,8 @@ def _device(arguments: argparse.Namespace) -> None:
             "--device cuda needs a GPU that torch can use; torch.cuda.is_available() says that there is none"
         )
     clock = CudaClock()
-    model = BertForSequenceClassification(BertConfig()).to(clock.device).train()
+    model: Any = BertForSequenceClassification(BertConfig())
+    model.to(clock.device).train()
     report = measure_device(
         clock,
         model,

@@ -237,7 +237,7 @@ def test_a_step_waits_for_the_device_once(case, nonfinite, copies, launched, mon
     run = Run(case, "triton", nonfinite=nonfinite)
     run.step()
     waits = []
-    for name in ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__"):
+    for name in ("item", "tolist", "cpu", "nonzero", "__bool__", "__int__", "__float__"):
         original = getattr(torch.Tensor, name)
 
         def noted(*given, _name=name, _original=original, **options):
