@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 # The parts of a step, and what torch.profiler calls them.
 SPANS = {part: f"hf_efcp.{part}" for part in ("compress", "products", "solve", "update")}
 _FLOAT32_MAX = torch.finfo(torch.float32).max
+_NOTHING = torch.empty(0, device="cpu")
 _FITS = 2.0**64  # coefficients below this, times rows of whitened entries, are within float32
 
 
@@ -81,7 +82,7 @@ class Step:
         with record_function(SPANS["compress"]):
             self._push(units)
         with record_function(SPANS["products"]):
-            units = self._collect(self._with_products(units))
+            units = self._collect(self._with_products([_without_products(unit) for unit in units]))
         with record_function(SPANS["solve"]):
             plans = self._plan(units)
         with record_function(SPANS["update"]):
@@ -96,7 +97,7 @@ class Step:
             gram_state: What they have in common.
 
         Returns:
-            The unit, without any products yet.
+            The unit, with neither column nor products yet.
         """
         capacity, steps = self.layout.num_grads, gram_state["pushed"] + 1
         lr = max(float(site.member.group["lr"]) for site in sites)
@@ -105,8 +106,7 @@ class Step:
             if site.member.param.grad is None:
                 self.layout.window.clear(site.state, site.shape, now.newest)
         present = [site for site in sites if site.member.param.grad is not None]
-        column, products = (torch.zeros(size, dtype=torch.float64, device="cpu") for size in (now.rows, now.rows + 1))
-        return Unit(gram_state, present, now, column, products)
+        return Unit(gram_state, present, now, _NOTHING, _NOTHING)
 
     def run_whole(self, units: list[Unit], whole: Whole) -> None:
         """The same in a few launches.
@@ -124,7 +124,10 @@ class Step:
         states, positions = [unit.gram_state for unit in units], [unit.now for unit in units]
         coefficients = whole.solve(states, positions, columns, self.preconditioner, self.beta1)
         if coefficients is None:
-            own = [unit._replace(column=column[: unit.now.rows]) for unit, column in zip(units, columns, strict=True)]
+            own = [
+                _without_products(unit)._replace(column=column[: unit.now.rows])
+                for unit, column in zip(units, columns, strict=True)
+            ]
             own = self._collect(own)
             coefficients = torch.zeros_like(columns)
             for place, plan in enumerate(self._plan(own)):
@@ -256,6 +259,13 @@ class Step:
                     f"{param.dtype} ({largest:.3g}) in {self.name(param)}; no parameter was moved, and the gradient "
                     "is in the window. Use a lower learning rate or momentum, or a larger damp or eps"
                 )
+
+
+def _without_products(unit: Unit) -> Unit:
+    """A unit with zeros for its column and its products."""
+    sizes = unit.now.rows, unit.now.rows + 1
+    column, products = (torch.zeros(size, dtype=torch.float64, device="cpu") for size in sizes)
+    return unit._replace(column=column, products=products)
 
 
 def _placed(plan: Any, device: torch.device) -> Any:

@@ -18,6 +18,7 @@ from .blocks import sharing
 from .compressors import LowRank, TopK
 from .errors import BucketErrors
 from .kernels import BUCKET
+from .kernels.triton.launch import upload
 from .kernels.triton.model import Model, Row, Settings, place_scratch
 from .layout import Layout
 from .preconditioners import MFAC, GramPreconditioner, Preconditioner, WindowPosition
@@ -188,7 +189,7 @@ class Whole:
             grams[some, now.newest, :rows] = column
             grams[some, :rows, now.newest] = column
             own = grams[some][:, :rows, :rows]
-            weights = now.weights(beta1).to(self.device, non_blocking=True)
+            weights = upload(now.weights(beta1).numpy(), self.device)
             c = preconditioner.shorten(own, own @ weights, now) + weights
             coefficients[some, :rows] = c
         return coefficients

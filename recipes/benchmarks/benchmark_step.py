@@ -4,12 +4,14 @@
     python recipes/benchmarks/benchmark_step.py --only "AdamW|1024" --train_repeats 0
     python recipes/benchmarks/benchmark_step.py --case "small: sparse_mfac num_grads=64,metric=none" lowrank_ggt
     python recipes/benchmarks/benchmark_step.py --sweep
+    python recipes/benchmarks/benchmark_step.py --device cuda
 
 The model is the demo extra's MiniLM (22.7 M parameters). First the step alone, on random gradients, by part; among the
 cases is the algorithm as it was published, in plain torch. Then whole training steps. Windows are filled by
 writing random rows into the state, which takes seconds where a thousand steps would take an hour. The cases take
 turns, and medians are reported, beside the time of reading the window twice, which is the floor of what a step over
 that window can cost. `--sweep` doubles the parameters, the window and the density of sparse M-FAC instead.
+`--device cuda` times a BERT-base on a GPU by CUDA events, AdamW fused beside windows of 16 to 1024 gradients.
 
 results.json, results.md and results.png, or sweep.json and so on, are written to `--output_dir`.
 """
@@ -37,6 +39,7 @@ from bench_cases import (
     available_memory,
     parse_case,
 )
+from bench_device import CASES, CudaClock, device_markdown, measure_device
 from bench_figures import plot_report, plot_sweeps
 from bench_measure import cold_first_step, machine
 from bench_report import describe
@@ -45,6 +48,7 @@ from bench_sweep import run_sweeps
 from bench_training import measure_training
 from cli import require
 from training import load_model
+from transformers import BertConfig, BertForSequenceClassification
 
 from hf_efcp.glue import get_task
 
@@ -58,7 +62,9 @@ def main(argv: list[str] | None = None) -> None:
     arguments = _parser().parse_args(argv)
     require("recipes", "matplotlib", "psutil")
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
-    if arguments.sweep:
+    if arguments.device == "cuda":
+        _device(arguments)
+    elif arguments.sweep:
         _sweep(arguments)
     else:
         _benchmark(arguments)
@@ -102,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--model_name_or_path", default=PACKAGED, help=f"a folder, a name on the Hub, or {PACKAGED}")
     add("--cold", action="store_true", help="also the first step of fresh processes, which compiles the kernels")
     add("--sweep", action="store_true", help="double the parameters, the window and the density instead")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: a BERT-base on the GPU instead")
     add("--sweep_parameters", type=_positive, default=1 << 25, help="the largest number of them")
     add("--sweep_doublings", type=_positive, default=5)
     add("--seed", type=int, default=0)
@@ -162,6 +169,26 @@ def _benchmark(arguments: argparse.Namespace) -> None:
     plot_report(arguments.output_dir / "results.png", report)
 
 
+def _device(arguments: argparse.Namespace) -> None:
+    if not torch.cuda.is_available():
+        raise SystemExit(
+            "--device cuda needs a GPU that torch can use; torch.cuda.is_available() says that there is none"
+        )
+    clock = CudaClock()
+    model: Any = BertForSequenceClassification(BertConfig())
+    model.to(clock.device).train()
+    report = measure_device(
+        clock,
+        model,
+        [case for case in (*CASES, *arguments.case) if arguments.only.search(case.label)],
+        repeats=arguments.repeats,
+        batch=arguments.batch,
+        length=arguments.length,
+        seed=arguments.seed,
+    )
+    _write(arguments.output_dir, "device", report, device_markdown(report))
+
+
 def _sweep(arguments: argparse.Namespace) -> None:
     here = machine(arguments.seed)
     sweeps = run_sweeps(
@@ -183,7 +210,7 @@ def _sweep(arguments: argparse.Namespace) -> None:
 def _write(folder: Path, name: str, content: dict[str, Any], text: str) -> None:
     (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     (folder / f"{name}.md").write_text(text, encoding="utf-8")
-    print(f"\n{text}\n{folder / name}.json, .md and .png have the rest")
+    print(f"\n{text}\n{folder / name}.json and what is beside it have the rest")
 
 
 if __name__ == "__main__":

@@ -333,8 +333,8 @@ def test_what_is_kept_is_that_of_the_decimal_number(density, length, kept):
 
 
 def test_unknown_backend():
-    with pytest.raises(ValueError, match="backend must be one of auto, reference, numba, got 'triton'"):
-        kernels.choose("triton", torch.device("cpu"))
+    with pytest.raises(ValueError, match="backend must be one of auto, reference, numba, triton, got 'metal'"):
+        kernels.choose("metal", torch.device("cpu"))
 
 
 @pytest.mark.parametrize("name", sparse_names())
@@ -346,7 +346,7 @@ def test_the_backend_can_be_asked_for(name):
     assert build(name, meta).backend == "reference"
     with pytest.raises(ValueError, match='backend="numba" runs on the CPU, but the parameters are on meta'):
         _ = build(name, meta, backend="numba").backend
-    with pytest.raises(ValueError, match="backend must be one of auto, reference, numba, got 'cuda'"):
+    with pytest.raises(ValueError, match="backend must be one of auto, reference, numba, triton, got 'cuda'"):
         build(name, params, backend="cuda")
 
 
