@@ -16,6 +16,7 @@ from ..sites import Group, Member
 from .settings import check_group, check_writer
 
 State = dict[str, Any]
+_LONGEST = 1e18  # of a gradient; the second moment has its square
 
 
 class Grouped(torch.optim.Optimizer):
@@ -142,19 +143,23 @@ class Grouped(torch.optim.Optimizer):
         check_group(group, shared, self._kinds, self.positive, self.fractions)
 
     def _refuses_nonfinite(self, active: list[Member]) -> bool:
-        """Whether the step is to be skipped."""
+        """Whether the step is to be skipped, for a gradient that is not finite or whose square is not."""
         wide = widest(active[0].param.device)
-        norms = [torch.linalg.vector_norm(m.param.grad, dtype=wide) for m in active if m.param.grad is not None]
-        bad = [
-            member.param
-            for member, norm in zip(active, torch.stack(norms).tolist(), strict=True)
-            if member.param.grad is not None and not checks.is_finite(member.param.grad, norm)
-        ]
-        if bad and not self._skip_nonfinite:
-            raise ValueError(checks.nonfinite_message(bad, self._name))
-        for group in self.param_groups if bad else ():
+        lengths = torch.stack([torch.linalg.vector_norm(grad, dtype=wide) for grad in _gradients(active)]).tolist()
+        found = list(zip(active, _gradients(active), lengths, strict=True))
+        bad = [member.param for member, grad, length in found if not checks.is_finite(grad, length)]
+        large = [(member.param, length) for member, _, length in found if length > _LONGEST]
+        if not self._skip_nonfinite:
+            if bad:
+                raise ValueError(checks.nonfinite_message(bad, self._name))
+            for param, length in large:
+                raise ValueError(
+                    f"the gradient of {self._name(param)} has norm {length:.3g}, and at most {_LONGEST:g} can be squared "
+                    "in float32; nothing was changed. Skip such steps (nonfinite='skip') or clip the gradients"
+                )
+        for group in self.param_groups if bad or large else ():
             group["skipped_steps"] += 1
-        return bool(bad)
+        return bool(bad or large)
 
     def _members(self) -> list[Member]:
         pairs = ((group, param) for group in self.param_groups for param in group["params"])
@@ -184,3 +189,7 @@ def _copied(name: str, value: Any, param: torch.Tensor) -> Any:
     if not isinstance(value, torch.Tensor):
         return value
     return value.detach().to("cpu" if name in ("gram", "step") else param.device, copy=True)
+
+
+def _gradients(members: list[Member]) -> list[torch.Tensor]:
+    return [member.param.grad for member in members if member.param.grad is not None]
