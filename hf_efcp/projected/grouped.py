@@ -154,8 +154,8 @@ class Grouped(torch.optim.Optimizer):
                 raise ValueError(checks.nonfinite_message(bad, self._name))
             for param, length in large:
                 raise ValueError(
-                    f"the gradient of {self._name(param)} has norm {length:.3g}, and at most {_LONGEST:g} can be squared "
-                    "in float32; nothing was changed. Skip such steps (nonfinite='skip') or clip the gradients"
+                    f"the gradient of {self._name(param)} has norm {length:.3g}, and at most {_LONGEST:g} can be "
+                    "squared in float32; nothing was changed. Skip such steps (nonfinite='skip') or clip the gradients"
                 )
         for group in self.param_groups if bad or large else ():
             group["skipped_steps"] += 1
