@@ -8,53 +8,43 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from . import projected, variants
 from .memory import MemoryPlan, estimate_memory, largest_window
 from .optimizer import EFCP
-from .projected import LORENZA, AdaRankGrad, GaLore, NaturalGaLore, ProjectedAdam
-from .variants import DenseGGT, DenseMFAC, LowRankGGT, LowRankMFAC, MicroAdam, SparseAdaGrad, SparseGGT, SparseMFAC
+from .projected import *  # noqa: F403  # what the package has a name for
+from .variants import *  # noqa: F403
 
 if TYPE_CHECKING:
-    from .any_trainer import for_trainer
-    from .callbacks import EFCPCallback
     from .factory import OPTIMIZERS, create_optimizer
-    from .trainer import EFCPTrainer
-    from .training_args import EFCPTrainingArguments
+    from .trainer.any_trainer import for_trainer
+    from .trainer.callbacks import EFCPCallback
+    from .trainer.trainer import EFCPTrainer
+    from .trainer.training_args import EFCPTrainingArguments
 
 __version__ = "0.1.0"
 
 __all__ = [
     "EFCP",
-    "LORENZA",
     "OPTIMIZERS",
-    "AdaRankGrad",
-    "DenseGGT",
-    "DenseMFAC",
     "EFCPCallback",
     "EFCPTrainer",
     "EFCPTrainingArguments",
-    "GaLore",
-    "LowRankGGT",
-    "LowRankMFAC",
     "MemoryPlan",
-    "MicroAdam",
-    "NaturalGaLore",
-    "ProjectedAdam",
-    "SparseAdaGrad",
-    "SparseGGT",
-    "SparseMFAC",
     "create_optimizer",
     "estimate_memory",
     "for_trainer",
     "largest_window",
 ]
+__all__ += projected.__all__
+__all__ += variants.__all__
 
 _LAZY = {
     "OPTIMIZERS": "factory",
     "create_optimizer": "factory",
-    "for_trainer": "any_trainer",
-    "EFCPCallback": "callbacks",
-    "EFCPTrainer": "trainer",
-    "EFCPTrainingArguments": "training_args",
+    "for_trainer": "trainer.any_trainer",
+    "EFCPCallback": "trainer.callbacks",
+    "EFCPTrainer": "trainer.trainer",
+    "EFCPTrainingArguments": "trainer.training_args",
 }
 
 

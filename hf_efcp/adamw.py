@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -62,3 +63,17 @@ def step(
         eps=eps,
         maximize=False,
     )
+
+
+def step_excluded(groups: list[dict[str, Any]], states: Mapping[torch.Tensor, dict[str, Any]]) -> None:
+    """Step the groups that are not preconditioned.
+
+    Args:
+        groups: All parameter groups.
+        states: Of all parameters.
+    """
+    for group in groups:
+        if not group["preconditioned"]:
+            params = [param for param in group["params"] if param.grad is not None]
+            own = [states[param] for param in params]
+            step(params, own, lr=float(group["lr"]), weight_decay=group["weight_decay"])

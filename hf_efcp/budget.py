@@ -17,6 +17,33 @@ class Default(int):
     """A `num_grads` that nobody asked for: a number in the signature, which gives way to a `memory_budget`."""
 
 
+def capacity(num_grads: int | None, memory_budget: int | str | None) -> int:
+    """The capacity of a window, as it was asked for.
+
+    Args:
+        num_grads: The argument; None where there is a budget.
+        memory_budget: The argument; None without one.
+
+    Returns:
+        `num_grads`; 1 until it is known what there is to fit into a budget.
+
+    Raises:
+        ValueError: Both are given, or it is below 1.
+        TypeError: `num_grads` is not an int.
+    """
+    if memory_budget is not None:
+        if not isinstance(num_grads, Default | None):
+            raise ValueError(
+                f"num_grads={num_grads!r} and memory_budget={memory_budget!r} both choose the window: give one"
+            )
+        return 1
+    if not isinstance(num_grads, int) or isinstance(num_grads, bool):
+        raise TypeError(f"num_grads must be an int, got {num_grads!r}")
+    if num_grads < 1:
+        raise ValueError(f"num_grads is the number of gradients in the window, at least 1; got {num_grads}")
+    return int(num_grads)
+
+
 def in_bytes(memory_budget: int | str, parameters: int) -> int:
     """A budget in bytes.
 

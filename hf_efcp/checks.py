@@ -10,8 +10,6 @@ from typing import Any, get_args, get_type_hints
 
 import torch
 
-from .shards import local
-
 PARAMETER_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HEAVY_BALL = "heavy_ball"  # the argument `momentum` in the parameter groups: schedulers would cycle one of that name
 # Names in the parameter groups that torch's base class and its schedulers give a meaning to.
@@ -136,41 +134,6 @@ def check_gradient(param: torch.Tensor, name: Callable[[torch.Tensor], str]) -> 
             f"the gradient of {name(param)} is sparse ({param.grad.layout}); EFCP needs dense gradients: use "
             "sparse=False in the embedding, or leave the parameter to another optimizer"
         )
-
-
-def is_finite(grad: torch.Tensor, square: float) -> bool:
-    """Whether a gradient has neither NaN nor infinity; one that is sharded is looked at on this rank only.
-
-    Args:
-        grad: The gradient.
-        square: Its `|g|^2`. Only a finite one proves something: on devices without float64 it may overflow.
-
-    Returns:
-        True if so.
-    """
-    return math.isfinite(square) or bool(torch.isfinite(local(grad)).all())
-
-
-def nonfinite_message(params: list[torch.Tensor], name: Callable[[torch.Tensor], str]) -> str:
-    """What to say about gradients with NaN or infinity.
-
-    Args:
-        params: Parameters that have one on this rank; none if it is on another rank only.
-        name: Tells what to call a parameter.
-
-    Returns:
-        The message.
-    """
-    where = "a gradient on another rank has entries that are NaN or infinite"
-    for param in params[:1]:
-        assert param.grad is not None
-        grad = local(param.grad)
-        wrong = grad.numel() - int(torch.isfinite(grad).sum())
-        where = f"the gradient of {name(param)} has {wrong} entries of {grad.numel()} that are NaN or infinite"
-    return (
-        f"{where}; nothing was changed. Skip such steps (nonfinite='skip'), lower the learning rate or clip the "
-        "gradients"
-    )
 
 
 def check_one_device(params: Iterable[torch.Tensor]) -> torch.device:

@@ -264,7 +264,7 @@ def _written(optimizer: EFCP, unit: list[Member]) -> torch.Tensor:
     gram_state = optimizer._gram_state(unit)
     newest, rows = _newest(optimizer, gram_state)
     order = (newest + 1 + torch.arange(rows, device="cpu")) % rows
-    gram: torch.Tensor = gram_state["gram"][order][:, order]
+    gram: torch.Tensor = gram_state["gram"].to("cpu")[order][:, order]
     return gram
 
 

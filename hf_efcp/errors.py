@@ -13,8 +13,8 @@ from typing import ClassVar, Protocol
 import torch
 
 from . import noise
+from .compressors import State
 from .kernels import BUCKET, Kernels
-from .windows import State
 
 UINT4: torch.dtype = torch.uint4  # type: ignore[attr-defined]  # torch has it, its type stubs do not
 

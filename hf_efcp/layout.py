@@ -9,13 +9,12 @@ from typing import Any
 import torch
 
 from . import adamw, checks, shards
-from .compressors import Compressor
+from .compressors import Compressor, Window
 from .errors import ErrorStore
 from .metric import Metric
 from .preconditioners import Preconditioner
 from .shards import is_sharded, local
 from .sites import Member
-from .windows import Window
 
 State = dict[str, Any]
 
@@ -110,6 +109,25 @@ class Layout:
             state["gram"] = torch.zeros(self.num_grads, self.num_grads, dtype=torch.float64, device=home)
         return state
 
+    def fresh_states(self, trainable: list[Member], by_layer: bool) -> list[State]:
+        """The states that there are once every parameter was stepped, for counting their bytes.
+
+        Args:
+            trainable: The parameters.
+            by_layer: Each has a preconditioner of its own.
+
+        Returns:
+            States on "meta"; of sharded ones this rank's rows.
+        """
+        states = [self.fresh(member, "meta") for member in trainable]
+        for member, state in zip(trainable, states, strict=True):
+            if is_sharded(member.param) and member.group["preconditioned"]:
+                own = {name: tensor[:1] for name, tensor in state.items() if name != "gradients"}
+                state.update(own)
+        preconditioned = sum(bool(member.group["preconditioned"]) for member in trainable)
+        count = preconditioned if by_layer else min(1, preconditioned)
+        return [*states, *(self.gram_state("meta") for _ in range(count))]
+
     def check(self, saved: State, member: Member, name: str) -> None:
         """Refuse a saved state that `fresh` and `gram_state` would not have made.
 
@@ -149,19 +167,3 @@ def momentum(shape: torch.Size, device: torch.device | str) -> State:
         `{"momentum": ...}`, float32, zeros.
     """
     return {"momentum": torch.zeros(shape, dtype=torch.float32, device=device)}
-
-
-def copied(name: str, value: Any, param: torch.Tensor) -> Any:
-    """A copy of a saved value, on the device where it belongs.
-
-    Args:
-        name: Its name in the state.
-        value: A tensor, or a number, which is returned as it is.
-        param: The parameter.
-
-    Returns:
-        The copy.
-    """
-    if not isinstance(value, torch.Tensor):
-        return value
-    return value.detach().to("cpu" if name in ("gram", "step") else param.device, copy=True)

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import torch
 
 from . import noise
+from .compressors import State
 from .errors import error_store
 from .kernels import BUCKET, Kernels
-from .windows import State
 
 METRICS = ("none", "adam", "factored")
 METRIC_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
@@ -292,13 +292,36 @@ class Metric:
             mean[start : start + step].add_(squares.mean(dim=1), alpha=1.0 - self.beta2).clamp_(max=_LARGEST)
         state["second_moment_columns"].mul_(self.beta2).add_(total / rows, alpha=1.0 - self.beta2).clamp_(max=_LARGEST)
 
+    def key(self, step: int, position: int) -> int:
+        """The key of the noise that a second moment is rounded with.
+
+        Args:
+            step: Gradients that the parameter has had.
+            position: Position of the parameter.
+
+        Returns:
+            A number of 32 bits.
+        """
+        return self._second.key(step, position)
+
+    def correction(self, step: int) -> float:
+        """What corrects the root of a second moment for its start, `1 / sqrt(1 - beta2^step)`.
+
+        Args:
+            step: Gradients that the parameter has had.
+
+        Returns:
+            A number of at least 1.
+        """
+        return 1.0 / math.sqrt(1.0 - self.beta2**step)
+
     def _has_levels(self, shape: torch.Size) -> bool:
         """Whether the root of a parameter's second moment is kept as levels."""
         return self.dtype == torch.int8 and not self.is_factored(shape)
 
     def _numbers(self, step: int) -> tuple[float, float]:
         """What makes the metric of a second moment: the correction of its start, and `eps`."""
-        return 1.0 / math.sqrt(1.0 - self.beta2**step), self.eps
+        return self.correction(step), self.eps
 
     def _second_moment(self, state: State, shape: torch.Size, span: slice, kernels: Kernels) -> torch.Tensor:
         """`v` of a span, `(n,)`, float32."""

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
+from .compressors import span_length
 from .kernels import Kernels, pool
 from .metric import Metric
 from .shards import local
 from .sites import Site, gradient_of, is_float32, spans_of_gradient
-from .windows import span_length
 
 # Without a metric accumulators saturate here, so that float32 products of low-rank rows cannot overflow.
 _LARGEST = 2.0**96

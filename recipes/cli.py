@@ -17,6 +17,8 @@ from transformers import HfArgumentParser
 
 import hf_efcp
 
+CONFIGS = Path(__file__).with_name("configs")
+
 
 def require(extra: str, *modules: str) -> None:
     """Check that packages are installed before anything slow starts.
@@ -63,7 +65,7 @@ def parse_arguments(
     tables: tuple[str, ...] = (),
     elsewhere: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[Any, ...]:
-    """Fill dataclasses from `[CONFIG.yaml] [--flag value ...]`.
+    """Fill dataclasses from `[CONFIG] [--flag value ...]`; see `find_config` for what CONFIG may be.
 
     The YAML's values are read as they are written and go through the argument parser like flags, so that `2e-5` is a
     number, `no` a word and an unknown key an error. Wrong input ends the program with a message, as argparse does.
@@ -81,15 +83,15 @@ def parse_arguments(
     keys = [field.name for type_ in types for field in dataclasses.fields(type_) if field.init]
     parser = HfArgumentParser(
         list(types),
-        usage="%(prog)s [CONFIG.yaml] [--flag value ...]   (--help lists the flags)",
+        usage="%(prog)s [CONFIG] [--flag value ...]   (CONFIG is a YAML file; --help lists the flags)",
         allow_abbrev=False,
     )
     parser.set_defaults(**defaults)
     mappings: list[Any] = []
     try:
         if argv and not argv[0].startswith("-"):
-            path = Path(argv[0])
-            config = _read_yaml(path)
+            path = find_config(argv[0])
+            config = read_yaml(path)
             mappings = [_table(config, key, path) for key in tables]
             argv = [*_flags(config, keys, path), *argv[1:]]
         elif tables and not {"-h", "--help"} & set(argv):
@@ -107,7 +109,50 @@ def parse_arguments(
     return (*instances, *mappings)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def find_config(name: str) -> Path:
+    """Find the YAML file that a command line names.
+
+    Args:
+        name: a file, or the name of one in `configs/` such as "quickstart" or "published/efcp_bert_base".
+
+    Returns:
+        The file.
+
+    Raises:
+        FileNotFoundError: if there is neither.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    known = config_names()
+    if name in known:
+        return CONFIGS / f"{name}.yaml"
+    close = difflib.get_close_matches(path.with_suffix("").name, known, n=1)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    raise FileNotFoundError(f"{name} is neither a file nor one of the configurations {', '.join(known)}{hint}")
+
+
+def config_names() -> list[str]:
+    """Name the YAML files in `configs/`.
+
+    Returns:
+        The names that `find_config` takes.
+    """
+    return sorted(path.relative_to(CONFIGS).with_suffix("").as_posix() for path in CONFIGS.rglob("*.yaml"))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML file, its values as they are written.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Its keys with text, lists and mappings of text.
+
+    Raises:
+        ValueError: if it holds no keys, or one twice.
+    """
     import yaml
 
     try:

@@ -1,51 +1,16 @@
-"""What run_glue.py and run_qa.py share: the run and its baseline, and what they leave behind."""
+"""What the scripts share that train one model: the run and its baseline, and what they leave behind."""
 
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from training import Measured, ModelArguments, train, write_json
+from arguments import ModelArguments
+from training import Measured, train, write_json
 
 from hf_efcp import EFCPTrainer, EFCPTrainingArguments
-
-
-@dataclasses.dataclass
-class BaselineArguments:
-    """What to compare with."""
-
-    baseline: str | None = dataclasses.field(
-        default=None,
-        metadata={"help": "train this optimizer too, e.g. adamw_torch, from the same start on the same batches"},
-    )
-    baseline_learning_rate: float = dataclasses.field(
-        default=5e-5, metadata={"help": "the baseline's learning rate; all else is as in the main run"}
-    )
-
-
-def runs_of(args: Any, baseline: BaselineArguments) -> list[Any]:
-    """The arguments of the main run, and of the baseline if there is one.
-
-    Args:
-        args: those of the main run, `EFCPTrainingArguments`.
-        baseline: what to compare with.
-
-    Returns:
-        One or two of them.
-    """
-    if baseline.baseline is None:
-        return [args]
-    other = dataclasses.replace(
-        args,
-        optim=baseline.baseline,
-        optim_args=None,
-        learning_rate=baseline.baseline_learning_rate,
-        output_dir=str(Path(args.output_dir, "baseline")),
-    )
-    return [args, other]
 
 
 def fine_tune(
@@ -82,7 +47,7 @@ def fine_tune(
         trainer = build(copy.deepcopy(model), run)
         record, history = train(trainer, task, splits, resume)
         trainer.save_model()
-        layers = model.config.num_hidden_layers
+        layers = getattr(model.config, "num_hidden_layers", None)  # convolutions count in stages
         records.append({"model": source.model_name_or_path, "layers": layers, **record, **counts})
         curves.append((f"{record['optimizer']}, lr {run.learning_rate:g}", history))
         if args.process_index == 0:
@@ -95,7 +60,8 @@ def fine_tune(
 
     output_dir, main_run = Path(args.output_dir), records[0]
     write_json(output_dir / "metrics.json", {**main_run, "baseline": records[1] if len(records) > 1 else None})
-    title = f"{task.name}: {main_run['model']}, {main_run['layers']} layers, batch {main_run['train_batch_size']}"
+    layers = f", {main_run['layers']} layers" if main_run["layers"] else ""
+    title = f"{task.name}: {main_run['model']}{layers}, batch {main_run['train_batch_size']}"
     plot_training(output_dir / "training.png", title, task.headline, curves)
     if len(records) > 1:
         print(comparison(records))

@@ -1,32 +1,16 @@
-"""The pictures of a training run, and of a comparison of optimizers."""
+"""The picture of a training run, and what pictures share."""
 
 from __future__ import annotations
 
-import math
 import statistics
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.text import Annotation, Text
-from matplotlib.ticker import FuncFormatter, MaxNLocator
-from matplotlib.transforms import Bbox
-from report import Curve, Result
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")  # Okabe and Ito: told apart by colour-blind eyes, and in grey
 MARKERS = ("o", "s", "^", "D")
-# How an optimizer keeps its gradients, its colour and its marker.
-FAMILIES = {
-    "sparse": ("#0072B2", "o", "sparse window"),
-    "lowrank": ("#D55E00", "s", "low-rank window"),
-    "dense": ("#009E73", "^", "dense window"),
-    "other": ("#CC79A7", "D", "other EFCP"),
-    "stock": ("#333333", "X", "stock optimizer"),
-}
-BACKGROUND = "#C8C8C8"
 
 
 def plot_training(path: Path, title: str, metric: str, runs: list[tuple[str, list[dict[str, Any]]]]) -> None:
@@ -45,7 +29,7 @@ def plot_training(path: Path, title: str, metric: str, runs: list[tuple[str, lis
     for (name, history), colour, marker in zip(runs, COLOURS, MARKERS, strict=False):
         steps, losses = _series(history, "loss")
         loss_axes.plot(steps, losses, color=colour, alpha=0.3, linewidth=1)
-        loss_axes.plot(steps, _smooth(losses), color=colour, linewidth=2)
+        loss_axes.plot(steps, smooth(losses), color=colour, linewidth=2)
         steps, values = _series(history, f"eval_{metric}")
         label = f"{name}: {shown_metric} {values[-1]:.3f}"
         metric_axes.plot(steps, values, color=colour, marker=marker, markersize=5, linewidth=2, label=label)
@@ -61,8 +45,15 @@ def _series(history: list[dict[str, Any]], key: str) -> tuple[list[int], list[fl
     return list(points), list(points.values())
 
 
-def _smooth(values: list[float]) -> list[float]:
-    # A centred moving average: it does not lag behind, and the ends keep their height.
+def smooth(values: list[float]) -> list[float]:
+    """A centred moving average: it does not lag behind, and the ends keep their height.
+
+    Args:
+        values: the values.
+
+    Returns:
+        As many.
+    """
     last, width = len(values) - 1, len(values) // 12
     halves = [min(width, index, last - index) for index in range(len(values))]
     return [statistics.fmean(values[i - half : i + half + 1]) for i, half in enumerate(halves)]
@@ -75,262 +66,3 @@ def _label(axes: Axes, title: str, quantity: str) -> None:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.02, y=0.08)
-
-
-def plot_losses(path: Path, results: list[Result], against: str) -> None:
-    """Draw the training loss of each optimizer in a panel of its own, with all the others in grey behind it.
-
-    Args:
-        path: the PNG file to write.
-        results: of one task.
-        against: "steps" or "seconds".
-    """
-    shown = [result for result in results if result.runs]
-    columns = max(1, min(4, math.ceil(math.sqrt(len(shown)))))
-    rows = max(1, math.ceil(len(shown) / columns))
-    figure = Figure(figsize=(1 + 3.1 * columns, 1.4 + 2.3 * rows), dpi=150, layout="constrained")
-    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-    curves = [[_loss_curve([run], against) for run in result.runs] for result in shown]
-    means = [_loss_curve(list(result.runs), against) for result in shown]
-    # The stock optimizer that learned best is what the others are measured by.
-    stock = [index for index, result in enumerate(shown) if result.stock and result.mean is not None]
-    reference = max(stock, key=lambda index: shown[index].mean or 0.0, default=None)
-
-    for index, (result, axes) in enumerate(zip(shown, grid.flat, strict=False)):
-        colour = FAMILIES[result.family][0]
-        for other, mean in enumerate(means):
-            if other != index:
-                axes.plot(*mean, color=BACKGROUND, linewidth=1)
-        if reference not in (None, index):
-            axes.plot(*means[reference], color=FAMILIES["stock"][0], linewidth=1.3, linestyle=(0, (4, 2)))
-        for curve in curves[index]:
-            axes.plot(*curve, color=colour, linewidth=0.8, alpha=0.45)
-        axes.plot(*means[index], color=colour, linewidth=2.2)
-        axes.set_title(f"{result.label}\nlr {result.best:g}, {_mean(result)}", loc="left", fontsize=9)
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.xaxis.set_major_locator(MaxNLocator(5))
-    for axes in list(grid.flat)[len(shown) :]:
-        axes.set_visible(False)
-    highs = [max(losses) for _, losses in means if losses]
-    if highs:  # a curve that runs away must not flatten the others
-        low = min(min(losses) for _, losses in means if losses)
-        high = min(max(highs), 1.5 * statistics.median(highs))
-        margin = 0.05 * (high - low) or 0.01
-        grid[0, 0].set_ylim(low - margin, high + margin)
-    quantity = "optimizer steps" if against == "steps" else "seconds, without evaluation"
-    for axes in list(grid.flat)[max(0, len(shown) - columns) : len(shown)]:  # the lowest of each column
-        axes.set_xlabel(quantity)
-        axes.tick_params(labelbottom=True)
-    for axes in grid[:, 0]:
-        axes.set_ylabel("loss per example")
-    legend = [
-        Line2D([], [], color="#666666", linewidth=2.2, label="mean over seeds"),
-        Line2D([], [], color="#666666", linewidth=0.8, alpha=0.6, label="each seed"),
-        Line2D([], [], color=BACKGROUND, linewidth=1, label="the other optimizers"),
-    ]
-    if reference is not None:
-        label = f"{shown[reference].label} (best stock optimizer)"
-        legend.append(Line2D([], [], color=FAMILIES["stock"][0], linewidth=1.3, linestyle=(0, (4, 2)), label=label))
-    title = f"{results[0].task}: training loss, smoothed, at the best learning rate"
-    figure.suptitle(f"{title}, with the mean {_words(results[0].headline)} after training", fontsize=12)
-    figure.legend(handles=legend, loc="outside lower center", ncols=len(legend), frameon=False, fontsize=9)
-    figure.savefig(path)
-
-
-def plot_metrics(path: Path, results: list[Result]) -> None:
-    """Draw the final metric of each optimizer with its seeds and error bars, a panel for each task.
-
-    Args:
-        path: the PNG file to write.
-        results: of all tasks.
-    """
-    tasks = list(dict.fromkeys(result.task for result in results))
-    by_label: dict[str, list[float]] = {}
-    for result in results:
-        by_label.setdefault(result.label, []).append(-math.inf if result.mean is None else result.mean)
-    labels = sorted(by_label, key=lambda label: statistics.fmean(by_label[label]))  # the best on top
-    figure = Figure(figsize=(3.2 + 4.2 * len(tasks), 1.6 + 0.36 * len(labels)), dpi=150, layout="constrained")
-    for column, (task, axes) in enumerate(zip(tasks, figure.subplots(1, len(tasks), squeeze=False)[0], strict=True)):
-        for result in results:
-            if result.task != task or result.mean is None:
-                continue
-            height, (colour, marker, _) = labels.index(result.label), FAMILIES[result.family]
-            axes.errorbar(result.mean, height, xerr=result.deviation, fmt=marker, color=colour, markersize=7, capsize=4)
-            seeds = [height] * len(result.values)
-            axes.scatter(result.values, seeds, s=16, facecolors="none", edgecolors=colour, linewidths=0.9, zorder=3)
-            where = (result.mean, height)
-            axes.annotate(
-                f"{result.mean:.3f}", where, xytext=(0, 7), textcoords="offset points", ha="center", fontsize=7
-            )
-        axes.set_yticks(range(len(labels)), labels if column == 0 else [""] * len(labels))
-        axes.set_ylim(-0.6, len(labels) - 0.2)
-        metric = next(result.headline for result in results if result.task == task)
-        axes.set_xlabel(f"{_words(metric)} on the validation split")
-        axes.set_title(task, loc="left", fontsize=11)
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.margins(x=0.08)
-    _family_legend(figure, results)
-    figure.suptitle("After training: mean, standard deviation (bar), each seed (small circle)", fontsize=12)
-    figure.savefig(path)
-
-
-def plot_rates(path: Path, curves: list[Curve]) -> None:
-    """Draw final metric and validation loss against the learning rate, a column for each task and one for their mean.
-
-    Args:
-        path: the PNG file to write.
-        curves: of all tasks.
-    """
-    tasks = list(dict.fromkeys(curve.task for curve in curves))
-    panels = [*tasks, "mean over tasks"] if len(tasks) > 1 else tasks
-    figure = Figure(figsize=(1 + 3.4 * len(panels), 7), dpi=150, layout="constrained")
-    grid = figure.subplots(2, len(panels), squeeze=False, sharex=True)
-    handles = _draw_rates(grid[0], curves, panels) | _draw_rates(grid[1], [c.loss() for c in curves], panels)
-    for axes in grid[1]:
-        axes.set_xlabel("learning rate")
-    figure.suptitle("Only the optimizer changes: after training, against the learning rate", fontsize=12)
-    figure.legend(
-        list(handles.values()), list(handles), loc="outside lower center", ncols=min(5, len(handles)), frameon=False
-    )
-    figure.savefig(path)
-
-
-def _draw_rates(row: Sequence[Axes], curves: list[Curve], panels: list[str]) -> dict[str, Line2D]:
-    tasks = list(dict.fromkeys(curve.task for curve in curves))
-    rates = sorted({rate for curve in curves for rate in curve.points})
-    handles = {}
-    for number, label in enumerate(dict.fromkeys(curve.label for curve in curves)):
-        own = [curve for curve in curves if curve.label == label]
-        stock = own[0].stock
-        style: dict[str, Any] = {
-            "color": FAMILIES["stock"][0] if stock else COLOURS[number % len(COLOURS)],
-            "marker": FAMILIES["stock"][1] if stock else MARKERS[(number + number // len(COLOURS)) % len(MARKERS)],
-            # Hollow, and each larger than the one before: results that are equal show as one around the other.
-            "markerfacecolor": "none",
-            "markersize": 6 + 2.5 * (number % len(COLOURS)),
-            "linestyle": "--" if stock else "-",
-        }
-        means: dict[float, list[float]] = {}
-        for curve, axes in zip(own, row, strict=False):
-            points = {rate: values for rate, values in curve.points.items() if values}
-            for rate, values in points.items():
-                means.setdefault(rate, []).append(statistics.fmean(values))
-                axes.scatter([rate] * len(values), values, s=10, color=style["color"], alpha=0.35, linewidths=0)
-            handles[label] = axes.plot(list(points), [statistics.fmean(v) for v in points.values()], **style)[0]
-        complete = {rate: values for rate, values in means.items() if len(values) == len(tasks)}
-        if len(tasks) > 1:
-            row[-1].plot(list(complete), [statistics.fmean(v) for v in complete.values()], linewidth=2.5, **style)
-    for panel, axes in zip(panels, row, strict=True):
-        metric = next((curve.headline for curve in curves if curve.task == panel), curves[0].headline)
-        axes.set_title(f"{panel}: {_words(metric)}", loc="left", fontsize=10)
-        axes.set_xscale("log")
-        axes.set_xticks(rates, [f"{rate:g}" for rate in rates], rotation=45, minor=False)
-        axes.minorticks_off()
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.margins(x=0.08, y=0.1)
-    return handles
-
-
-def plot_memory(path: Path, results: list[Result]) -> None:
-    """Draw the final metric against the bytes of the optimizer's state, a panel for each task.
-
-    Args:
-        path: the PNG file to write.
-        results: of all tasks.
-    """
-    tasks = list(dict.fromkeys(result.task for result in results))
-    count = max(sum(result.task == task for result in results) for task in tasks)
-    figure = Figure(figsize=(1 + 7.2 * len(tasks), max(4.8, 1.8 + 0.3 * count)), dpi=150, layout="constrained")
-    for task, axes in zip(tasks, figure.subplots(1, len(tasks), squeeze=False)[0], strict=True):
-        shown = [result for result in results if result.task == task and result.mean is not None]
-        for result in shown:
-            colour, marker, _ = FAMILIES[result.family]
-            x, y = result.bytes_per_parameter, result.mean
-            axes.errorbar(x, y, yerr=result.deviation, fmt=marker, color=colour, markersize=7, capsize=3, elinewidth=1)
-        # Linear up to one byte: an optimizer without state has a place too.
-        axes.set_xscale("symlog", base=2, linthresh=1, linscale=0.5)
-        sizes = [result.bytes_per_parameter for result in shown] or [1.0]
-        axes.set_xlim(min(sizes) / 1.5 if min(sizes) > 0.25 else -0.2, 2 * max(1.0, *sizes))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.set_title(task, loc="left", fontsize=11)
-        axes.set_xlabel("state of the optimizer, bytes per parameter (AdamW: 8)")
-        metric = next(result.headline for result in results if result.task == task)
-        axes.set_ylabel(f"{_words(metric)} on the validation split")
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.margins(y=0.08)
-    _family_legend(figure, results)
-    figure.suptitle("What the state costs, and what it brings (mean and standard deviation over seeds)", fontsize=12)
-    figure.draw_without_rendering()  # the places of the axes are known only then
-    for task, axes in zip(tasks, figure.axes, strict=True):
-        _name_points(axes, [result for result in results if result.task == task and result.mean is not None])
-    figure.savefig(path)
-
-
-def _name_points(axes: Axes, results: list[Result]) -> None:
-    # Each name takes the nearest place beside its point where it covers neither a point nor another name.
-    places = [(result.bytes_per_parameter, result.mean or 0.0) for result in results]
-    taken = [Bbox.from_extents(x - 9, y - 9, x + 9, y + 9) for x, y in axes.transData.transform(places)]
-    offsets = [(side * 9, height * 4) for height in range(40) for side in (1, -1)]
-    offsets = sorted([*offsets, *((x, -y) for x, y in offsets)], key=lambda offset: (abs(offset[1]), -offset[0]))
-    for result, place in zip(results, places, strict=True):
-        for offset in offsets:
-            name = _name(axes, result, place, offset)
-            name.get_window_extent()  # moves the text to its place; the answer would include the line
-            box = Text.get_window_extent(name)
-            inside = axes.bbox.contains(box.x0, box.y0) and axes.bbox.contains(box.x1, box.y1)
-            if inside and not box.count_overlaps(taken):
-                taken.append(box)
-                break
-            name.remove()
-        else:
-            _name(axes, result, place, offsets[0])
-
-
-def _name(axes: Axes, result: Result, place: tuple[float, float], offset: tuple[int, int]) -> Annotation:
-    colour = FAMILIES[result.family][0]
-    name = axes.annotate(
-        result.label,
-        place,
-        xytext=offset,
-        textcoords="offset points",
-        ha="left" if offset[0] > 0 else "right",
-        va="center",
-        fontsize=8,
-        color=colour,
-        arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 4},
-    )
-    name.set_in_layout(False)
-    return name
-
-
-def _family_legend(figure: Figure, results: list[Result]) -> None:
-    present = {result.family for result in results if result.runs}
-    handles = [
-        Line2D([], [], color=colour, marker=marker, linestyle="", markersize=7, label=name)
-        for family, (colour, marker, name) in FAMILIES.items()
-        if family in present
-    ]
-    if handles:
-        figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
-
-
-def _loss_curve(runs: list[dict[str, Any]], against: str) -> tuple[list[float], list[float]]:
-    # The mean over runs, where all of them have a number; smoothed.
-    rows = [{row["step"]: row for row in run["history"] if row.get("loss") is not None} for run in runs]
-    steps = [step for step in rows[0] if all(step in row for row in rows)]
-    losses = _smooth([statistics.fmean(row[step]["loss"] for row in rows) for step in steps])
-    if against == "seconds":
-        return [statistics.fmean(row[step]["seconds"] for row in rows) for step in steps], losses
-    return [float(step) for step in steps], losses
-
-
-def _mean(result: Result) -> str:
-    return "no metric" if result.mean is None else f"{_words(result.headline)} {result.mean:.3f}"
-
-
-def _words(metric: str) -> str:
-    return metric.replace("_", " ")

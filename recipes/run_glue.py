@@ -20,25 +20,18 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from arguments import DEFAULTS, BaselineArguments, ModelArguments, TextArguments, runs_of
 from cli import explained, parse_arguments, require
 from data import load_splits
-from fine_tuning import BaselineArguments, fine_tune, runs_of
 from own_data import FileArguments, load_files
-from submission import write_predictions
-from training import (
-    DEFAULTS,
-    ModelArguments,
-    TextArguments,
-    build_trainer,
-    load_model,
-    tokenize,
-)
-from transformers import set_seed
 
-from hf_efcp import EFCPTrainer, EFCPTrainingArguments
+from hf_efcp import EFCPTrainingArguments
 from hf_efcp.glue import GlueTask, get_task
+
+if TYPE_CHECKING:
+    from hf_efcp import EFCPTrainer
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -85,6 +78,13 @@ def main(argv: list[str]) -> None:
     )
     runs = runs_of(args, baseline)
     task, loaded = load(data_arguments, args.do_predict)
+
+    # These take seconds to import: what is wrong with the command line and the data has been told before.
+    from fine_tuning import fine_tune
+    from submission import write_predictions
+    from training import build_trainer, load_model, tokenize
+    from transformers import set_seed
+
     set_seed(args.seed)  # the new head's weights
     tokenizer, model = load_model(model_arguments, task)
     with args.main_process_first():

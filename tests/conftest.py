@@ -15,7 +15,7 @@ if os.environ.get("CI"):
 
 
 class Recipes:
-    """The modules of recipes/, which is a folder of programs and no package, by their names."""
+    """The modules of recipes/ and its benchmarks/, which are folders of programs and no packages, by their names."""
 
     def __getattr__(self, name):
         if name.startswith("_"):
@@ -25,7 +25,8 @@ class Recipes:
 
 @pytest.fixture
 def recipe(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "recipes"))
+    for folder in ("recipes", "recipes/benchmarks"):
+        monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / folder))
     return Recipes()
 
 

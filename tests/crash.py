@@ -22,7 +22,7 @@ STEPS, EVERY = 14, 3
 
 # One server imports what all runs need and forks them; it has no threads that a fork could lose.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["hf_efcp.trainer", "hf_efcp.training_args", "hf_efcp.kernels.cpu"])
+_context.set_forkserver_preload(["hf_efcp.trainer.trainer", "hf_efcp.trainer.training_args", "hf_efcp.kernels.numba"])
 
 
 def start(folder, optim, *, optim_args="", kill=None, after=None, dtype=torch.float32):

@@ -1,4 +1,4 @@
-"""The inner loops, twice: plain torch for any device, numba for the CPU. One table says which is used.
+"""The inner loops: plain torch for any device, numba for the CPU, Triton for GPUs. One table says which is used.
 
 Every backend is a module with the functions of `Kernels`, and the same bits in the window for the same input. Squares,
 compression and inner products take all tensors at once: most tensors of a model are so small that calling a kernel, and
@@ -17,11 +17,11 @@ import torch
 
 from ..blocks import Part
 
-BACKENDS = ("auto", "reference", "numba")
+BACKENDS = ("auto", "reference", "numba", "triton")
 BUCKET = 64  # consecutive entries of a quantised error that share a scale
 # Whitened entries saturate here, so that products of whole rows fit float32.
 WHITENED = 2.0**48
-_MODULES = {"reference": "reference", "numba": "cpu"}
+_TRITON = (3, 4)  # the oldest version whose settings are where we look for them
 
 
 class Kernels(Protocol):
@@ -136,27 +136,65 @@ def choose(backend: str, device: torch.device) -> Kernels:
     """The kernels for a backend's name and a device.
 
     Args:
-        backend: "auto" (numba on the CPU, the reference elsewhere), "reference" or "numba".
+        backend: "auto" (numba on the CPU, Triton on CUDA and ROCm, the reference elsewhere), "reference", "numba" or
+            "triton".
         device: Where the parameters are.
 
     Returns:
         The module that implements `Kernels`.
 
     Raises:
-        ValueError: Unknown backend, or "numba" for parameters that are not on the CPU.
-        ImportError: "numba" was asked for and is not installed.
+        ValueError: Unknown backend, or one that does not run where the parameters are.
+        ImportError: "numba" or "triton" was asked for and is not installed.
     """
     check_name(backend)
     if backend == "auto":
-        backend = "numba" if device.type == "cpu" and _numba_or_warn() else "reference"
+        backend = "reference"
+        if device.type == "cpu" and _numba_or_warn():
+            backend = "numba"
+        elif device.type == "cuda" and _triton_or_warn():  # torch calls ROCm's devices so as well
+            backend = "triton"
     if backend == "numba" and device.type != "cpu":
         raise ValueError(f'backend="numba" runs on the CPU, but the parameters are on {device}: use backend="auto"')
     try:
-        return cast(Kernels, importlib.import_module(f".{_MODULES[backend]}", __name__))
+        if backend == "triton":
+            _check_triton(device)
+        return cast(Kernels, importlib.import_module(f".{backend}", __name__))
+    except ValueError:
+        raise
     except Exception as error:
         raise ImportError(
-            f'backend="numba" could not be loaded ({error}): pip install numba, or use backend="reference"'
+            f'backend="{backend}" could not be loaded ({error}): pip install {backend}, or use backend="reference"'
         ) from error
+
+
+def _check_triton(device: torch.device) -> None:
+    """Refuse a Triton that is absent or too old, and a device that it has no code for."""
+    triton = importlib.import_module("triton")
+    found = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if found < _TRITON:
+        raise ImportError(f"it needs Triton {'.'.join(map(str, _TRITON))} or later, and this is {triton.__version__}")
+    if device.type != "cuda" and not triton.knobs.runtime.interpret:
+        raise ValueError(
+            f'backend="triton" runs on CUDA and ROCm, but the parameters are on {device}: use backend="auto" (or, to '
+            "try the kernels on a CPU, set TRITON_INTERPRET=1 before Triton is imported)"
+        )
+
+
+@lru_cache(maxsize=1)
+def _triton_or_warn() -> bool:
+    """Whether the Triton kernels can run on a GPU; cached, so that their absence is reported once."""
+    try:
+        _check_triton(torch.device("cuda"))
+    except Exception as error:
+        warnings.warn(
+            f"the Triton kernels cannot be used ({type(error).__name__}: {error}); EFCP runs its plain torch kernels, "
+            'tensor by tensor, which are many times slower on a GPU. "pip install triton" mends it, '
+            'backend="reference" silences this.',
+            stacklevel=2,
+        )
+        return False
+    return True
 
 
 def widest(device: torch.device) -> torch.dtype:
@@ -194,7 +232,7 @@ def check_name(backend: str) -> None:
 def _numba_or_warn() -> bool:
     """Whether the numba kernels can be imported; cached, so that their absence is reported once."""
     try:
-        importlib.import_module(f".{_MODULES['numba']}", __name__)
+        importlib.import_module(".numba", __name__)
     except Exception as error:  # not only ImportError: a numba that is too new has lost what they are built with
         warnings.warn(
             f"the numba kernels could not be imported ({type(error).__name__}: {error}); EFCP runs its plain torch "

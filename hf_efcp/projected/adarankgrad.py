@@ -8,10 +8,10 @@ import torch
 from torch.optim.optimizer import ParamsT
 
 from ..kernels import widest
+from ..layout import State
 from ..sites import Group
 from . import subspace
 from .base import ProjectedAdam, ProjectedOptions
-from .grouped import State
 
 
 class AdaRankGrad(ProjectedAdam):

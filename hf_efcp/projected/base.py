@@ -10,13 +10,14 @@ import torch
 from torch.optim.optimizer import ParamsT
 
 from .. import adamw, checks
+from ..eager import never_compiled
 from ..kernels import pool
-from ..optimizer import _never_compiled
+from ..layout import State
 from ..shards import is_sharded
 from ..sites import Group, Member, dense
 from ..threads import one_thread
 from . import subspace
-from .grouped import Grouped, State
+from .grouped import Grouped
 
 # By the name of a tensor in the state; all else are moments, AdamW's step counters among them.
 _PART = {"basis": "subspace", "factor": "subspace", "values": "window", "gram": "window"}
@@ -241,7 +242,7 @@ class ProjectedAdam(Grouped):
         """
         return _count(self._fresh(member, "meta") for member in self._members() if member.param.requires_grad)
 
-    @_never_compiled
+    @never_compiled
     def _step_all(self) -> None:
         """Step everything that has a gradient."""
         active = [member for member in self._members() if member.param.grad is not None]

@@ -12,10 +12,10 @@ from torch.optim.optimizer import ParamsT
 
 from .. import shards
 from ..kernels import widest
+from ..layout import State
 from ..sites import Group, Member
 from . import subspace
 from .base import ProjectedAdam, ProjectedOptions
-from .grouped import State
 
 
 class _Held(NamedTuple):

@@ -7,12 +7,12 @@ from typing import Any, ClassVar, Unpack
 import torch
 from torch.optim.optimizer import ParamsT
 
+from ..compressors import DenseWindow
 from ..kernels import choose, widest
+from ..layout import State
 from ..preconditioners import MFAC, WindowPosition
 from ..sites import Group
-from ..windows import DenseWindow
 from .base import ProjectedAdam, ProjectedOptions
-from .grouped import State
 
 
 class NaturalGaLore(ProjectedAdam):

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from .. import checks
-from ..optimizer import FORMAT
+from ..base import FORMAT
 
 
 def check_group(

@@ -7,9 +7,9 @@ import pytest
 import torch
 from problems import Regression, flat, set_gradients
 from relatives import build, names
-from test_contract import assert_same, snapshot, train
+from states import assert_same, snapshot, train
 
-from hf_efcp.kernels import cpu
+from hf_efcp.kernels import numba
 
 pytestmark = pytest.mark.parametrize("name", names())
 
@@ -175,7 +175,7 @@ def test_half_precision_is_the_float32_step_rounded_once(name):
 
 
 def test_bits_do_not_depend_on_the_number_of_threads(name, monkeypatch):
-    monkeypatch.setattr(cpu, "_LIGHT", 1 << 15)
+    monkeypatch.setattr(numba.moments, "LIGHT", 1 << 15)
     source = torch.Generator().manual_seed(1)
     starts = [torch.randn(shape, generator=source) for shape in ((300, 200), (150, 260))]
     gradients = [[torch.randn(start.shape, generator=source) for start in starts] for _ in range(5)]

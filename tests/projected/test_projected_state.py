@@ -8,7 +8,7 @@ import pytest
 import torch
 from problems import Regression, flat, set_gradients
 from relatives import RELATIVES, build, names
-from test_contract import assert_same, train
+from states import assert_same, train
 from torch import nn
 
 from hf_efcp import LowRankMFAC, NaturalGaLore, estimate_memory

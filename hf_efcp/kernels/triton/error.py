@@ -1,0 +1,91 @@
+"""The error that low-rank compression leaves, a whole model in a launch: `e <- A - P Q^T`, rounded as it is kept."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .shared import (
+    BFLOAT16,
+    ENTRIES,
+    ERROR,
+    ERROR_KEY,
+    ERROR_SCALE,
+    HEIGHT,
+    LEFT,
+    NEWEST,
+    NUMEL,
+    RIGHT,
+    VALUES,
+    WIDTH,
+    accumulator,
+    field,
+    floats,
+    halves,
+    nearest,
+    small,
+    store_buckets,
+    widened,
+)
+
+
+@triton.jit
+def load_factor(address, begin, place, inside, VALUES_IN: tl.constexpr):
+    """A part of a factor, or of a row that is kept whole, as float32; only `begin` may be beyond 32 bits."""
+    if VALUES_IN == BFLOAT16:
+        x = widened(tl.load(halves(address) + begin + place, mask=inside, other=0))
+    else:
+        x = tl.load(floats(address) + begin + place, mask=inside, other=0.0)
+    return x
+
+
+@triton.jit
+def keep_error(
+    table,
+    numbers,
+    tasks,
+    eps,
+    RANK: tl.constexpr,
+    VALUES_IN: tl.constexpr,
+    STORED: tl.constexpr,
+    METRIC: tl.constexpr,
+    COUPLED: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Some buckets of a tensor. The row of one that is kept whole is written here as well."""
+    task = tl.program_id(0)
+    row, first = tl.load(tasks + 2 * task), tl.load(tasks + 2 * task + 1).to(tl.int32)
+    numel, newest = small(table, row, NUMEL), field(table, row, NEWEST)
+    bucket = first + tl.arange(0, ROWS)
+    position = bucket[:, None] * ENTRIES + tl.arange(0, ENTRIES)[None, :]
+    inside = position < numel
+    a = accumulator(table, numbers, row, position, inside, eps, STORED, METRIC, COUPLED)
+    left, right, values = field(table, row, LEFT), field(table, row, RIGHT), field(table, row, VALUES)
+    if left == 0:
+        if VALUES_IN == BFLOAT16:
+            bits = nearest(a)
+            tl.store(halves(values) + newest * numel + position, bits, mask=inside)
+            a -= widened(bits)
+        else:
+            tl.store(floats(values) + newest * numel + position, a, mask=inside)
+            a -= a
+    else:
+        height, width = small(table, row, HEIGHT), small(table, row, WIDTH)
+        r, c = position // width, position % width
+        for k in range(RANK):
+            p = load_factor(left, (newest * RANK + k) * height, r, inside, VALUES_IN)
+            q = load_factor(right, (newest * RANK + k) * width, c, inside, VALUES_IN)
+            a -= p * q
+    tl.debug_barrier()  # scales are overwritten that other threads of the program read
+    store_buckets(
+        field(table, row, ERROR),
+        field(table, row, ERROR_SCALE),
+        bucket,
+        position,
+        inside,
+        numel,
+        field(table, row, ERROR_KEY),
+        a,
+        STORED,
+        ROWS,
+    )

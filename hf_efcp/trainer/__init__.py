@@ -1,0 +1,1 @@
+"""The Hugging Face side. Nothing is imported before it is used: transformers takes seconds."""

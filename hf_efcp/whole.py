@@ -1,0 +1,306 @@
+"""A step of the whole model in a few launches, for backends that can (Triton): the same step as `optimizer.py`'s.
+
+What a launch needs to know of all tensors stands in one table. The Gram matrices of all units are one tensor on the
+device, where they are damped and solved as well, so that nothing waits for the device but the check of the gradients.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+from . import checks, noise
+from .blocks import sharing
+from .compressors import LowRank, TopK
+from .errors import BucketErrors
+from .kernels import BUCKET
+from .kernels.triton.model import Model, Row, Settings, place_scratch
+from .layout import Layout
+from .preconditioners import MFAC, GramPreconditioner, Preconditioner, WindowPosition
+from .shards import is_sharded
+from .sites import Member, Site
+
+_LONGEST = 2**31  # entries of a tensor: positions in it are 32 bits
+_CODES = {"float32": 0, "bfloat16": 1, "int8": 3, "uint4": 4}
+_NO_METRIC = 5
+
+Unit = tuple[list[Site], WindowPosition]  # parameters that share a matrix, all with a gradient
+
+
+def refusal(layout: Layout, preconditioner: Preconditioner, precondition: str, members: Sequence[Member]) -> str | None:
+    """Why the kernels cannot step an optimizer.
+
+    Args:
+        layout: What its state is made of.
+        preconditioner: What is made of the window.
+        precondition: What is preconditioned.
+        members: Its parameters.
+
+    Returns:
+        The reason; None if they can.
+    """
+    compressor, metric = layout.compressor, layout.metric
+    if not isinstance(compressor, LowRank | TopK):
+        return f"{type(compressor).__name__} rows"
+    if not isinstance(preconditioner, GramPreconditioner):
+        return f"{type(preconditioner).__name__}"
+    if precondition != "row":
+        return f'precondition="{precondition}"'
+    if metric is not None and metric.kind != "adam":
+        return f'metric="{metric.kind}"'
+    if isinstance(compressor, LowRank) and metric is None:
+        return 'low-rank rows with metric="none", whose sums need float64'
+    if any(is_sharded(member.param) for member in members):
+        return "sharded parameters"
+    if any(member.param.numel() >= _LONGEST for member in members):
+        return f"a parameter of {_LONGEST} entries or more"
+    buckets = isinstance(layout.errors, BucketErrors)
+    if isinstance(compressor, TopK) and buckets and compressor.block_size % BUCKET:
+        return f"block_size={compressor.block_size}, no multiple of {BUCKET}, with errors in 4 or 8 bits"
+    return None
+
+
+class Whole:
+    """Steps the parameters of an optimizer on a device, many in a launch.
+
+    Args:
+        layout: What its state is made of.
+        device: Where its parameters are.
+    """
+
+    def __init__(self, layout: Layout, device: torch.device) -> None:
+        self._layout, self.device = layout, device
+        self._model = Model(device)
+        self._grams = torch.empty(0, dtype=torch.float64, device=device)
+        self._homes: list[torch.Tensor] = []  # views of it, one for each unit
+        self._rows: list[Row] = []
+        self._settings: Settings | None = None
+        self._moved: list[tuple[torch.Tensor, torch.Tensor]] = []  # parameters that are not contiguous, and copies
+
+    def check(
+        self, members: Sequence[Member], states: Mapping[Any, Mapping[str, Any]], name: Callable[[torch.Tensor], str]
+    ) -> None:
+        """Refuse what has addresses that are not the device's, and what would repeat those of one step.
+
+        Args:
+            members: Parameters.
+            states: Their states, by parameter.
+            name: Tells what to call a parameter, when it comes to that.
+
+        Raises:
+            ValueError: A tensor of a state is on another device than its parameter.
+            RuntimeError: A CUDA graph is captured.
+        """
+        for member in members:
+            for key, value in states.get(member.param, {}).items():
+                if isinstance(value, torch.Tensor) and key not in ("gram", "step") and value.device != self.device:
+                    raise ValueError(
+                        f"{name(member.param)} is on {self.device}, but {key} of its state on {value.device}: load the "
+                        "state again with load_state_dict, which puts it there, or move it back"
+                    )
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "a step cannot be captured in a CUDA graph: what differs between steps (the noise, the place in the "
+                "window, addresses of gradients) is sent from the host. Capture forward and backward, and step outside"
+            )
+
+    def squares(self, members: Sequence[Member]) -> dict[int, float]:
+        """What stands for `|g|^2` in the check of the gradients: 0, or infinity where an entry is not finite.
+
+        Args:
+            members: Parameters, with or without a gradient.
+
+        Returns:
+            By position.
+        """
+        given = [(member.position, member.param.grad) for member in members if member.param.grad is not None]
+        with self._on_device():
+            bad = self._model.find_nonfinite([_flat(gradient) for _, gradient in given])
+        return {position: math.inf if found else 0.0 for (position, _), found in zip(given, bad, strict=True)}
+
+    def push(self, units: Sequence[Unit]) -> torch.Tensor:
+        """Take the gradients into second moments, windows and errors.
+
+        Args:
+            units: Those that have gradients.
+
+        Returns:
+            The new column of each unit's Gram matrix, `(units, capacity)`, float64, on the device.
+        """
+        metric, model = self._layout.metric, self._model
+        self._moved = []
+        self._settings = settings = self._compiled([site for sites, _ in units for site in sites])
+        self._rows = rows = [
+            row
+            for number, (sites, now) in enumerate(units)
+            for site in sites
+            for row in self._describe(site, now, number)
+        ]
+        if not rows:
+            return torch.zeros(len(units), settings.capacity, dtype=torch.float64, device=self.device)
+        with self._on_device():
+            if settings.rank:
+                place_scratch(rows, settings.rank)
+            model.begin(rows, len(units))
+            if metric is not None:
+                model.observe(rows, settings)
+            if settings.rank:
+                model.push_low_rank(rows, settings)
+                return model.dots_low_rank(rows, settings)
+            model.push_top_k(rows, settings)
+            return model.dots_sparse(rows, settings)
+
+    def solve(
+        self,
+        states: Sequence[dict[str, Any]],
+        positions: Sequence[WindowPosition],
+        columns: torch.Tensor,
+        preconditioner: Preconditioner,
+        beta1: float,
+    ) -> torch.Tensor | None:
+        """Coefficients in AdamW's metric, on the device; the columns go into the Gram matrices.
+
+        Args:
+            states: What holds the Gram matrix of each unit; from now on a view of one tensor for all.
+            positions: Where their windows stand.
+            columns: From `push`.
+            preconditioner: With its hyperparameters as they are.
+            beta1: Decay of the first moment over the window's rows.
+
+        Returns:
+            `(units, capacity)`, float64; None if the preconditioner has to see numbers, and nothing was done.
+        """
+        if self._layout.metric is None or not isinstance(preconditioner, MFAC):
+            return None
+        if not all(preconditioner.is_definite(now) for now in set(positions)):
+            return None
+        grams = self._gather(states)
+        coefficients = torch.zeros_like(columns)
+        for now in dict.fromkeys(positions):
+            places = [place for place, other in enumerate(positions) if other == now]
+            # All at once where they are all: an index would be a copy.
+            some: Any = slice(None) if len(places) == len(positions) else torch.tensor(places, device=self.device)
+            column, rows = columns[some, : now.rows], now.rows
+            grams[some, now.newest, :rows] = column
+            grams[some, :rows, now.newest] = column
+            own = grams[some][:, :rows, :rows]
+            weights = now.weights(beta1).to(self.device, non_blocking=True)
+            c = preconditioner.shorten(own, own @ weights, now) + weights
+            coefficients[some, :rows] = c
+        return coefficients
+
+    def move(self, coefficients: torch.Tensor) -> None:
+        """`theta <- keep theta - lr D^-1/2 G^T c` for the units of the last `push`.
+
+        Args:
+            coefficients: `(units, capacity)`, float64, on the device.
+        """
+        assert self._settings is not None  # push comes first
+        move = self._model.move_low_rank if self._settings.rank else self._model.move_sparse
+        if self._rows:
+            with self._on_device():
+                move(self._rows, self._settings, coefficients)
+        for param, copy in self._moved:
+            param.copy_(copy.view(param.shape))
+        self._rows, self._moved = [], []
+
+    def _gather(self, states: Sequence[dict[str, Any]]) -> torch.Tensor:
+        """The Gram matrices of units as one tensor, `(units, capacity, capacity)`; the states have views of it."""
+        held = [state["gram"] for state in states]
+        if len(held) != len(self._homes) or any(a is not b for a, b in zip(held, self._homes, strict=True)):
+            self._grams = torch.stack([gram.to(self.device) for gram in held])
+            self._homes = list(self._grams)
+            for state, home in zip(states, self._homes, strict=True):
+                state["gram"] = home
+        return self._grams
+
+    def _compiled(self, sites: Sequence[Site]) -> Settings:
+        compressor, metric = self._layout.compressor, self._layout.metric
+        assert isinstance(compressor, LowRank | TopK)  # else refused
+        errors = getattr(self._layout.errors, "dtype", None) or _whole_dtype(self._layout)
+        groups = [site.member.group for site in sites]
+        return Settings(
+            stored=_code(errors),
+            values=_code(compressor.value_dtype),
+            metric=_NO_METRIC if metric is None else _code(metric.dtype),
+            coupled=any(group["weight_decay"] and not group["decoupled_weight_decay"] for group in groups),
+            beta2=0.0 if metric is None else metric.beta2,
+            eps=0.0 if metric is None else metric.eps,
+            capacity=self._layout.num_grads,
+            rank=compressor.rank if isinstance(compressor, LowRank) else 0,
+            block_size=compressor.block_size if isinstance(compressor, TopK) else 0,
+        )
+
+    def _describe(self, site: Site, now: WindowPosition, unit: int) -> list[Row]:
+        """The rows of a parameter."""
+        state, shape, (position, group, param) = site.state, site.shape, site.member
+        if not shape.numel():
+            return []
+        assert param.grad is not None  # a unit's sites have one
+        metric = self._layout.metric
+        theta = param.detach()
+        if not theta.is_contiguous():
+            theta = theta.contiguous()
+            self._moved.append((param, theta))
+        names = {"error": "error", "error_scale": "error_scale", "velocity": "momentum", "second": "second_moment"}
+        names |= {"second_scale": "second_moment_scale", "left": "left", "right": "right", "start": "start"}
+        tensors = {column: state[name] for column, name in names.items() if name in state}
+        if not group[checks.HEAVY_BALL]:
+            tensors.pop("velocity", None)
+        places = {
+            "numel": shape.numel(),
+            "newest": now.newest,
+            "held": now.rows,
+            "unit": unit,
+            "error_key": noise.key(now.steps, position),
+        }
+        lr, decoupled = float(group["lr"]), group["decoupled_weight_decay"]
+        numbers = {
+            "correction": 1.0,
+            "lr": lr,
+            "keep": 1.0 - lr * group["weight_decay"] if decoupled else 1.0,
+            "momentum": group[checks.HEAVY_BALL],
+            "decay": 0.0 if decoupled else group["weight_decay"],
+        }
+        if metric is not None:
+            steps = state["gradients"]
+            places["second_key"] = metric.key(steps, position)
+            numbers["correction"] = metric.correction(steps)
+        gradient = _flat(param.grad)
+        if isinstance(self._layout.compressor, LowRank):
+            places |= {"height": 0, "width": 0}
+            if "left" in state:
+                places |= {"height": state["left"].shape[-1], "width": state["right"].shape[-1]}
+            else:
+                tensors["values"] = state["values"]
+            return [Row(gradient, theta, tensors, places, numbers)]
+        found = []
+        for piece, indices, values, scales in self._layout.window.parts(state, shape):  # type: ignore[attr-defined]
+            own = {"begin": piece.start, "blocks": piece.blocks, "kept": piece.kept, "stride": indices.stride(0)}
+            own |= {"width": piece.length, "height": min(sharing(piece.length), piece.blocks)}
+            window = {"indices": indices, "values": values}
+            if scales is not None:
+                window["scales"], own["scale_stride"] = scales, scales.stride(0)
+            found.append(Row(gradient, theta, tensors | window, places | own, numbers))
+        return found
+
+    def _on_device(self) -> AbstractContextManager[Any]:
+        """Kernels are launched on the current device."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+
+
+def _flat(gradient: torch.Tensor) -> torch.Tensor:
+    return gradient.detach().contiguous().view(-1)
+
+
+def _code(dtype: torch.dtype) -> int:
+    return _CODES[str(dtype).removeprefix("torch.")]
+
+
+def _whole_dtype(layout: Layout) -> torch.dtype:
+    """The dtype of errors without scales."""
+    return layout.errors.allocate(torch.Size((0,)), "meta")["error"].dtype

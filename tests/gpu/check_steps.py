@@ -1,0 +1,282 @@
+"""Whole steps of the Triton kernels in the interpreter: against plain torch, twice, after a resume, and counted."""
+
+import collections
+import copy
+import io
+import warnings
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hf_efcp import DenseMFAC, LowRankGGT, LowRankMFAC, MicroAdam, SparseGGT, SparseMFAC
+from hf_efcp.errors import UINT4
+from hf_efcp.kernels.triton import model
+
+EXACT = {"error_dtype": torch.float32, "metric_dtype": torch.float32, "value_dtype": torch.float32}
+SHAPES = [(12, 9), (10,), (3, 2, 5), (0,), (1,), (24, 17)]
+# Optimizer, settings, and by how much updates may differ, as a fraction of the largest entry: where factors and errors
+# are rounded, a float32 sum in another order can be another level, or another bfloat16.
+CASES = {
+    "default": (LowRankMFAC, {}, 1e-2),
+    "exact": (LowRankMFAC, {**EXACT, "rank": 2}, 2e-5),
+    "one matrix": (LowRankMFAC, {**EXACT, "rank": 2, "scope": "model"}, 2e-5),
+    "bfloat16": (LowRankMFAC, {"error_dtype": torch.bfloat16, "metric_dtype": torch.bfloat16, "rank": 3}, 1e-2),
+    "heavy ball": (LowRankMFAC, {**EXACT, "momentum": 0.5, "weight_decay": 0.1}, 2e-5),
+    "L2": (LowRankMFAC, {**EXACT, "weight_decay": 0.1, "decoupled_weight_decay": False}, 2e-5),
+    "GGT": (LowRankGGT, EXACT, 2e-5),
+    "hardly damped": (LowRankMFAC, {**EXACT, "relative_damp": 1e-7}, 1e-3),
+    "absolute dampening": (LowRankMFAC, {**EXACT, "damp": 0.1}, 2e-5),
+    "sparse": (SparseMFAC, {"density": 0.1, "block_size": 64}, 1e-4),
+    "sparse, exact": (SparseMFAC, {**EXACT, "density": 0.1, "block_size": 48}, 2e-5),
+    "sparse, small": (
+        SparseMFAC,
+        {"density": 0.2, "block_size": 64, "value_dtype": torch.int8, "error_dtype": UINT4},
+        1e-4,
+    ),
+    "sparse, one matrix": (SparseMFAC, {"density": 0.1, "block_size": 512, "scope": "model"}, 1e-4),
+    "sparse, the paper's": (SparseMFAC, {"density": 0.1, "block_size": 64, "metric": "none", "damp": 1e-3}, 1e-4),
+    "sparse GGT": (SparseGGT, {"density": 0.1, "block_size": 64}, 1e-4),
+}
+
+
+class Run:
+    """An optimizer over parameters of zeros, whose gradients depend on the seed and the step alone."""
+
+    def __init__(self, case, backend, shapes=SHAPES, dtype=torch.float32, **changes):
+        cls, options, _ = CASES[case]
+        self.params = [torch.nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape in shapes]
+        options = {"num_grads": 3, **options, **changes}
+        self.optimizer = cls(self.params, lr=0.01, backend=backend, **options)
+        self.steps = 0
+
+    def step(self, absent=(), **changes):
+        """The updates of one more step."""
+        generator = torch.Generator().manual_seed(self.steps)
+        before = [param.detach().clone() for param in self.params]
+        for number, param in enumerate(self.params):
+            drawn = torch.randn(param.shape, generator=generator) * (1 + number)
+            param.grad = None if number in absent else drawn.to(param.dtype)
+        self.optimizer.step()
+        self.steps += 1
+        return [(param.detach() - old).double() for param, old in zip(self.params, before, strict=True)]
+
+
+def assert_close(found, expected, tolerance):
+    largest = max(float(update.abs().max()) for update in expected if update.numel())
+    assert largest > 1e-9
+    for one, other in zip(found, expected, strict=True):
+        if one.numel():
+            assert float((one - other).abs().max()) <= tolerance * max(float(other.abs().max()), 0.1 * largest)
+
+
+def assert_same(left, right):
+    for one, other in zip(left, right, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_steps_are_the_references(case):
+    mine, expected = Run(case, "triton"), Run(case, "reference")
+    assert mine.optimizer.backend == "triton"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # none falls back
+        for _ in range(5):  # the window wraps
+            assert_close(mine.step(), expected.step(), CASES[case][2])
+    assert mine.optimizer._whole is not None
+
+
+@pytest.mark.parametrize("case", ["exact", "one matrix", "sparse, exact", "sparse, one matrix"])
+def test_a_parameter_without_a_gradient(case):
+    mine, expected = Run(case, "triton"), Run(case, "reference")
+    for absent in ((), (0,), (1, 5), ()):
+        found = mine.step(absent)
+        assert_close(found, expected.step(absent), CASES[case][2])
+        for number in absent:
+            assert not found[number].any()
+
+
+@pytest.mark.parametrize("case", ["default", "sparse"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_parameters(case, dtype):
+    mine, expected = Run(case, "triton", dtype=dtype), Run(case, "reference", dtype=dtype)
+    for _ in range(3):
+        assert_close(mine.step(), expected.step(), 2e-2)  # of a parameter that has grown
+
+
+def test_parameters_that_are_not_contiguous():
+    runs = [Run("exact", backend, shapes=[(12, 9), (8, 4, 3, 2)]) for backend in ("triton", "reference")]
+    for run in runs:
+        run.params[0].data = torch.zeros(9, 12).T
+        run.params[1].data = torch.zeros(8, 4, 3, 2).to(memory_format=torch.channels_last)
+    for _ in range(3):
+        assert_close(*(run.step() for run in runs), 2e-5)
+    assert not runs[0].params[0].is_contiguous()
+
+
+@pytest.mark.parametrize("case", ["default", "sparse, small", "sparse, one matrix"])
+def test_two_runs_and_a_resume_have_the_same_bits(case):
+    whole, part, resumed = (Run(case, "triton") for _ in range(3))
+    updates = [whole.step() for _ in range(5)]
+    for update in updates[:3]:
+        assert_same(part.step(), update)
+    file = io.BytesIO()
+    torch.save(part.optimizer.state_dict(), file)
+    file.seek(0)
+    resumed.steps = 3
+    for param, stopped in zip(resumed.params, part.params, strict=True):
+        param.data.copy_(stopped.data)
+    resumed.optimizer.load_state_dict(torch.load(file, weights_only=True))
+    copied = copy.deepcopy(part)
+    for update in updates[3:]:
+        assert_same(resumed.step(), update)
+    assert_same(copied.step(), updates[3])
+
+
+@pytest.mark.parametrize("case", ["exact", "sparse, exact"])
+def test_a_run_goes_on_with_another_backend(case):
+    expected, mine = Run(case, "reference"), Run(case, "triton")
+    for _ in range(3):
+        expected.step()
+        mine.step()
+    for backend in ("reference", "triton", "numba"):
+        mine.optimizer._backend = backend  # as after loading on another machine
+        assert_close(mine.step(), expected.step(), 1e-4)
+
+
+def test_nonfinite_gradients():
+    for nonfinite in ("raise", "skip"):
+        run = Run("default", "triton", nonfinite=nonfinite)
+        run.step()
+        before = copy.deepcopy(run.optimizer.state_dict())
+        for param in run.params:
+            param.grad = torch.zeros_like(param)
+        run.params[5].grad[3, 3] = float("nan")
+        if nonfinite == "raise":
+            with pytest.raises(ValueError, match=r"parameter 5 of group 0"):
+                run.optimizer.step()
+        else:
+            run.optimizer.step()
+            assert run.optimizer.skipped_steps == 1
+        for number, state in before["state"].items():
+            for name, value in state.items():
+                if isinstance(value, torch.Tensor):
+                    assert torch.equal(run.optimizer.state_dict()["state"][number][name], value), name
+
+
+@pytest.mark.parametrize("case", ["default", "sparse"])
+def test_gradients_of_zeros_move_nothing(case):
+    run, expected = (Run(case, backend) for backend in ("triton", "reference"))
+    for own in (run, expected):
+        for _ in range(2):
+            for param in own.params:
+                param.grad = torch.zeros_like(param)
+            own.optimizer.step()
+        assert not any(param.detach().any() for param in own.params)
+    assert_close(run.step(), expected.step(), CASES[case][2])
+
+
+# What a step costs
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Names of the kernels that would have been launched; none is."""
+    names = []
+    monkeypatch.setattr(
+        model, "launch", lambda kernel, grid, *_, **__: names.append(kernel.fn.__name__) if all(grid) else None
+    )
+    return names
+
+
+class Operations(TorchDispatchMode):
+    """Counts torch's operations that are more than another view of a tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = collections.Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        returned = function._schema.returns
+        is_view = returned and returned[0].alias_info is not None and not returned[0].alias_info.is_write
+        if not is_view and not str(function).startswith("profiler"):
+            self.seen[str(function)] += 1
+        return function(*args, **(kwargs or {}))
+
+
+LOW_RANK = ["find_nonfinite", "observe", "peaks", "sketch", "orthonormalise", "project", "keep_factors", "keep_error"]
+LAUNCHES = {
+    "default": [*LOW_RANK, "dots", "move"],
+    "one matrix": [*LOW_RANK, "dots", "add_up", "move"],
+    "sparse": ["find_nonfinite", "observe", "select", "sparse_dots", "add_up", "sparse_move"],
+    "sparse, the paper's": ["find_nonfinite", "select", "sparse_dots", "add_up", "sparse_move"],
+}
+
+
+@pytest.mark.parametrize("case", LAUNCHES)
+def test_launches_do_not_depend_on_the_number_of_tensors(case, launched):
+    counts = []
+    for shapes in (SHAPES, SHAPES * 20):
+        shapes = [shape for shape in shapes if shape != (0,)]
+        run = Run(case, "triton", shapes=shapes, nonfinite="skip")
+        run.step()
+        launched.clear()
+        with Operations() as operations:
+            run.optimizer.step()
+        assert launched == LAUNCHES[case]
+        assert len(launched) <= 12
+        counts.append(operations.seen)
+    if case != "sparse, the paper's":  # whose matrix is solved on the CPU, and the length of its update checked
+        assert counts[0] == counts[1]
+        assert counts[0].total() <= 30
+
+
+@pytest.mark.parametrize("case", ["default", "sparse"])
+@pytest.mark.parametrize(("nonfinite", "copies"), [("skip", 1), ("ignore", 0)])
+def test_a_step_waits_for_the_device_once(case, nonfinite, copies, launched, monkeypatch):
+    run = Run(case, "triton", nonfinite=nonfinite)
+    run.step()
+    waits = []
+    for name in ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__"):
+        original = getattr(torch.Tensor, name)
+
+        def noted(*given, _name=name, _original=original, **options):
+            waits.append(_name)
+            return _original(*given, **options)
+
+        monkeypatch.setattr(torch.Tensor, name, noted)
+    run.optimizer.step()
+    # The float is one of the CPU: the number of gradients that were found, summed over processes.
+    assert waits == ["tolist", "__float__"] * copies
+
+
+# What is refused
+
+
+def test_what_the_kernels_have_no_step_for_is_said_once():
+    for cls, options, reason in (
+        (LowRankMFAC, {"precondition": "gradient"}, 'precondition="gradient"'),
+        (LowRankMFAC, {"metric": "factored"}, 'metric="factored"'),
+        (LowRankMFAC, {"metric": "none", "damp": 1e-3}, "low-rank rows"),
+        (SparseMFAC, {"block_size": 100}, "block_size=100"),
+        (DenseMFAC, {}, "Identity rows"),
+        (MicroAdam, {}, "AdamMoments"),
+    ):
+        param = torch.nn.Parameter(torch.zeros(20, 30))
+        optimizer = cls([param], backend="triton", **options)
+        param.grad = torch.ones_like(param)
+        with pytest.warns(UserWarning, match="have no step for") as warned:
+            (optimizer.step(), optimizer.step())
+        assert len(warned) == 1
+        assert reason in str(warned[0].message)
+        assert param.detach().any()
+
+
+def test_a_state_on_another_device_is_named():
+    run = Run("default", "triton")
+    run.step()
+    run.optimizer.state[run.params[0]]["error"] = run.optimizer.state[run.params[0]]["error"].to("meta")
+    before = [param.detach().clone() for param in run.params]
+    with pytest.raises(ValueError, match=r"parameter 0 of group 0 .* is on cpu, but error of its state on meta: load"):
+        run.step()
+    assert_same([param.detach() for param in run.params], before)
