@@ -7,7 +7,7 @@ import torch
 from problems import Regression, flat, set_gradients
 from ranks import run as run_ranks
 from relatives import build
-from test_contract import assert_same
+from states import assert_same
 from torch import nn
 from twins import Sketched
 

@@ -10,9 +10,10 @@ from relatives import build, decaying
 from tiny import arguments, tiny_bert, toy_rows, train
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from hf_efcp import LORENZA, AdaRankGrad, EFCPTrainer, GaLore, card, create_optimizer, for_trainer
+from hf_efcp import LORENZA, AdaRankGrad, EFCPTrainer, GaLore, create_optimizer, for_trainer
 from hf_efcp.diagnostics import measure, snapshot
-from hf_efcp.trainer import ProjectedAdam
+from hf_efcp.projected import ProjectedAdam
+from hf_efcp.trainer import card, compatibility
 
 UPHILL = {
     "optim": "lorenza", "optim_args": "rank=4,scale=1,update_gap=3,rho=0.5,mu=0.1,probes=2", "learning_rate": 2e-3,
@@ -140,11 +141,9 @@ def test_a_plain_trainer_is_refused_with_the_way_out(tmp_path):
 
 def test_fsdp_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(EFCPTrainer, "is_fsdp_enabled", True, raising=False)
-    monkeypatch.setattr("hf_efcp.trainer.Trainer.__init__", lambda self, *args, **kwargs: None)
+    monkeypatch.setattr("hf_efcp.trainer.trainer.Trainer.__init__", lambda self, *args, **kwargs: None)
     trainer = EFCPTrainer.__new__(EFCPTrainer)
     trainer.is_deepspeed_enabled = False
-    from hf_efcp import compatibility
-
     with pytest.raises(ValueError, match="GaLore and its relatives project whole matrices, which FSDP shards"):
         compatibility.refuse_what_cannot_work(trainer, issubclass(GaLore, ProjectedAdam))
 
