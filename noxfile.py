@@ -47,7 +47,7 @@ def notebooks(session: nox.Session) -> None:
     _module(session, "pytest", "--nbmake", "--nbmake-timeout=300", "notebooks")
 
 
-# What needs no recipes, which are written for transformers 5.
+# All that needs no recipes: those are written for transformers 5.
 LIBRARY = ("math", "state", "trainer", "distributed", "project/test_import.py", "project/test_examples.py")
 
 

@@ -142,7 +142,12 @@ class SaysItIsNotScaled(EFCPTrainer):
 
 
 class TakesTheMean(EFCPTrainer):
-    loss_is_scaled_for_ga = False
+    loss_is_scaled_for_ga = False  # which older transformers do not ask for
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if not hasattr(Trainer, "loss_is_scaled_for_ga"):
+            self.model_accepts_loss_kwargs = False
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
         outputs = model(**inputs)
