@@ -304,6 +304,18 @@ class Metric:
         """
         return self._second.key(step, position)
 
+    def first_key(self, step: int, position: int) -> int:
+        """The key of the noise that a first moment is rounded with.
+
+        Args:
+            step: Gradients that the parameter has had.
+            position: Position of the parameter.
+
+        Returns:
+            A number of 32 bits.
+        """
+        return self._first.key(step, position)
+
     def correction(self, step: int) -> float:
         """What corrects the root of a second moment for its start, `1 / sqrt(1 - beta2^step)`.
 

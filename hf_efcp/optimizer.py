@@ -336,7 +336,7 @@ class EFCP(GroupedOptimizer):
                 )
             return None
         if self._whole is None or self._whole.device != device:
-            self._whole = Whole(self._layout, device)
+            self._whole = Whole(self._layout, self._precondition, device)
         return self._whole
 
     def _fit(self, memory_budget: int | str) -> None:

@@ -122,12 +122,18 @@ class Step:
         for unit in units:
             unit.gram_state["pushed"] = unit.now.steps
         states, positions = [unit.gram_state for unit in units], [unit.now for unit in units]
-        coefficients = whole.solve(states, positions, columns, self.preconditioner, self.beta1)
+        products = whole.outside()
+        coefficients = whole.solve(states, positions, columns, products, self.preconditioner, self.beta1)
         if coefficients is None:
             own = [
                 _without_products(unit)._replace(column=column[: unit.now.rows])
                 for unit, column in zip(units, columns, strict=True)
             ]
+            if products is not None:  # in a metric, and so without `|x|^2`, in whose place is anything
+                own = [
+                    unit._replace(products=torch.nn.functional.pad(some[: unit.now.rows], (0, 1)))
+                    for unit, some in zip(own, products, strict=True)
+                ]
             own = self._collect(own)
             coefficients = torch.zeros_like(columns)
             for place, plan in enumerate(self._plan(own)):

@@ -19,7 +19,8 @@ from .compressors import LowRank, TopK
 from .errors import BucketErrors
 from .kernels import BUCKET
 from .kernels.triton.launch import upload
-from .kernels.triton.model import Model, Row, Settings, place_scratch
+from .kernels.triton.model import Model, place_scratch
+from .kernels.triton.rows import Row, Settings
 from .layout import Layout
 from .preconditioners import MFAC, GramPreconditioner, Preconditioner, WindowPosition
 from .shards import is_sharded
@@ -27,7 +28,7 @@ from .sites import Member, Site
 
 _LONGEST = 2**31  # entries of a tensor: positions in it are 32 bits
 _CODES = {"float32": 0, "bfloat16": 1, "int8": 3, "uint4": 4}
-_NO_METRIC = 5
+_NONE = 5
 
 Unit = tuple[list[Site], WindowPosition]  # parameters that share a matrix, all with a gradient
 
@@ -49,8 +50,8 @@ def refusal(layout: Layout, preconditioner: Preconditioner, precondition: str, m
         return f"{type(compressor).__name__} rows"
     if not isinstance(preconditioner, GramPreconditioner):
         return f"{type(preconditioner).__name__}"
-    if precondition != "row":
-        return f'precondition="{precondition}"'
+    if precondition != "row" and metric is None:
+        return f'precondition="{precondition}" with metric="none"'
     if metric is not None and metric.kind != "adam":
         return f'metric="{metric.kind}"'
     if isinstance(compressor, LowRank) and metric is None:
@@ -70,16 +71,18 @@ class Whole:
 
     Args:
         layout: What its state is made of.
+        precondition: What is preconditioned.
         device: Where its parameters are.
     """
 
-    def __init__(self, layout: Layout, device: torch.device) -> None:
-        self._layout, self.device = layout, device
+    def __init__(self, layout: Layout, precondition: str, device: torch.device) -> None:
+        self._layout, self._precondition, self.device = layout, precondition, device
         self._model = Model(device)
         self._grams = torch.empty(0, dtype=torch.float64, device=device)
         self._homes: list[torch.Tensor] = []  # views of it, one for each unit
         self._rows: list[Row] = []
         self._settings: Settings | None = None
+        self._units = 0
         self._moved: list[tuple[torch.Tensor, torch.Tensor]] = []  # parameters that are not contiguous, and copies
 
     def check(
@@ -133,7 +136,7 @@ class Whole:
             The new column of each unit's Gram matrix, `(units, capacity)`, float64, on the device.
         """
         metric, model = self._layout.metric, self._model
-        self._moved = []
+        self._moved, self._units = [], len(units)
         self._settings = settings = self._compiled([site for sites, _ in units for site in sites])
         self._rows = rows = [
             row
@@ -155,11 +158,28 @@ class Whole:
             model.push_top_k(rows, settings)
             return model.dots_sparse(rows, settings)
 
+    def outside(self) -> torch.Tensor | None:
+        """Products of the dense vector that is preconditioned with the rows of its window.
+
+        Returns:
+            `(units, capacity)`, float64, on the device; None where a row is preconditioned.
+        """
+        settings = self._settings
+        assert settings is not None  # push comes first
+        if not settings.outside:
+            return None
+        if not self._rows:
+            return torch.zeros(self._units, settings.capacity, dtype=torch.float64, device=self.device)
+        products = self._model.outside_low_rank if settings.rank else self._model.outside_sparse
+        with self._on_device():
+            return products(self._rows, settings)
+
     def solve(
         self,
         states: Sequence[dict[str, Any]],
         positions: Sequence[WindowPosition],
         columns: torch.Tensor,
+        products: torch.Tensor | None,
         preconditioner: Preconditioner,
         beta1: float,
     ) -> torch.Tensor | None:
@@ -169,6 +189,7 @@ class Whole:
             states: What holds the Gram matrix of each unit; from now on a view of one tensor for all.
             positions: Where their windows stand.
             columns: From `push`.
+            products: From `outside`.
             preconditioner: With its hyperparameters as they are.
             beta1: Decay of the first moment over the window's rows.
 
@@ -189,9 +210,11 @@ class Whole:
             grams[some, now.newest, :rows] = column
             grams[some, :rows, now.newest] = column
             own = grams[some][:, :rows, :rows]
-            weights = upload(now.weights(beta1).numpy(), self.device)
-            c = preconditioner.shorten(own, own @ weights, now) + weights
-            coefficients[some, :rows] = c
+            if products is None:
+                weights = upload(now.weights(beta1).numpy(), self.device)
+                coefficients[some, :rows] = preconditioner.shorten(own, own @ weights, now) + weights
+            else:
+                coefficients[some, :rows] = preconditioner.shorten(own, products[some, :rows], now)
         return coefficients
 
     def move(self, coefficients: torch.Tensor) -> None:
@@ -227,13 +250,16 @@ class Whole:
         return Settings(
             stored=_code(errors),
             values=_code(compressor.value_dtype),
-            metric=_NO_METRIC if metric is None else _code(metric.dtype),
+            metric=_NONE if metric is None else _code(metric.dtype),
             coupled=any(group["weight_decay"] and not group["decoupled_weight_decay"] for group in groups),
             beta2=0.0 if metric is None else metric.beta2,
             eps=0.0 if metric is None else metric.eps,
             capacity=self._layout.num_grads,
             rank=compressor.rank if isinstance(compressor, LowRank) else 0,
             block_size=compressor.block_size if isinstance(compressor, TopK) else 0,
+            outside=self._precondition != "row",
+            moment=_code(metric.momentum_dtype) if metric is not None and metric.beta1 else _NONE,
+            beta1=0.0 if metric is None else metric.beta1,
         )
 
     def _describe(self, site: Site, now: WindowPosition, unit: int) -> list[Row]:
@@ -249,6 +275,7 @@ class Whole:
             self._moved.append((param, theta))
         names = {"error": "error", "error_scale": "error_scale", "velocity": "momentum", "second": "second_moment"}
         names |= {"second_scale": "second_moment_scale", "left": "left", "right": "right", "start": "start"}
+        names |= {"first": "first_moment"}
         tensors = {column: state[name] for column, name in names.items() if name in state}
         if not group[checks.HEAVY_BALL]:
             tensors.pop("velocity", None)
@@ -262,6 +289,7 @@ class Whole:
         lr, decoupled = float(group["lr"]), group["decoupled_weight_decay"]
         numbers = {
             "correction": 1.0,
+            "factor": 1.0,
             "lr": lr,
             "keep": 1.0 - lr * group["weight_decay"] if decoupled else 1.0,
             "momentum": group[checks.HEAVY_BALL],
@@ -270,7 +298,8 @@ class Whole:
         if metric is not None:
             steps = state["gradients"]
             places["second_key"] = metric.key(steps, position)
-            numbers["correction"] = metric.correction(steps)
+            places["first_key"] = metric.first_key(steps, position)
+            numbers |= {"correction": metric.correction(steps), "factor": 1.0 / (1.0 - metric.beta1**steps)}
         gradient = _flat(param.grad)
         if isinstance(self._layout.compressor, LowRank):
             places |= {"height": 0, "width": 0}

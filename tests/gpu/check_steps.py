@@ -27,6 +27,20 @@ CASES = {
     "GGT": (LowRankGGT, EXACT, 2e-5),
     "hardly damped": (LowRankMFAC, {**EXACT, "relative_damp": 1e-7}, 1e-3),
     "absolute dampening": (LowRankMFAC, {**EXACT, "damp": 0.1}, 2e-5),
+    "gradient": (LowRankMFAC, {**EXACT, "rank": 2, "precondition": "gradient"}, 2e-5),
+    "both moments": (LowRankMFAC, {**EXACT, "precondition": "momentum", "momentum_dtype": torch.float32}, 2e-5),
+    "rounded moments": (LowRankMFAC, {"precondition": "momentum", "scope": "model", "rank": 1}, 5e-2),
+    "GGT, L2": (
+        LowRankGGT,
+        {**EXACT, "precondition": "gradient", "weight_decay": 0.1, "decoupled_weight_decay": False},
+        2e-5,
+    ),
+    "sparse, gradient": (SparseMFAC, {**EXACT, "density": 0.1, "block_size": 48, "precondition": "gradient"}, 2e-5),
+    "sparse, both moments": (
+        SparseMFAC,
+        {"density": 0.1, "block_size": 64, "precondition": "momentum", "value_dtype": torch.int8},
+        1e-2,
+    ),
     "sparse": (SparseMFAC, {"density": 0.1, "block_size": 64}, 1e-4),
     "sparse, exact": (SparseMFAC, {**EXACT, "density": 0.1, "block_size": 48}, 2e-5),
     "sparse, small": (
@@ -208,6 +222,10 @@ LOW_RANK = ["find_nonfinite", "observe", "peaks", "sketch", "orthonormalise", "p
 LAUNCHES = {
     "default": [*LOW_RANK, "dots", "move"],
     "one matrix": [*LOW_RANK, "dots", "add_up", "move"],
+    "both moments": [*LOW_RANK, "dots", "outside_low_rank", "add_up", "move"],
+    "sparse, both moments": [
+        *("find_nonfinite", "observe", "select", "sparse_dots", "add_up", "outside_sparse", "add_up", "sparse_move"),
+    ],
     "sparse": ["find_nonfinite", "observe", "select", "sparse_dots", "add_up", "sparse_move"],
     "sparse, the paper's": ["find_nonfinite", "select", "sparse_dots", "add_up", "sparse_move"],
 }
@@ -255,7 +273,7 @@ def test_a_step_waits_for_the_device_once(case, nonfinite, copies, launched, mon
 
 def test_what_the_kernels_have_no_step_for_is_said_once():
     for cls, options, reason in (
-        (LowRankMFAC, {"precondition": "gradient"}, 'precondition="gradient"'),
+        (SparseMFAC, {"precondition": "gradient", "metric": "none", "damp": 1.0}, 'precondition="gradient"'),
         (LowRankMFAC, {"metric": "factored"}, 'metric="factored"'),
         (LowRankMFAC, {"metric": "none", "damp": 1e-3}, "low-rank rows"),
         (SparseMFAC, {"block_size": 100}, "block_size=100"),

@@ -5,11 +5,12 @@ import torch
 from hf_efcp.blocks import cut, index_dtype, sharing
 from hf_efcp.compressors import SparseWindow
 from hf_efcp.errors import UINT4, error_store
-from hf_efcp.kernels.triton.model import Model, Row, Settings, place_scratch
+from hf_efcp.kernels.triton.model import Model, place_scratch
+from hf_efcp.kernels.triton.rows import Row, Settings
 
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 3, UINT4: 4}
 NO_METRIC = 5
-NUMBERS = {"correction": 1.0, "lr": 0.0, "keep": 1.0, "momentum": 0.0, "decay": 0.0}
+NUMBERS = {"correction": 1.0, "lr": 0.0, "keep": 1.0, "momentum": 0.0, "decay": 0.0, "factor": 1.0}
 
 
 def settings(**changes):

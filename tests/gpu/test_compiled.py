@@ -18,6 +18,8 @@ NAMES = {torch.int64: "*i64", torch.int32: "*i32", torch.float32: "*fp32", torch
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
 STEPS = {
     "lowrank_mfac": lambda params: LowRankMFAC(params, backend="triton", scope="model"),
+    "both moments": lambda params: LowRankMFAC(params, backend="triton", precondition="momentum"),
+    "sparse_mfac, gradient": lambda params: SparseMFAC(params, backend="triton", precondition="gradient"),
     "sparse_mfac": lambda params: SparseMFAC(params, backend="triton"),
     "sparse_mfac 256": lambda params: SparseMFAC(
         params, backend="triton", num_grads=256, value_dtype=torch.int8, error_dtype=torch.float32

@@ -15,78 +15,21 @@ import torch
 from numpy.typing import NDArray
 
 from .. import BUCKET
-from . import columns, error, factors, finite, moments, move, orthonormal, shared, sketch, sparse, topk
+from . import columns, error, factors, finite, moments, move, orthonormal, outside, shared, sketch, sparse, topk
 from .launch import cut, launch, padded, tiles, upload
+from .rows import Row, Settings
 
 _RANGE = 4096  # entries of a program that goes through a tensor
 _ROWS = 2048 // BUCKET
 _TILE = 32, 64  # rows and columns of a tile of a matrix
 _SPLIT = 2048  # rows of a matrix over which one program sums
+_PANEL = 1024  # rows of a tile over which one program adds products
 _INNER = 32  # vectors of the window that are multiplied at a time
 _FACTORS = 1024  # entries of a factor
 _SUMS = 1024  # float64 that a program adds at a time
 _BLOCKS = 64  # blocks whose products one program takes
 _CHUNK = 128  # entries of a block or a row that one warp takes
 _PROGRAMS = 4096  # that have sums of their own
-
-
-@dataclass
-class Row:
-    """A tensor, or a run of equal blocks of one: what stands in its row of the table. Tensors that are absent are None.
-
-    Args:
-        gradient: Flat and contiguous.
-        theta: Flat and contiguous.
-        state: Tensors by their column: "error", "second", "left", and so on; those of a run begin where it does.
-        places: Numbers by their column.
-        numbers: By their column.
-    """
-
-    gradient: torch.Tensor
-    theta: torch.Tensor
-    state: dict[str, torch.Tensor]
-    places: dict[str, int]
-    numbers: dict[str, float]
-
-    def integers(self) -> list[int]:
-        """The row."""
-        found = dict.fromkeys(shared.COLUMNS, 0) | self.places
-        found |= {name: tensor.data_ptr() for name, tensor in self.state.items()}
-        for name, tensor in (("gradient", self.gradient), ("theta", self.theta)):
-            found |= {name: tensor.data_ptr(), f"{name}_code": shared.CODES[tensor.dtype]}
-        return [found[name] for name in shared.COLUMNS]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What kernels are compiled for, and numbers that are one for all tensors.
-
-    Args:
-        stored: Code of the errors: 0 float32, 1 bfloat16, 3 int8, 4 4 bits.
-        values: Code of the window's values.
-        metric: Code of the second moment; 5 for no metric.
-        coupled: Whether weight decay is added to gradients.
-        beta2: Decay of the second moment.
-        eps: Of the metric.
-        capacity: Of the window.
-        rank: Of a low-rank row; 0 for sparse ones.
-        block_size: Of sparse rows.
-    """
-
-    stored: int
-    values: int
-    metric: int
-    coupled: bool
-    beta2: float
-    eps: float
-    capacity: int
-    rank: int = 0
-    block_size: int = 0
-
-    @property
-    def reading(self) -> dict[str, Any]:
-        """What a kernel has to know that makes an accumulator."""
-        return {"STORED": self.stored, "METRIC": self.metric, "COUPLED": self.coupled}
 
 
 @dataclass
@@ -151,11 +94,11 @@ class Model:
             settings: What is compiled.
         """
         tasks = self._plan("observe", lambda: _buckets(rows))
-        constants = {"METRIC": settings.metric, "COUPLED": settings.coupled, "ROWS": _ROWS}
+        constants = {"MOMENT": settings.moment, "METRIC": settings.metric, "COUPLED": settings.coupled, "ROWS": _ROWS}
         launch(
             moments.observe,
             (len(tasks),),
-            *(self.table, self.numbers, tasks, settings.beta2, 1.0 - settings.beta2),
+            *(self.table, self.numbers, tasks, settings.beta2, 1.0 - settings.beta2, 1.0 - settings.beta1),
             **constants,
         )
 
@@ -242,7 +185,7 @@ class Model:
         )
         if [row.places["unit"] for row in rows] == list(range(self.units)):
             return found
-        return self._add_up([row.places["unit"] for row in rows], found)
+        return self._add_up("rows", lambda: [row.places["unit"] for row in rows], found)
 
     def dots_sparse(self, rows: Sequence[Row], settings: Settings) -> torch.Tensor:
         """The same for sparse windows.
@@ -255,11 +198,7 @@ class Model:
             `(units, capacity)`, float64.
         """
         capacity = settings.capacity
-        ranges = [
-            (number, begin, min(begin + _BLOCKS, row.places["blocks"]), row.places["unit"])
-            for number, row in enumerate(rows)
-            for begin in range(0, row.places["blocks"], _BLOCKS)
-        ]
+        ranges = _ranges(rows)
         tasks = self._plan("products", lambda: np.array([task[:3] for task in ranges], np.int64))
         partial = torch.empty(len(ranges), capacity, dtype=torch.float64, device=self.device)
         steps = max(row.places["kept"] for row in rows).bit_length() + 1
@@ -272,7 +211,55 @@ class Model:
             LENGTH=_CHUNK,
             warps=1,
         )
-        return self._add_up([task[3] for task in ranges], partial)
+        return self._add_up("products", lambda: [task[3] for task in ranges], partial)
+
+    def outside_low_rank(self, rows: Sequence[Row], settings: Settings) -> torch.Tensor:
+        """Inner products of the dense vector with the rows of low-rank windows.
+
+        Args:
+            rows: As in `begin`.
+            settings: What is compiled.
+
+        Returns:
+            `(units, capacity)`, float64.
+        """
+        tasks = self._plan("panels", lambda: _tiles(rows, _PANEL))
+        partial = torch.zeros(len(tasks), settings.capacity * settings.rank, dtype=torch.float64, device=self.device)
+        launch(
+            outside.outside_low_rank,
+            (len(tasks),),
+            *(self.table, self.numbers, tasks, partial, settings.capacity, settings.eps),
+            **{"RANK": settings.rank, "VALUES_IN": settings.values, **settings.vector},
+            **{"ROWS": _TILE[0], "COLS": _TILE[1], "INNER": _INNER, "PANEL": _PANEL},
+        )
+        found = self._add_up(
+            "panels", lambda: [rows[number].places["unit"] for number in _tiles(rows, _PANEL)[:, 0]], partial
+        )
+        return found.view(self.units, settings.capacity, settings.rank).sum(dim=2)
+
+    def outside_sparse(self, rows: Sequence[Row], settings: Settings) -> torch.Tensor:
+        """The same for sparse windows.
+
+        Args:
+            rows: As in `begin`.
+            settings: What is compiled.
+
+        Returns:
+            `(units, capacity)`, float64.
+        """
+        ranges = _ranges(rows)
+        tasks = self._plan("products", lambda: np.array([task[:3] for task in ranges], np.int64))
+        partial = torch.empty(len(ranges), settings.capacity, dtype=torch.float64, device=self.device)
+        launch(
+            outside.outside_sparse,
+            (len(ranges), settings.capacity),
+            *(self.table, self.numbers, tasks, partial, settings.capacity, settings.eps),
+            **self._sparse(settings),
+            **settings.vector,
+            LENGTH=_CHUNK,
+            warps=1,
+        )
+        return self._add_up("products", lambda: [task[3] for task in ranges], partial)
 
     def move_low_rank(self, rows: Sequence[Row], settings: Settings, coefficients: torch.Tensor) -> None:
         """`theta <- keep theta - lr D^-1/2 G^T c`.
@@ -282,12 +269,12 @@ class Model:
             settings: What is compiled.
             coefficients: `c`, `(units, capacity)`, float64.
         """
-        tasks = self._plan("tiles", lambda: _tiles(rows))
+        tasks = self._plan("tiles", lambda: _tiles(rows, _TILE[0]))
         launch(
             move.move,
             (len(tasks),),
             *(self.table, self.numbers, tasks, coefficients, settings.capacity, settings.eps),
-            **{"RANK": settings.rank, "VALUES_IN": settings.values, "METRIC": settings.metric},
+            **{"RANK": settings.rank, "VALUES_IN": settings.values, "OUTSIDE": settings.outside, **settings.vector},
             **{"ROWS": _TILE[0], "COLS": _TILE[1], "INNER": _INNER},
         )
 
@@ -309,7 +296,8 @@ class Model:
             *(self.table, self.numbers, tasks, len(tasks), programs, sums),
             *(coefficients, settings.capacity, settings.eps),
             **self._sparse(settings),
-            METRIC=settings.metric,
+            OUTSIDE=settings.outside,
+            **settings.vector,
             LENGTH=length,
             CHUNK=_CHUNK,
             warps=1,
@@ -318,14 +306,13 @@ class Model:
     def _sparse(self, settings: Settings) -> dict[str, Any]:
         return {"VALUES_IN": settings.values, "WIDE_INDEX": settings.block_size > 256}
 
-    def _add_up(self, units: Sequence[int], partial: torch.Tensor) -> torch.Tensor:
-        """Sums over the rows of each unit; units ascend."""
-        count, capacity = self.units, partial.shape[1]
-        bounds = self._plan(
-            ("bounds", len(units)), lambda: np.searchsorted(np.array(units), np.arange(count + 1)).astype(np.int64)
-        )
-        found = torch.empty(count, capacity, dtype=torch.float64, device=self.device)
-        launch(sparse.add_up, (count, capacity), bounds, partial, found, capacity, LENGTH=_CHUNK, warps=1)
+    def _add_up(self, name: str, units: Callable[[], Sequence[int]], partial: torch.Tensor) -> torch.Tensor:
+        """Sums over what belongs to each unit; the units of the lines of `partial` ascend."""
+        count, wide = self.units, partial.shape[1]
+        edges = np.arange(count + 1)
+        bounds = self._plan(f"bounds of {name}", lambda: np.searchsorted(np.array(units()), edges).astype(np.int64))
+        found = torch.empty(count, wide, dtype=torch.float64, device=self.device)
+        launch(sparse.add_up, (count, wide), bounds, partial, found, wide, LENGTH=_CHUNK, warps=1)
         return found
 
     def _plan(self, name: Any, make: Callable[[], NDArray[np.int64]]) -> torch.Tensor:
@@ -365,9 +352,19 @@ def _splits(sizes: Sequence[tuple[int, int]]) -> NDArray[np.int64]:
     return found
 
 
-def _tiles(rows: Sequence[Row]) -> NDArray[np.int64]:
-    """Tiles of matrices, and ranges of what is kept whole, as long as a tile is large."""
+def _tiles(rows: Sequence[Row], height: int) -> NDArray[np.int64]:
+    """Tiles of matrices, and of what is kept whole ranges that are as long as a tile is large; in the rows' order."""
     sizes = [(row.places["height"], row.places["width"]) for row in rows]
-    whole = cut([0 if row.places["height"] else row.places["numel"] for row in rows], _TILE[0] * _TILE[1])
+    whole = cut([0 if row.places["height"] else row.places["numel"] for row in rows], height * _TILE[1])
     ranges = np.stack([whole[:, 0], np.zeros_like(whole[:, 0]), whole[:, 1]], axis=1)
-    return np.concatenate([tiles(sizes, *_TILE), ranges])
+    found = np.concatenate([tiles(sizes, height, _TILE[1]), ranges])
+    return found[np.argsort(found[:, 0], kind="stable")]
+
+
+def _ranges(rows: Sequence[Row]) -> list[tuple[int, int, int, int]]:
+    """Runs of blocks: row, begin, end and unit of each."""
+    return [
+        (number, begin, min(begin + _BLOCKS, row.places["blocks"]), row.places["unit"])
+        for number, row in enumerate(rows)
+        for begin in range(0, row.places["blocks"], _BLOCKS)
+    ]

@@ -1,4 +1,4 @@
-"""AdamW's second moment of a whole model in one launch: `v <- beta2 v + (1 - beta2) g^2`."""
+"""AdamW's moments of a whole model in one launch: `v <- beta2 v + (1 - beta2) g^2`, `m <- m + (1 - beta1) (g - m)`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ import triton.language as tl
 from .shared import (
     _FLOAT32_MAX,
     ENTRIES,
+    FIRST,
+    FIRST_KEY,
     INT8,
+    NONE,
     NUMEL,
     SECOND,
     SECOND_KEY,
@@ -22,8 +25,19 @@ from .shared import (
 
 
 @triton.jit
-def observe(table, numbers, tasks, beta2, rest, METRIC: tl.constexpr, COUPLED: tl.constexpr, ROWS: tl.constexpr):
-    """Some buckets of a tensor; `rest` is `1 - beta2`. Levels are those of the root."""
+def observe(
+    table,
+    numbers,
+    tasks,
+    beta2,
+    rest2,
+    rest1,
+    MOMENT: tl.constexpr,
+    METRIC: tl.constexpr,
+    COUPLED: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Some buckets of a tensor; `rest2` is `1 - beta2`, `rest1` `1 - beta1`. Levels are those of the root of `v`."""
     task = tl.program_id(0)
     row, first = tl.load(tasks + 2 * task), tl.load(tasks + 2 * task + 1).to(tl.int32)
     numel = small(table, row, NUMEL)
@@ -35,8 +49,13 @@ def observe(table, numbers, tasks, beta2, rest, METRIC: tl.constexpr, COUPLED: t
     v = load_stored(address, scale, position, inside, METRIC)
     if METRIC == INT8:
         v = v * v
-    v = tl.minimum(v * beta2 + g * g * rest, _FLOAT32_MAX)
+    v = tl.minimum(v * beta2 + g * g * rest2, _FLOAT32_MAX)
     if METRIC == INT8:
         v = tl.sqrt_rn(v)
     tl.debug_barrier()  # scales are overwritten that other threads of the program read
     store_buckets(address, scale, bucket, position, inside, numel, key, v, METRIC, ROWS)
+    if MOMENT != NONE:
+        first = field(table, row, FIRST)
+        m = load_stored(first, 0, position, inside, MOMENT)
+        key = field(table, row, FIRST_KEY)
+        store_buckets(first, 0, bucket, position, inside, numel, key, m + rest1 * (g - m), MOMENT, ROWS)

@@ -21,6 +21,7 @@ from .shared import (
     VALUES,
     VELOCITY,
     WIDTH,
+    dense_vector,
     field,
     floats,
     into_metric,
@@ -55,12 +56,17 @@ def move(
     eps,
     RANK: tl.constexpr,
     VALUES_IN: tl.constexpr,
+    OUTSIDE: tl.constexpr,
+    MOMENT: tl.constexpr,
     METRIC: tl.constexpr,
+    COUPLED: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     INNER: tl.constexpr,
 ):
     """A tile of a matrix, or a range of a tensor that is kept whole. Sums over rows are float32.
+
+    `OUTSIDE` adds the dense vector that is preconditioned: `u = x + G^T c`.
 
     A coefficient may be beyond float32 where its row is tiny; it goes with the row, in float64, before anything else.
     """
@@ -97,4 +103,6 @@ def move(
             weight = tl.load(c_of + (first + k) // RANK, mask=real, other=0.0)
             q = (weight[:, None] * q.to(tl.float64)).to(tl.float32)
             update = tl.dot(p, q, update, input_precision="ieee")
+    if OUTSIDE:
+        update += dense_vector(table, numbers, row, position, inside, eps, MOMENT, METRIC, COUPLED)
     apply(table, numbers, row, position, inside, update, eps, METRIC)

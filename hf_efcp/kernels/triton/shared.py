@@ -23,9 +23,10 @@ COLUMNS = (
     *("left", "right", "start", "values", "indices", "scales"),
     *("numel", "height", "width", "begin", "blocks", "kept", "stride", "scale_stride"),
     *("newest", "held", "unit", "image", "partial", "splits"),
+    *("first", "first_key"),
 )
 # Columns of the numbers, float32.
-NUMBERS = ("correction", "lr", "keep", "momentum", "decay")
+NUMBERS = ("correction", "lr", "keep", "momentum", "decay", "factor")
 
 FIELDS = tl.constexpr(len(COLUMNS))
 GRADIENT, GRADIENT_CODE, THETA, THETA_CODE, VELOCITY = (tl.constexpr(place) for place in range(5))
@@ -33,9 +34,10 @@ ERROR, ERROR_SCALE, ERROR_KEY, SECOND, SECOND_SCALE, SECOND_KEY = (tl.constexpr(
 LEFT, RIGHT, START, VALUES, INDICES, SCALES = (tl.constexpr(place) for place in range(11, 17))
 NUMEL, HEIGHT, WIDTH, BEGIN, BLOCKS, KEPT, STRIDE, SCALE_STRIDE = (tl.constexpr(place) for place in range(17, 25))
 NEWEST, HELD, UNIT, IMAGE, PARTIAL, SPLITS = (tl.constexpr(place) for place in range(25, 31))
+FIRST, FIRST_KEY = (tl.constexpr(place) for place in range(31, 33))
 
 WIDE = tl.constexpr(len(NUMBERS))
-CORRECTION, LR, KEEP, MOMENTUM, DECAY = (tl.constexpr(place) for place in range(5))
+CORRECTION, LR, KEEP, MOMENTUM, DECAY, FACTOR = (tl.constexpr(place) for place in range(6))
 
 # How a vector is kept. Of errors and second moments all but float16, of window's values none below 8 bits.
 FLOAT32, BFLOAT16, FLOAT16, INT8, INT4, NONE = (tl.constexpr(code) for code in range(6))
@@ -240,3 +242,23 @@ def accumulator(
     g = gradient_of(table, numbers, row, position, inside, COUPLED)
     error = load_stored(field(table, row, ERROR), field(table, row, ERROR_SCALE), position, inside, STORED)
     return error + into_metric(table, numbers, row, position, inside, g, eps, METRIC)
+
+
+@triton.jit
+def dense_vector(
+    table,
+    numbers,
+    row,
+    position,
+    inside,
+    eps,
+    MOMENT: tl.constexpr,
+    METRIC: tl.constexpr,
+    COUPLED: tl.constexpr,
+):
+    """`D^-1/2 m_hat` of the first moment that is kept as `MOMENT`, or of the gradient where none is kept."""
+    if MOMENT == NONE:
+        x = gradient_of(table, numbers, row, position, inside, COUPLED)
+    else:
+        x = load_stored(field(table, row, FIRST), 0, position, inside, MOMENT) * number(numbers, row, FACTOR)
+    return into_metric(table, numbers, row, position, inside, x, eps, METRIC)

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .move import apply
-from .shared import BEGIN, HELD, INDICES, KEPT, NEWEST, STRIDE, UNIT, VALUES, WIDTH, field
+from .shared import BEGIN, HELD, INDICES, KEPT, NEWEST, STRIDE, UNIT, VALUES, WIDTH, dense_vector, field
 from .topk import load_index, load_value, scale_of
 
 
@@ -79,7 +79,10 @@ def sparse_move(
     eps,
     VALUES_IN: tl.constexpr,
     WIDE_INDEX: tl.constexpr,
+    OUTSIDE: tl.constexpr,
+    MOMENT: tl.constexpr,
     METRIC: tl.constexpr,
+    COUPLED: tl.constexpr,
     LENGTH: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
@@ -115,5 +118,7 @@ def sparse_move(
             c = begin + tl.arange(0, CHUNK)
             inside = c < length
             update = tl.load(own + c, mask=inside, other=0.0).to(tl.float32)
+            if OUTSIDE:
+                update += dense_vector(table, numbers, row, start + c, inside, eps, MOMENT, METRIC, COUPLED)
             apply(table, numbers, row, start + c, inside, update, eps, METRIC)
         tl.debug_barrier()

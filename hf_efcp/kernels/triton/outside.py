@@ -1,0 +1,121 @@
+"""Inner products of a dense vector with all rows of the windows, of a whole model in one launch."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .error import load_factor
+from .shared import (
+    BEGIN,
+    HEIGHT,
+    HELD,
+    INDICES,
+    KEPT,
+    LEFT,
+    NUMEL,
+    RIGHT,
+    STRIDE,
+    VALUES,
+    WIDTH,
+    dense_vector,
+    field,
+    small,
+)
+from .topk import load_index, load_value, scale_of
+
+
+@triton.jit
+def outside_low_rank(
+    table,
+    numbers,
+    tasks,
+    partial,
+    capacity,
+    eps,
+    RANK: tl.constexpr,
+    VALUES_IN: tl.constexpr,
+    MOMENT: tl.constexpr,
+    METRIC: tl.constexpr,
+    COUPLED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    INNER: tl.constexpr,
+    PANEL: tl.constexpr,
+):
+    """`<P Q^T, X> = sum((P^T X) * Q^T)` over tiles below each other, `(tasks, capacity, rank)` float64.
+
+    Of a tensor that is kept whole, a tile is a range, and the products stand for the first vector.
+    """
+    task = tl.program_id(0).to(tl.int64)
+    row = tl.load(tasks + 3 * task)
+    top, begin = tl.load(tasks + 3 * task + 1).to(tl.int32), tl.load(tasks + 3 * task + 2).to(tl.int32)
+    held, left, numel = small(table, row, HELD), field(table, row, LEFT), small(table, row, NUMEL)
+    height, width, right = small(table, row, HEIGHT), small(table, row, WIDTH), field(table, row, RIGHT)
+    out = partial + task * capacity * RANK
+    c = begin + tl.arange(0, COLS)
+    below = tl.where(left == 0, (numel - begin + COLS - 1) // COLS, height - top)
+    for under in range(0, tl.minimum(below, PANEL), ROWS):
+        r = top + under + tl.arange(0, ROWS)
+        if left == 0:
+            position = r[:, None] * COLS + c[None, :]
+            inside = position < numel
+        else:
+            position = r[:, None] * width + c[None, :]
+            inside = (r < height)[:, None] & (c < width)[None, :]
+        x = dense_vector(table, numbers, row, position, inside, eps, MOMENT, METRIC, COUPLED)
+        if left == 0:
+            for i in range(0, held):
+                begins = i * field(table, row, NUMEL)
+                y = load_factor(field(table, row, VALUES), begins, position, inside, VALUES_IN)
+                place = out + i * RANK
+                tl.store(place, tl.load(place) + tl.sum(tl.sum((x * y).to(tl.float64), axis=1), axis=0))
+        else:
+            for first in range(0, held * RANK, INNER):
+                k = tl.arange(0, INNER)
+                real = k < held * RANK - first
+                above, beside = first * field(table, row, HEIGHT), first * field(table, row, WIDTH)
+                read = real[:, None] & (r < height)[None, :]
+                p = load_factor(left, above, k[:, None] * height + r[None, :], read, VALUES_IN)
+                read = real[:, None] & (c < width)[None, :]
+                q = load_factor(right, beside, k[:, None] * width + c[None, :], read, VALUES_IN)
+                image = tl.dot(p, x, input_precision="ieee")
+                place = out + first + k
+                before = tl.load(place, mask=real, other=0.0)
+                tl.store(place, before + tl.sum((image * q).to(tl.float64), axis=1), mask=real)
+        tl.debug_barrier()  # what was added is read again below
+
+
+@triton.jit
+def outside_sparse(
+    table,
+    numbers,
+    tasks,
+    partial,
+    capacity,
+    eps,
+    VALUES_IN: tl.constexpr,
+    WIDE_INDEX: tl.constexpr,
+    MOMENT: tl.constexpr,
+    METRIC: tl.constexpr,
+    COUPLED: tl.constexpr,
+    LENGTH: tl.constexpr,
+):
+    """The same with row `i` in some blocks: `(tasks, capacity)`. The vector is made where the row has entries."""
+    task, i = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    row, begin, last = tl.load(tasks + 3 * task), tl.load(tasks + 3 * task + 1), tl.load(tasks + 3 * task + 2)
+    kept, stride = field(table, row, KEPT), field(table, row, STRIDE)
+    indices, values = field(table, row, INDICES), field(table, row, VALUES)
+    total = tl.zeros((LENGTH,), tl.float64)
+    if i < field(table, row, HELD):
+        for block in range(begin, last):
+            unit = scale_of(table, row, block, i, VALUES_IN)
+            start = (field(table, row, BEGIN) + block * field(table, row, WIDTH)).to(tl.int32)
+            for first in range(0, kept, LENGTH):
+                place = first + tl.arange(0, LENGTH)
+                inside = place < kept
+                at = block * stride + i * kept + place
+                position = start + load_index(indices, at, inside, WIDE_INDEX)
+                x = dense_vector(table, numbers, row, position, inside, eps, MOMENT, METRIC, COUPLED)
+                total += x.to(tl.float64) * load_value(values, at, inside, unit, VALUES_IN)
+    tl.store(partial + task * capacity + i, tl.sum(total, axis=0))
