@@ -168,7 +168,7 @@ class Case:
         optimizer = make(problem.model.parameters(), lr=rate, **self.options)
         every = torch.arange(len(problem.inputs))
         generator = torch.Generator().manual_seed(seed)
-        start, reached, gap = _loss(problem), None, math.inf
+        start, reached = _loss(problem), None
         clock = time.perf_counter()
         for step in range(self.steps):
             for group in optimizer.param_groups:
@@ -176,14 +176,14 @@ class Case:
             chosen = every[torch.randperm(len(every), generator=generator)[: study.batch]] if study.batch else every
             optimizer.zero_grad()
             loss = problem.loss(problem.model(problem.inputs[chosen]), chosen)
+            left = ((_loss(problem) if study.batch else float(loss)) - problem.floor) / (start - problem.floor)
+            if reached is None and left <= REACHED:
+                reached = step
             loss.backward()  # type: ignore[no-untyped-call]
             if not all(bool(p.grad.isfinite().all()) for p in problem.model.parameters() if p.grad is not None):
-                gap = math.inf
                 break
             optimizer.step()
-            gap = (_loss(problem) - problem.floor) / (start - problem.floor)
-            if reached is None and gap <= REACHED:
-                reached = step + 1
+        gap = (_loss(problem) - problem.floor) / (start - problem.floor)
         seconds = time.perf_counter() - clock
         finite = gap if math.isfinite(gap) else None
         return {"key": self.key(rate, seed), "label": self.label, "gap": finite, "reached": reached, "seconds": seconds}
@@ -268,10 +268,10 @@ def report(solved: list[dict[str, Any]]) -> str:
     """
     seeds, steps = len(solved[0]["runs"]), solved[0]["case"].steps
     lines = [
-        f"What is left after {steps} steps of the loss that could be taken off, in percent: mean ± standard deviation "
-        f"of {seeds} seeds. In brackets: the steps until {REACHED:.0%} was left, a mean over the seeds that came there; "
-        "- when less than half of them did. In bold: the least of a column. An asterisk: the best learning rate is the "
-        "last that was tried.",
+        f"What is left after {steps} steps of the loss that could be taken off, in percent: mean ± sample standard "
+        f"deviation of {seeds} seeds. In brackets: the steps until {REACHED:.0%} was left, a mean over the seeds that "
+        "came there, or - when less than half of them did. In bold: the least of a column. An asterisk: the best "
+        "learning rate is the last that was tried.",
     ]
     for name in dict.fromkeys(one["case"].study for one in solved):
         found = [one for one in solved if one["case"].study == name]
@@ -322,6 +322,7 @@ def main() -> None:
     if SEARCH_SEED in args.seeds or len(set(args.seeds)) < len(args.seeds):
         raise ValueError(f"--seeds must be others than {SEARCH_SEED}, each once: {args.seeds}")
     require("recipes", "matplotlib")
+    torch.set_num_threads(1)  # so small are the problems
     log = RunLog(args.output_dir / "conditioning.jsonl")
     cases = [
         Case(name, point, label, args.steps)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from torch.nn import functional as F
+from torch.nn.functional import binary_cross_entropy_with_logits, mse_loss
 
 _DENSITY = 0.1  # of the features before they are turned
 
@@ -33,9 +33,9 @@ class Problem:
 def logistic(condition: float, rotated: bool, examples: int, features: int, seed: int) -> Problem:
     """Logistic regression on sparse features, `x = Q S z`, whose labels all directions decide alike.
 
-    `z` is sparse with the covariance `I`, the squares of `S` fall geometrically from 1 to `1 / condition`, and the label
-    is 1 with the probability `sigmoid(u^T z)`: the weights `Q S^-1 u` are the longer, the weaker a direction is. With
-    a random rotation `Q`, every coordinate has much the same variance and no diagonal metric mends the conditioning.
+    `z` is sparse with the covariance `I`, the squares of `S` fall geometrically from 1 to `1 / condition`, and the
+    label is 1 with the probability `sigmoid(u^T z)`: the weights `Q S^-1 u` are the longer, the weaker a direction is.
+    With a random rotation `Q`, every coordinate has much the same variance and no diagonal metric mends that.
 
     Args:
         condition: the condition number of the features' covariance, at least 1.
@@ -69,7 +69,7 @@ def logistic(condition: float, rotated: bool, examples: int, features: int, seed
     targets = labels.float()
 
     def loss(outputs: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-        return F.binary_cross_entropy_with_logits(outputs.squeeze(1), targets[chosen])
+        return binary_cross_entropy_with_logits(outputs.squeeze(1), targets[chosen])
 
     return Problem(model, inputs.float(), loss, floor)
 
@@ -100,7 +100,7 @@ def newton(inputs: torch.Tensor, labels: torch.Tensor, steps: int = 50) -> float
             f"Newton's method ended at a gradient of {float(gradient.norm()):.1e}: the labels are separable, or nearly "
             "so; take more examples for each feature"
         )
-    return float(F.binary_cross_entropy_with_logits(inputs @ weights, labels))
+    return float(binary_cross_entropy_with_logits(inputs @ weights, labels))
 
 
 def network(depth: int, examples: int, width: int, seed: int) -> Problem:
@@ -130,7 +130,7 @@ def network(depth: int, examples: int, width: int, seed: int) -> Problem:
     targets = (targets - targets.mean()) / targets.std()
 
     def loss(outputs: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-        return F.mse_loss(outputs.squeeze(1), targets[chosen])
+        return mse_loss(outputs.squeeze(1), targets[chosen])
 
     return Problem(model, inputs, loss, 0.0)
 
