@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_diagnostics import OF_THE_STEP
+from diagnostics_cases import OF_THE_STEP
 from tiny import Gradients, arguments, parameters, tiny_bert, toy_rows
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer, TrainerCallback, TrainingArguments
