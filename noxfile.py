@@ -47,6 +47,24 @@ def notebooks(session: nox.Session) -> None:
     _module(session, "pytest", "--nbmake", "--nbmake-timeout=300", "notebooks")
 
 
+# All that needs no recipes: those are written for transformers 5.
+LIBRARY = ("math", "state", "trainer", "distributed", "project/test_import.py", "project/test_examples.py")
+
+
+@nox.session(venv_backend="venv", default=False)
+def oldest(session: nox.Session) -> None:
+    """The library's tests with the oldest versions that pyproject.toml admits, in an environment of their own."""
+    session.install("-c", "constraints-oldest.txt", "-e", ".", "hypothesis", "peft", "pytest")
+    session.run("pytest", *(f"tests/{place}" for place in LIBRARY), *session.posargs)
+
+
+@nox.session(venv_backend="venv", default=False)
+def newest(session: nox.Session) -> None:
+    """All tests with the newest versions that there are, in an environment of their own."""
+    session.install("-e", ".[dev]")
+    session.run("pytest", *session.posargs)
+
+
 @nox.session
 def package(session: nox.Session) -> None:
     """Source distribution and wheel, in dist/, and whether the package index would take them."""

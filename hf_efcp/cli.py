@@ -18,16 +18,17 @@ from . import __version__
 # Keys and flags by which `train` knows that the program is not run_glue.py.
 TELLING = {
     "run_qa": frozenset({
-        *("dataset_name", "max_train_samples", "max_eval_samples", "doc_stride"),
-        *("n_best_size", "max_answer_length", "null_score_diff_threshold"),
-    })
+        *("max_train_samples", "max_eval_samples", "doc_stride", "n_best_size"),
+        *("max_answer_length", "null_score_diff_threshold"),
+    }),
+    "run_image_classification": frozenset({"image_folder", "image_size", "augment", "from_scratch", "lr_steps"}),
 }
 HELP = """\
 usage: hf-efcp train [CONFIG] [--flag value ...]
        hf-efcp plan MODEL [--memory_budget 8B/param] [--optim NAME [--optim_args KEY=VALUE,...]]
        hf-efcp compare CONFIG [--flag value ...]
 
-train     fine-tune on GLUE, SQuAD or files of your own; --help after it lists the flags
+train     GLUE, SQuAD, pictures or files of your own; --help after it lists the flags
 plan      bytes of each optimizer's state for a model, and the windows that fit a budget
 compare   optimizers and learning rates side by side
 
@@ -83,7 +84,12 @@ def program(command: str, argv: list[str]) -> str:
         words |= keys
     if command == "compare":
         return "compare_optimizers"
-    return next((name for name, telling in TELLING.items() if telling & words), "run_glue")
+    found = next((name for name, telling in TELLING.items() if telling & words), "run_glue")
+    if found == "run_glue" and "dataset_name" in words:
+        raise ValueError(
+            "dataset_name may be of questions or of pictures: begin with a configuration, squad_v2 or digits"
+        )
+    return found
 
 
 def _module(name: str) -> ModuleType:

@@ -15,25 +15,12 @@ from torch import nn
 from .budget import FORMS, in_bytes
 from .checks import check_kinds, kinds
 from .family import AnyOptimizer
-from .projected import LORENZA, AdaRankGrad, GaLore, NaturalGaLore
-from .variants import DenseGGT, DenseMFAC, LowRankGGT, LowRankMFAC, MicroAdam, SparseAdaGrad, SparseGGT, SparseMFAC
+from .projected import RELATIVES
+from .variants import VARIANTS
 
 logger = logging.getLogger(__name__)
 
-OPTIMIZERS: dict[str, type[AnyOptimizer]] = {
-    "sparse_mfac": SparseMFAC,
-    "sparse_ggt": SparseGGT,
-    "dense_mfac": DenseMFAC,
-    "dense_ggt": DenseGGT,
-    "lowrank_mfac": LowRankMFAC,
-    "lowrank_ggt": LowRankGGT,
-    "sparse_adagrad": SparseAdaGrad,
-    "microadam": MicroAdam,
-    "galore": GaLore,
-    "adarankgrad": AdaRankGrad,
-    "lorenza": LORENZA,
-    "natural_galore": NaturalGaLore,
-}
+OPTIMIZERS: dict[str, type[AnyOptimizer]] = {**VARIANTS, **RELATIVES}
 
 
 def efcp_name(name: str) -> str | None:

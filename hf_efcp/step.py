@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch.autograd.profiler import record_function
 
 from . import shards
 from .checks import HEAVY_BALL
@@ -21,6 +22,8 @@ from .vectors import Vectors
 if TYPE_CHECKING:
     from .whole import Whole
 
+# The parts of a step, and what torch.profiler calls them.
+SPANS = {part: f"hf_efcp.{part}" for part in ("compress", "products", "solve", "update")}
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 _NOTHING = torch.empty(0, device="cpu")
 _FITS = 2.0**64  # coefficients below this, times rows of whitened entries, are within float32
@@ -76,11 +79,15 @@ class Step:
         Raises:
             ValueError: An update would overflow.
         """
-        self._push(units)
-        units = self._collect(self._with_products([_without_products(unit) for unit in units]))
-        plans = self._plan(units)
-        moves = [self._move(site, plan) for unit, plan in zip(units, plans, strict=True) for site in unit.sites]
-        move_all(moves, self.kernels)
+        with record_function(SPANS["compress"]):
+            self._push(units)
+        with record_function(SPANS["products"]):
+            units = self._collect(self._with_products([_without_products(unit) for unit in units]))
+        with record_function(SPANS["solve"]):
+            plans = self._plan(units)
+        with record_function(SPANS["update"]):
+            moves = [self._move(site, plan) for unit, plan in zip(units, plans, strict=True) for site in unit.sites]
+            move_all(moves, self.kernels)
 
     def unit(self, sites: list[Site], gram_state: dict[str, Any]) -> Unit:
         """Where a window stands in this step; the new row of what has no gradient is made zero.

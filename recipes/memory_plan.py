@@ -137,6 +137,8 @@ def table(model: torch.nn.Module, memory_budget: str | None = None) -> str:
                 row += ["", *_cells(plan(model, name, memory_budget=memory_budget))]
             except ValueError:  # the budget was read before: it is too small
                 row += ["", "", "does not fit", ""]
+            except TypeError:  # there is no window to choose
+                row += ["", "", "", ""]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join(cell.ljust(width) if not place else cell.rjust(width) for place, (cell, width) in cells)
@@ -146,7 +148,7 @@ def table(model: torch.nn.Module, memory_budget: str | None = None) -> str:
 
 
 def _cells(found: MemoryPlan) -> list[str]:
-    return [str(found.num_grads), f"{found['total']:,}", f"{found['total'] / found.parameters:.2f}"]
+    return [str(found.num_grads or ""), f"{found['total']:,}", f"{found['total'] / found.parameters:.2f}"]
 
 
 def _parameters(model: torch.nn.Module) -> int:

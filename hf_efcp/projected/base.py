@@ -68,8 +68,8 @@ class ProjectedAdam(Grouped):
         beta2: Decay of the second moment, in [0, 1).
         eps: What is added to the root of the second moment, positive.
         weight_decay: Decoupled weight decay, at least 0.
-        nonfinite: What to do about a gradient with NaN or infinity: "raise" an error, or "skip" the step and count it
-            in `skipped_steps`.
+        nonfinite: What to do about a gradient with NaN or infinity, or with a norm above 1e18: "raise" an error, or
+            "skip" the step and count it in `skipped_steps`.
         structure: A subclass's further settings that decide the shapes of the state.
         tunable: A subclass's further settings that may change.
 
@@ -215,8 +215,8 @@ class ProjectedAdam(Grouped):
             The closure's loss, or None without a closure.
 
         Raises:
-            ValueError: A gradient has NaN or infinity, parameters are on several devices or sharded, or a group's
-                settings are out of range or differ where they may not.
+            ValueError: A gradient has NaN or infinity, or a norm above 1e18, parameters are on several devices or
+                sharded, or a group's settings are out of range or differ where they may not.
             TypeError: A gradient is sparse, or a parameter's dtype is not supported.
         """
         loss = None

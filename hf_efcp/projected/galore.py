@@ -15,7 +15,8 @@ class GaLore(ProjectedAdam):
         every update_gap steps:   U S V^T = G,  P = U_1..rank (or V, where columns are the shorter side)
         R = P^T G,   theta <- theta - lr scale P Adam(R)
 
-    Moments are kept as they are when the subspace changes, as in the published code. See `ProjectedAdam` for what is
+    Moments are kept as they are when the subspace changes, as in the published code (galore_torch), which it equals but
+    for where eps is added: here, as in `torch.optim.AdamW`, to the bias-corrected root. See `ProjectedAdam` for what is
     projected, and for the bytes: `4 rank (short + 2 long)` a matrix.
 
     Published for GLUE on RoBERTa-base: `rank=4`, `scale=4`, `update_gap` 50 to 500, `lr` 1e-5 to 3e-5, 30 epochs.

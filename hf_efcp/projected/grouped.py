@@ -15,6 +15,8 @@ from ..layout import State
 from ..sites import Group, Member
 from .settings import check_group, check_writer
 
+_LONGEST = 1e18  # of a gradient; the second moment has its square
+
 
 class Grouped(GroupedOptimizer):
     """What a projected optimizer does with its groups and its state, whatever it computes.
@@ -78,20 +80,28 @@ class Grouped(GroupedOptimizer):
         check_group(group, shared, self._kinds, self.positive, self.fractions)
 
     def _refuses_nonfinite(self, active: list[Member]) -> bool:
-        """Whether the step is to be skipped."""
+        """Whether the step is to be skipped, for a gradient that is not finite or whose square is not."""
         wide = widest(active[0].param.device)
-        norms = [torch.linalg.vector_norm(m.param.grad, dtype=wide) for m in active if m.param.grad is not None]
-        bad = [
-            member.param
-            for member, norm in zip(active, torch.stack(norms).tolist(), strict=True)
-            if member.param.grad is not None and not finite.is_finite(member.param.grad, norm)
-        ]
-        if bad and not self._skip_nonfinite:
-            raise ValueError(finite.message(bad, self._name))
-        if bad:
+        lengths = torch.stack([torch.linalg.vector_norm(grad, dtype=wide) for grad in _gradients(active)]).tolist()
+        found = list(zip(active, _gradients(active), lengths, strict=True))
+        bad = [member.param for member, grad, length in found if not finite.is_finite(grad, length)]
+        large = [(member.param, length) for member, _, length in found if length > _LONGEST]
+        if not self._skip_nonfinite:
+            if bad:
+                raise ValueError(finite.message(bad, self._name))
+            for param, length in large:
+                raise ValueError(
+                    f"the gradient of {self._name(param)} has norm {length:.3g}, and at most {_LONGEST:g} can be "
+                    "squared in float32; nothing was changed. Skip such steps (nonfinite='skip') or clip the gradients"
+                )
+        if bad or large:
             self._count_skipped()
-        return bool(bad)
+        return bool(bad or large)
 
     def _fresh(self, member: Member, device: torch.device | str) -> State:
         """The state of a parameter that was never stepped; on "meta", its shapes without memory."""
         raise NotImplementedError
+
+
+def _gradients(members: list[Member]) -> list[torch.Tensor]:
+    return [member.param.grad for member in members if member.param.grad is not None]

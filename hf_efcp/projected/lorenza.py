@@ -36,7 +36,8 @@ class LORENZA(ProjectedAdam):
         theta <- theta - lr scale Q Adam(Q^T g)                       from theta, restored to the bit
 
     `|s|` is over all projected matrices, and what is not projected is not moved uphill. The moments stay as they are
-    when the subspace changes. The first step has no subspace yet, and takes its gradient at `theta`.
+    when the subspace changes, and so no direction of the new basis points against its predecessor. The first step has
+    no subspace yet, and takes its gradient at `theta`.
 
     It evaluates the loss by itself, and so needs `step(closure)`, with a closure that calls `backward` only if
     gradients are enabled:
@@ -76,15 +77,15 @@ class LORENZA(ProjectedAdam):
         >>> import torch
         >>> from hf_efcp import LORENZA
         >>> layer = torch.nn.Linear(64, 32)
-        >>> optimizer = LORENZA(layer.parameters(), lr=1e-3, rank=4)
+        >>> optimizer = LORENZA(layer.parameters(), lr=1e-2, rank=4, scale=1.0)
         >>> def closure():
         ...     optimizer.zero_grad()
         ...     loss = layer(torch.ones(4, 64)).square().sum()
         ...     if loss.requires_grad:
         ...         loss.backward()
         ...     return loss
-        >>> before = optimizer.step(closure)
-        >>> bool(optimizer.step(closure) < before)
+        >>> losses = [optimizer.step(closure).item() for _ in range(10)]
+        >>> losses[-1] < 0.5 * losses[0]
         True
     """
 
@@ -112,9 +113,11 @@ class LORENZA(ProjectedAdam):
     def subspace_of(
         self, gradient: torch.Tensor, left: bool, position: int, state: State, group: Group
     ) -> torch.Tensor:
-        """The sketched basis; see the base class."""
+        """The sketched basis, its signs those of the old one, for the moments stay as they are; see the base class."""
         source = subspace.generator(group["seed"], position, state["steps"])
-        return subspace.sketched(gradient if left else gradient.T, group["rank"], source)[0]
+        basis, _ = subspace.sketched(gradient if left else gradient.T, group["rank"], source)
+        against = (basis * state["basis"]).sum(dim=0) < 0.0
+        return basis.mul_(torch.where(against, -1.0, 1.0))
 
     def settled(self, projected: torch.Tensor, state: State) -> None:
         """Keep `R = Q^T G`, from which directions are made; see the base class."""

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..factory import create_optimizer, parse_optim_args
+from ..factory import OPTIMIZERS, create_optimizer, efcp_name, parse_optim_args
+from ..projected import LORENZA
 
 
 class OptimizerFactory:
@@ -39,7 +40,7 @@ def for_trainer(name: str, args: Any, optim_args: str | None = None, **options: 
 
     Raises:
         TypeError: If an option is given as text and as a value.
-        ValueError: If the name or an option is not valid.
+        ValueError: If the name or an option is not valid, or the optimizer is one that needs `EFCPTrainer`.
 
     Examples:
         >>> from transformers import TrainingArguments
@@ -51,5 +52,11 @@ def for_trainer(name: str, args: Any, optim_args: str | None = None, **options: 
     parsed = parse_optim_args(name, optim_args)
     if twice := parsed.keys() & options.keys():
         raise TypeError(f"given in optim_args and as arguments: {', '.join(sorted(twice))}; leave out one of them")
+    made: Any = OPTIMIZERS[efcp_name(name) or name]
+    if issubclass(made, LORENZA) and {"rho": True, **parsed, **options}["rho"]:
+        raise ValueError(
+            f"{name} evaluates the loss before the backward pass, and other Trainers cannot give it the loss: use "
+            "EFCPTrainer, a loop of your own with step(closure), or rho=0, which leaves the sharpness out"
+        )
     lr, weight_decay = float(args.learning_rate), float(args.weight_decay)
     return OptimizerFactory, {"name": name, "lr": lr, "weight_decay": weight_decay, **parsed, **options}

@@ -41,7 +41,7 @@ def refuse_what_cannot_work(trainer: Trainer, projected: bool) -> None:
             "fsdp=True was given, but Accelerate does not shard here (on the CPU and with XLA it never does): "
             "every process would keep the whole state: train without fsdp"
         )
-    if getattr(trainer, "is_distributed_loading_by_transformers", False):  # newer transformers only
+    if getattr(trainer.model, "is_distributed_loading_by_transformers", False):  # older transformers do not say
         raise ValueError(
             "EFCP optimizers do not work with a model that from_pretrained has distributed (distributed_config): load "
             f"it whole and {_INSTEAD}"

@@ -35,7 +35,8 @@ class EFCPTrainer(Trainer):
       their gradient came out too large by the accumulation steps and the number of processes. Here what a model
       divides by that number is, as in the parent, the mean over all those items; all else in its loss is averaged over
       steps and processes, each with the same weight. A `compute_loss_func`, and a `compute_loss` that does not call
-      this one, are left to their author, who says in `loss_is_scaled_for_ga` what the loss is.
+      this one, are left to their author, who says in `loss_is_scaled_for_ga` what the loss is (in older transformers,
+      with `model_accepts_loss_kwargs = False` that it is the mean of a batch).
     - What an EFCP optimizer cannot do is refused at construction: DeepSpeed, FSDP version 1, float16 parameters
       under fp16. FSDP version 2 is Trainer's default and works.
     - Checkpoints are written file by file. `train(resume_from_checkpoint=True)` takes the newest complete one and
@@ -212,8 +213,8 @@ class EFCPTrainer(Trainer):
         items_of_one = torch.as_tensor(num_items_in_batch) / (steps * devices)
         loss, outputs = super().compute_loss(model, inputs, True, items_of_one)
         # The parent's `training_step` divides by the steps where it was told that `compute_loss` does not.
-        undivided = getattr(self, "loss_is_scaled_for_ga", None) is not False  # only newer transformers ask
-        loss = loss / (steps * devices if undivided else devices)
+        divided = hasattr(Trainer, "loss_is_scaled_for_ga") and self.loss_is_scaled_for_ga is False
+        loss = loss / (devices if divided else steps * devices)
         return (loss, outputs) if return_outputs else loss
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor | int | None:
@@ -318,12 +319,11 @@ class EFCPTrainer(Trainer):
         return object if name is None else OPTIMIZERS[name]
 
 
-def _unadapted(model: nn.Module) -> nn.Module:
+def _unadapted(model: Any) -> Any:
     """The model in PEFT's wrapper, or the model."""
-    wrapper: Any = model
-    if hasattr(wrapper, "get_base_model"):
-        return cast(nn.Module, wrapper.get_base_model())
-    return cast(nn.Module, wrapper.base_model.model) if type(wrapper).__name__ == "PeftMixedModel" else model
+    if hasattr(model, "get_base_model"):
+        return model.get_base_model()
+    return model.base_model.model if type(model).__name__ == "PeftMixedModel" else model
 
 
 def _is_causal(model: nn.Module) -> bool:

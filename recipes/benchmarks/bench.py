@@ -7,6 +7,8 @@ import dataclasses
 import gc
 import hashlib
 import json
+import math
+import random
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -33,6 +35,7 @@ NOT_IN_KEY = {
     *("save_strategy", "save_total_limit", "per_device_eval_batch_size"),
     *("dataloader_num_workers", "dataloader_pin_memory"),
 }
+HOLDOUT = "selection"
 # What parameter groups hold beside an optimizer's own settings.
 _OF_GROUPS = {"params", "lr", "weight_decay", "preconditioned", "skipped_steps", "efcp_format", "projected", "given_lr"}
 
@@ -48,6 +51,8 @@ class Bench:
     def __init__(self, plan: Plan, task: GlueTask) -> None:
         self.plan, self.task = plan, task
         self._splits = load_splits(task, _data_dir(plan.comparison, task))
+        if plan.comparison.holdout:
+            self._splits |= hold_out(self._splits["train"], plan.comparison.holdout, plan.comparison.holdout_max)
         self._digest = _digest(task, self._splits)
         self._tokenized: dict[str, Any] | None = None
         self._seed: int | None = None
@@ -102,6 +107,9 @@ class Bench:
                 trainer.optimizer_cls_and_kwargs = factory, {"name": contender.peer, **own}
             trainer.remove_callback(PrinterCallback)  # what Trainer has in the place of its bars
             record, history = train(trainer, self.task, self._tokenized or {})
+            if self.plan.comparison.holdout:
+                held_out = trainer.evaluate((self._tokenized or {})[HOLDOUT], metric_key_prefix=HOLDOUT)
+                record["selection_loss"] = held_out[f"{HOLDOUT}_loss"]
             # Evaluation and preparation included: for the estimate of the remaining time.
             run |= {"model": self.plan.model.model_name_or_path, "layers": self._model.config.num_hidden_layers}
             if contender.peer:
@@ -122,6 +130,28 @@ class Bench:
         if self._tokenized is None:
             length = self.plan.comparison.max_seq_length
             self._tokenized = tokenize(self.task, self._tokenizer, self._splits, length)
+
+
+def hold_out(train: Any, part: float, most: int) -> dict[str, Any]:
+    """Divide a training split: by one permutation, whatever the seed, so that all runs train on the same examples.
+
+    Args:
+        train: the dataset.
+        part: of it that is kept out of training, rounded up.
+        most: but no more examples than these.
+
+    Returns:
+        `train`, what is left of it in its own order, and `HOLDOUT`.
+
+    Raises:
+        ValueError: if nothing is left to train on.
+    """
+    count = min(math.ceil(part * len(train)), most)
+    if count >= len(train):
+        raise ValueError(f"a holdout of {part:g} leaves none of {len(train)} examples to train on: take less of them")
+    order = list(range(len(train)))
+    random.Random(0).shuffle(order)
+    return {"train": train.select(sorted(order[count:])), HOLDOUT: train.select(sorted(order[:count]))}
 
 
 def _data_dir(arguments: ComparisonArguments, task: GlueTask) -> str | None:

@@ -9,7 +9,10 @@ from typing import Any, overload
 
 import torch
 from peers import PEERS
+from torch.profiler import record_function
 from transformers.optimization import Adafactor
+
+from hf_efcp.step import SPANS
 
 PUBLISHED_ROWS = 1024
 
@@ -60,12 +63,17 @@ class AsPublished(torch.optim.Optimizer):
         """
         assert closure is None
         newest, rows = self.pushed % self.num_grads, min(self.pushed + 1, self.num_grads)
-        self.accumulate(newest)
-        column = self.dots(newest, rows)
-        self.gram[newest, :rows] = column
-        self.gram[:rows, newest] = column
+        with record_function(SPANS["compress"]):
+            self.accumulate(newest)
+        with record_function(SPANS["products"]):
+            column = self.dots(newest, rows)
+            self.gram[newest, :rows] = column
+            self.gram[:rows, newest] = column
         self.pushed += 1
-        self.apply(self.combine(self.solve(newest, rows)))
+        with record_function(SPANS["solve"]):
+            coefficients = self.solve(newest, rows)
+        with record_function(SPANS["update"]):
+            self.apply(self.combine(coefficients))
         return None
 
     def accumulate(self, newest: int) -> None:

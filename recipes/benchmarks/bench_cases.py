@@ -54,7 +54,7 @@ DEFAULTS = tuple(
         ("GaLore, rank 128, between its SVDs", "galore", ""),
         ("AdamW, 8 bits", "adamw_8bit", ""),
         ("Adafactor", "adafactor", ""),
-        ("Muon, AdamW for the rest", "muon", ""),
+        ("Muon", "muon", ""),
         ("SOAP, between its QRs", "soap", "precondition_frequency=1000"),
         ("SOAP, a QR at every step", "soap", "precondition_frequency=1"),
         ("Shampoo, between its roots", "shampoo", "preconditioning_compute_steps=1000"),

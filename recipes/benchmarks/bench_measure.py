@@ -12,22 +12,20 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import psutil  # type: ignore[import-untyped]  # accelerate brings it
 import torch
 from bench_baselines import AsPublished
+from torch.profiler import ProfilerActivity, profile
 
 import hf_efcp
 from hf_efcp import EFCP
-from hf_efcp.kernels import choose
-from hf_efcp.metric import Metric
+from hf_efcp.step import SPANS
 
-PARTS = ("metric", "compress", "dots", "project", "solve", "combine", "apply")
+PARTS = tuple(SPANS)
 _FIRST_STEP = """
 import time, torch, hf_efcp
 param = torch.nn.Parameter(torch.zeros(1 << 20))
@@ -41,90 +39,30 @@ _PAUSE = 0.05  # seconds until torch's threads have stopped waiting for work, wh
 
 
 def timed_step(optimizer: torch.optim.Optimizer) -> tuple[float, dict[str, float]]:
-    """One step, and for its parts a second one on one thread: threads that share the work are in several parts at once.
+    """One step, and a second one under torch's profiler, which has a span for each part.
 
     Args:
         optimizer: Stepped.
 
     Returns:
         Seconds of the first, and what of them are shares of the parts in the second, "rest" for what is in none;
-        nothing by part for another library's optimizer. A part that runs inside of another counts for itself only.
+        nothing by part for another library's optimizer.
     """
     time.sleep(_PAUSE)
     start = time.perf_counter()
     optimizer.step()
     whole = time.perf_counter() - start
-    places = _places(optimizer)
-    if not places:
+    if not isinstance(optimizer, EFCP | AsPublished):
         return whole, {}
-    clock, threads = _Clock(places), torch.get_num_threads()
-    with ExitStack() as stack:
-        for part, methods in places.items():
-            for owner, name in methods:
-                stack.enter_context(patch.object(owner, name, clock.timed(part, getattr(owner, name))))
-        torch.set_num_threads(1)
-        stack.callback(torch.set_num_threads, threads)
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        time.sleep(_PAUSE)
         start = time.perf_counter()
         optimizer.step()
-        alone = time.perf_counter() - start
-    clock.seconds["rest"] = alone - sum(clock.seconds.values())
-    return whole, {part: seconds * whole / alone for part, seconds in clock.seconds.items()}
-
-
-class _Clock:
-    """Adds up the seconds of parts.
-
-    Args:
-        parts: Their names.
-    """
-
-    def __init__(self, parts: Iterable[str]) -> None:
-        self.seconds = dict.fromkeys(parts, 0.0)
-        self._inside = [0.0]  # seconds of the parts inside of each call that is under way
-
-    def timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """A function that does the same, and whose time counts for a part.
-
-        Args:
-            part: The part.
-            function: The function.
-
-        Returns:
-            The function that is timed.
-        """
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            self._inside.append(0.0)
-            start = time.perf_counter()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                took = time.perf_counter() - start
-                self.seconds[part] += took - self._inside.pop()
-                self._inside[-1] += took
-
-        return call
-
-
-def _places(optimizer: torch.optim.Optimizer) -> dict[str, list[tuple[Any, str]]]:
-    """The parts that a step has, in the order of `PARTS`, and where: objects or classes, and names of methods."""
-    if isinstance(optimizer, AsPublished):
-        methods = {"compress": "accumulate", "dots": "dots", "solve": "solve", "combine": "combine", "apply": "apply"}
-        return {part: [(optimizer, name)] for part, name in methods.items()}
-    if not isinstance(optimizer, EFCP):
-        return {}
-    window, settings = type(optimizer._layout.window), optimizer.param_groups[0]
-    in_metric, dense = settings["metric"] != "none", settings["precondition"] != "row"
-    places: dict[str, list[tuple[Any, str]]] = {
-        "metric": [(Metric, name) for name in ("observe", "observe_factored", "whiten", "momentum") if in_metric],
-        "compress": [(hf_efcp.step, "push")],
-        "dots": [(window, "dots")] if optimizer._preconditioner.uses_gram else [],
-        "project": [(window, "project")] if dense else [],
-        "solve": [(EFCP, "_plan")],
-        "combine": [(window, "combine")],
-        "apply": [(choose(optimizer.backend, torch.device("cpu")), "apply")],
-    }
-    return {part: methods for part, methods in places.items() if methods}
+        again = time.perf_counter() - start
+    spans = {event.key: event.cpu_time_total * 1e-6 for event in profiler.key_averages()}
+    seconds = {part: spans[name] for part, name in SPANS.items() if name in spans}
+    seconds["rest"] = again - sum(seconds.values())
+    return whole, {part: own * whole / again for part, own in seconds.items()}
 
 
 def stream(tensors: Iterable[torch.Tensor]) -> tuple[float, int]:

@@ -28,7 +28,7 @@ class Timing:
         memory: Bytes of the state by part.
         bytes_per_parameter: Of the whole state.
         peak: Bytes by which resident memory rose during a step, after a warm-up step.
-        extrapolated_from: Rows of the window that was measured, where dots and combine were multiplied up from it.
+        extrapolated_from: Rows of the window that was measured, where products and update were multiplied up from it.
     """
 
     label: str
@@ -106,8 +106,10 @@ class Report:
         ratio = published.seconds / large.seconds if published and large else None
         targets = [Target(f"{PUBLISHED} / {SPARSE_1024}", ratio, 30.0, "x", at_least=True)]
         for label, result in ((SPARSE_1024, large), (SPARSE_256, small)):
-            work = None if result is None else (result.parts["dots"] + result.parts["combine"]) / result.stream_seconds
-            targets.append(Target(f"{label}: (dots + combine) / reading the window twice", work, 2.2, "x"))
+            work = (
+                None if result is None else (result.parts["products"] + result.parts["update"]) / result.stream_seconds
+            )
+            targets.append(Target(f"{label}: (products + update) / reading the window twice", work, 2.2, "x"))
         limit = max(0.06, 2.5 * self.accumulator_seconds)
         for label, result in ((SPARSE_1024, large), (SPARSE_256, small)):
             seconds = None if result is None else result.parts["compress"]
@@ -183,7 +185,7 @@ class Report:
 
     def _extrapolations(self) -> list[str]:
         return [
-            f"\n\\* memory had room for {result.extrapolated_from} rows: dots and combine were measured there and "
+            f"\n\\* memory had room for {result.extrapolated_from} rows: products and update were measured there and "
             "multiplied up in proportion to m; the solve is that of the smaller window, and so are the bytes"
             for result in self.results
             if result.extrapolated_from
@@ -203,14 +205,21 @@ class Report:
         rows = []
         for result in self.results:
             if cached := self.in_cache.get(result.label):
-                work = (result.parts[part] for part in ("dots", "combine"))
+                work = (result.parts[part] for part in ("products", "update"))
                 alone = (cached["dots"], cached["combine"], result.stream_seconds)
                 rows.append((result.label, *map(_seconds, (*work, *alone))))
-        heading = ("optimizer", "dots", "combine", "dots, in the cache", "combine, in the cache", "window read twice")
+        heading = (
+            "optimizer",
+            "products",
+            "update",
+            "dots, in the cache",
+            "combine, in the cache",
+            "window read twice",
+        )
         return [
             "",
-            "Where dots and combine spend their time: as in a step; on a window that stays in the cache, multiplied up "
-            "to as many entries; and reading alone:",
+            "Where products and update spend their time: as in a step; their kernels on a window that stays in the "
+            "cache, multiplied up to as many entries; and reading alone:",
             "",
             *table(heading, rows),
         ]

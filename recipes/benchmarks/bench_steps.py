@@ -175,7 +175,7 @@ def _result(
         wanted = parse_options(case.options).get("num_grads", PUBLISHED_ROWS)
         if wanted > optimizer.num_grads:
             extrapolated_from = optimizer.num_grads
-            for part in ("dots", "combine"):
+            for part in ("products", "update"):
                 more = (wanted / optimizer.num_grads - 1.0) * parts[part]
                 parts[part] += more
                 seconds += more

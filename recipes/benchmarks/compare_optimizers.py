@@ -4,8 +4,11 @@
     python recipes/benchmarks/compare_optimizers.py recipes/configs/compare_variants.yaml --max_steps 20
 
 The YAML has `tasks`, `search_seed`, `seeds`, training arguments for all, and under `optimizers` a label for each with
-`optim`, `learning_rates` and perhaps `optim_args` and `optim_target_modules`. All runs with one seed start from the
-same weights and see the same batches. No model is stored.
+`optim`, `learning_rates` and perhaps `optim_args` and `optim_target_modules`. With `holdout: 0.1` and `select_by:
+selection_loss` the learning rates are chosen by the loss on a tenth of the training split, and not on what is reported;
+with `eval_steps` the table has the steps to AdamW's loss. docs/protocol.md is a protocol of such parts.
+
+All runs with one seed start from the same weights and see the same batches. No model is stored.
 
 The folder `output_dir` then holds `runs.jsonl`, `table.md` and pictures. A run is in `runs.jsonl` as soon as it ends:
 interrupt the program and start it again, or change the YAML, and only what is not there is run. A run that diverges is
@@ -25,6 +28,7 @@ from typing import Any
 import _recipes  # noqa: F401
 from bench import Bench
 from cli import explained, require
+from families import family
 from plan import Contender, Plan, read_plan
 from report import Curve, Result, rates_table, table
 from runs import RunLog
@@ -107,7 +111,8 @@ class Comparison:
             for name, points in found.items():
                 values = [run["metrics"][name] for run in runs if run is not None]
                 points[rate] = tuple(float(value) for value in values if value is not None)
-        return Curve(bench.task.name, bench.task.headline, contender.label, contender.stock, *found.values())
+        kind = "stock" if contender.stock else family(str(contender.args.optim))
+        return Curve(bench.task.name, bench.task.headline, contender.label, kind, *found.values())
 
     def _result(self, bench: Bench, contender: Contender) -> Result:
         search_seed, seeds = self.plan.comparison.search_seed, self.plan.comparison.seeds
@@ -141,12 +146,18 @@ class Comparison:
             if (run := self.log.finished(bench.key(contender, rate, seed)))
         }
 
+        def held_out(rate: float) -> float:
+            loss = finished[rate]["selection_loss"]
+            return math.inf if loss is None else loss
+
         def merit(rate: float) -> tuple[bool, float, float]:
             metrics = finished[rate]["metrics"]
             value, loss = metrics[bench.task.headline], metrics["loss"]
             # A model whose loss is not a number may still be right by chance; of equals the lower loss wins.
             return loss is not None, -math.inf if value is None else value, -math.inf if loss is None else -loss
 
+        if self.plan.comparison.select_by == "selection_loss":
+            return min(finished, key=held_out, default=None)
         return max(finished, key=merit, default=None)
 
     def _rate(self, slot: Slot) -> float | None:
@@ -186,7 +197,8 @@ def write_report(comparison: Comparison) -> None:
     from figures import plot_losses, plot_memory, plot_metrics, plot_rates
 
     output_dir, results = comparison.plan.output_dir, comparison.results()
-    text = table(results, comparison.plan.comparison.search_seed, comparison.plan.skipped)
+    arguments = comparison.plan.comparison
+    text = table(results, arguments.search_seed, comparison.plan.skipped, arguments.select_by)
     if comparison.plan.comparison.every_rate:
         curves = comparison.curves()
         text += rates_table(curves)

@@ -6,25 +6,19 @@ import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from families import FAMILIES, MEMBERS
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.text import Annotation, Text
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from matplotlib.transforms import Bbox
-from plots import COLOURS, MARKERS, smooth
+from plots import WIDTH, smooth, wide
 from report import Curve, Result
 
-# How an optimizer keeps its gradients, its colour and its marker.
-FAMILIES = {
-    "sparse": ("#0072B2", "o", "sparse window"),
-    "lowrank": ("#D55E00", "s", "low-rank window"),
-    "dense": ("#009E73", "^", "dense window"),
-    "other": ("#CC79A7", "D", "other EFCP"),
-    "stock": ("#333333", "X", "stock optimizer"),
-}
+Shown = TypeVar("Shown", Result, Curve)
 BACKGROUND = "#C8C8C8"
 
 
@@ -37,9 +31,9 @@ def plot_losses(path: Path, results: list[Result], against: str) -> None:
         against: "steps" or "seconds".
     """
     shown = [result for result in results if result.runs]
-    columns = max(1, min(4, math.ceil(math.sqrt(len(shown)))))
+    columns = max(1, min(3, math.ceil(math.sqrt(len(shown)))))
     rows = max(1, math.ceil(len(shown) / columns))
-    figure = Figure(figsize=(1 + 3.1 * columns, 1.4 + 2.3 * rows), dpi=150, layout="constrained")
+    figure = Figure(figsize=(WIDTH, 1.4 + 2.1 * rows), dpi=150, layout="constrained")
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     curves = [[_loss_curve([run], against) for run in result.runs] for result in shown]
     means = [_loss_curve(list(result.runs), against) for result in shown]
@@ -81,11 +75,11 @@ def plot_losses(path: Path, results: list[Result], against: str) -> None:
         Line2D([], [], color=BACKGROUND, linewidth=1, label="the other optimizers"),
     ]
     if reference is not None:
-        label = f"{shown[reference].label} (best stock optimizer)"
+        label = f"{shown[reference].label} (the best that is none of EFCP's)"
         legend.append(Line2D([], [], color=FAMILIES["stock"][0], linewidth=1.3, linestyle=(0, (4, 2)), label=label))
     title = f"{results[0].task}: training loss, smoothed, at the best learning rate"
-    figure.suptitle(f"{title}, with the mean {_words(results[0].headline)} after training", fontsize=12)
-    figure.legend(handles=legend, loc="outside lower center", ncols=len(legend), frameon=False, fontsize=9)
+    figure.suptitle(f"{title},\nwith the mean {_words(results[0].headline)} after training", fontsize=11)
+    figure.legend(handles=legend, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     figure.savefig(path)
 
 
@@ -96,13 +90,18 @@ def plot_metrics(path: Path, results: list[Result]) -> None:
         path: the PNG file to write.
         results: of all tasks.
     """
-    tasks = list(dict.fromkeys(result.task for result in results))
+    results, tasks = _learned(results)
     by_label: dict[str, list[float]] = {}
     for result in results:
         by_label.setdefault(result.label, []).append(-math.inf if result.mean is None else result.mean)
     labels = sorted(by_label, key=lambda label: statistics.fmean(by_label[label]))  # the best on top
-    figure = Figure(figsize=(3.2 + 4.2 * len(tasks), 1.6 + 0.36 * len(labels)), dpi=150, layout="constrained")
-    for column, (task, axes) in enumerate(zip(tasks, figure.subplots(1, len(tasks), squeeze=False)[0], strict=True)):
+    columns = min(2, len(tasks))
+    rows = math.ceil(len(tasks) / columns)
+    figure = Figure(figsize=(WIDTH, 1.0 + rows * (0.9 + 0.32 * len(labels))), dpi=150, layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes in list(grid.flat)[len(tasks) :]:
+        axes.set_visible(False)
+    for number, (task, axes) in enumerate(zip(tasks, grid.flat, strict=False)):
         for result in results:
             if result.task != task or result.mean is None:
                 continue
@@ -114,7 +113,7 @@ def plot_metrics(path: Path, results: list[Result]) -> None:
             axes.annotate(
                 f"{result.mean:.3f}", where, xytext=(0, 7), textcoords="offset points", ha="center", fontsize=7
             )
-        axes.set_yticks(range(len(labels)), labels if column == 0 else [""] * len(labels))
+        axes.set_yticks(range(len(labels)), labels if number % columns == 0 else [""] * len(labels))
         axes.set_ylim(-0.6, len(labels) - 0.2)
         metric = next(result.headline for result in results if result.task == task)
         axes.set_xlabel(f"{_words(metric)} on the validation split")
@@ -122,6 +121,7 @@ def plot_metrics(path: Path, results: list[Result]) -> None:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         axes.margins(x=0.08)
+        axes.set_xlim(wide(axes.get_xlim()))
     _family_legend(figure, results)
     figure.suptitle("After training: mean, standard deviation (bar), each seed (small circle)", fontsize=12)
     figure.savefig(path)
@@ -134,16 +134,27 @@ def plot_rates(path: Path, curves: list[Curve]) -> None:
         path: the PNG file to write.
         curves: of all tasks.
     """
-    tasks = list(dict.fromkeys(curve.task for curve in curves))
+    curves, tasks = _learned(curves)
     panels = [*tasks, "mean over tasks"] if len(tasks) > 1 else tasks
-    figure = Figure(figsize=(1 + 3.4 * len(panels), 7), dpi=150, layout="constrained")
-    grid = figure.subplots(2, len(panels), squeeze=False, sharex=True)
-    handles = _draw_rates(grid[0], curves, panels) | _draw_rates(grid[1], [c.loss() for c in curves], panels)
-    for axes in grid[1]:
+    size, upright = (WIDTH, 6.4), len(panels) > 3  # then a row for each panel
+    if upright:
+        size = (WIDTH, 0.8 + 2.4 * len(panels))
+    figure = Figure(figsize=size, dpi=150, layout="constrained")
+    grid = figure.subplots(*((len(panels), 2) if upright else (2, len(panels))), squeeze=False, sharex=True)
+    metric, loss = grid.T if upright else grid
+    handles = _draw_rates(metric, curves, panels) | _draw_rates(loss, [curve.loss() for curve in curves], panels)
+    for axes in metric:
+        axes.set_ylim(wide(axes.get_ylim()))
+    for axes in grid[-1]:
         axes.set_xlabel("learning rate")
-    figure.suptitle("Only the optimizer changes: after training, against the learning rate", fontsize=12)
+    figure.suptitle("Only the optimizer changes: after training, against the learning rate", fontsize=11)
     figure.legend(
-        list(handles.values()), list(handles), loc="outside lower center", ncols=min(5, len(handles)), frameon=False
+        list(handles.values()),
+        list(handles),
+        loc="outside lower center",
+        ncols=min(4, len(handles)),
+        frameon=False,
+        fontsize=9,
     )
     figure.savefig(path)
 
@@ -151,17 +162,19 @@ def plot_rates(path: Path, curves: list[Curve]) -> None:
 def _draw_rates(row: Sequence[Axes], curves: list[Curve], panels: list[str]) -> dict[str, Line2D]:
     tasks = list(dict.fromkeys(curve.task for curve in curves))
     rates = sorted({rate for curve in curves for rate in curve.points})
+    drawn: list[str] = []
     handles = {}
     for number, label in enumerate(dict.fromkeys(curve.label for curve in curves)):
         own = [curve for curve in curves if curve.label == label]
-        stock = own[0].stock
+        marker, dashes = MEMBERS[drawn.count(own[0].family) % len(MEMBERS)]
+        drawn.append(own[0].family)
         style: dict[str, Any] = {
-            "color": FAMILIES["stock"][0] if stock else COLOURS[number % len(COLOURS)],
-            "marker": FAMILIES["stock"][1] if stock else MARKERS[(number + number // len(COLOURS)) % len(MARKERS)],
+            "color": FAMILIES[own[0].family][0],
+            "marker": marker,
+            "linestyle": dashes,
             # Hollow, and each larger than the one before: results that are equal show as one around the other.
             "markerfacecolor": "none",
-            "markersize": 6 + 2.5 * (number % len(COLOURS)),
-            "linestyle": "--" if stock else "-",
+            "markersize": 5 + 2 * (number % 4),
         }
         means: dict[float, list[float]] = {}
         for curve, axes in zip(own, row, strict=False):
@@ -172,17 +185,25 @@ def _draw_rates(row: Sequence[Axes], curves: list[Curve], panels: list[str]) -> 
             handles[label] = axes.plot(list(points), [statistics.fmean(v) for v in points.values()], **style)[0]
         complete = {rate: values for rate, values in means.items() if len(values) == len(tasks)}
         if len(tasks) > 1:
-            row[-1].plot(list(complete), [statistics.fmean(v) for v in complete.values()], linewidth=2.5, **style)
+            row[-1].plot(list(complete), [statistics.fmean(v) for v in complete.values()], linewidth=2.2, **style)
     for panel, axes in zip(panels, row, strict=True):
         metric = next((curve.headline for curve in curves if curve.task == panel), curves[0].headline)
-        axes.set_title(f"{panel}: {_words(metric)}", loc="left", fontsize=10)
+        axes.set_title(f"{panel}: {_words(metric)}", loc="left", fontsize=9)
         axes.set_xscale("log")
-        axes.set_xticks(rates, [f"{rate:g}" for rate in rates], rotation=45, minor=False)
+        axes.set_xticks(rates, [f"{rate:g}" for rate in rates], rotation=45, minor=False, fontsize=8)
+        axes.tick_params(axis="y", labelsize=8)
         axes.minorticks_off()
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         axes.margins(x=0.08, y=0.1)
     return handles
+
+
+def _learned(shown: list[Shown]) -> tuple[list[Shown], list[str]]:
+    """What is on tasks on which anything was learned, and these tasks: a panel of zeros tells nothing."""
+    tasks = list(dict.fromkeys(one.task for one in shown))
+    learned = [task for task in tasks if any(any(one.values) for one in shown if one.task == task)] or tasks
+    return [one for one in shown if one.task in learned], learned
 
 
 def plot_memory(path: Path, results: list[Result]) -> None:
@@ -192,10 +213,11 @@ def plot_memory(path: Path, results: list[Result]) -> None:
         path: the PNG file to write.
         results: of all tasks.
     """
-    tasks = list(dict.fromkeys(result.task for result in results))
+    results, tasks = _learned(results)
     count = max(sum(result.task == task for result in results) for task in tasks)
-    figure = Figure(figsize=(1 + 7.2 * len(tasks), max(4.8, 1.8 + 0.3 * count)), dpi=150, layout="constrained")
-    for task, axes in zip(tasks, figure.subplots(1, len(tasks), squeeze=False)[0], strict=True):
+    height = 0.8 + len(tasks) * max(3.6, 1.0 + 0.3 * count)
+    figure = Figure(figsize=(WIDTH, height), dpi=150, layout="constrained")
+    for task, axes in zip(tasks, figure.subplots(len(tasks), 1, squeeze=False)[:, 0], strict=True):
         shown = [result for result in results if result.task == task and result.mean is not None]
         for result in shown:
             colour, marker, _ = FAMILIES[result.family]
@@ -213,6 +235,7 @@ def plot_memory(path: Path, results: list[Result]) -> None:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         axes.margins(y=0.08)
+        axes.set_ylim(wide(axes.get_ylim()))
     _family_legend(figure, results)
     figure.suptitle("What the state costs, and what it brings (mean and standard deviation over seeds)", fontsize=12)
     figure.draw_without_rendering()  # the places of the axes are known only then

@@ -41,6 +41,17 @@ class ComparisonArguments(TextArguments):
     every_rate: bool = dataclasses.field(
         default=False, metadata={"help": "train with every learning rate and every seed, not with the best rate only"}
     )
+    holdout: float = dataclasses.field(
+        default=0.0, metadata={"help": "keep this part of the training split out of training, for selection_loss"}
+    )
+    holdout_max: int = dataclasses.field(default=2000, metadata={"help": "but at most so many examples"})
+    select_by: str = dataclasses.field(
+        default="metric",
+        metadata={
+            "help": "what chooses the learning rate: the validation split's metric, or the loss on the holdout",
+            "choices": ["metric", "selection_loss"],
+        },
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +104,7 @@ def read_plan(argv: list[str]) -> Plan:
             raise ValueError(f"{name} must have one or more values, each once: {values}")
     for task in comparison.tasks:
         get_task(task)
+    _check_selection(comparison)
     contenders, skipped = [], []
     for label, entry in entries.items():
         if missing := _missing(entry):
@@ -102,6 +114,15 @@ def read_plan(argv: list[str]) -> Plan:
     if not contenders:
         raise ValueError(f"no optimizer is left to run: {'; '.join(skipped)}")
     return Plan(comparison, model, Path(args.output_dir), tuple(contenders), tuple(skipped))
+
+
+def _check_selection(comparison: ComparisonArguments) -> None:
+    if not 0.0 <= comparison.holdout < 1.0:
+        raise ValueError(f"holdout is a part of the training split, at least 0 and below 1: {comparison.holdout}")
+    if comparison.holdout_max < 1:
+        raise ValueError(f"holdout_max must be at least 1: {comparison.holdout_max}")
+    if comparison.select_by == "selection_loss" and comparison.holdout == 0.0:
+        raise ValueError("select_by: selection_loss needs a holdout to take the loss of, such as holdout: 0.1")
 
 
 def _missing(entry: Any) -> str | None:

@@ -6,6 +6,7 @@ import dataclasses
 import statistics
 from typing import Any
 
+from families import family
 from tables import table as lay_out
 
 
@@ -17,7 +18,7 @@ class Result:
         task: the task's name.
         headline: the metric that stands for the task.
         label: the optimizer's name in the comparison.
-        stock: whether it is one of Trainer's own.
+        stock: whether it is none of EFCP's.
         tried: the learning rates that have a result on the search seed.
         best: the best of them, None when there is none.
         seeds: the seeds to train with at the best learning rate.
@@ -37,9 +38,8 @@ class Result:
 
     @property
     def family(self) -> str:
-        """How its gradients are kept; "stock" for an optimizer of Trainer's own."""
-        kind = self.runs[0]["optimizer"].partition("_")[0]
-        return "stock" if self.stock else kind if kind in ("sparse", "lowrank", "dense") else "other"
+        """How its gradients are kept; "stock" for an optimizer that is none of EFCP's."""
+        return "stock" if self.stock else family(self.runs[0]["optimizer"])
 
     @property
     def values(self) -> list[float]:
@@ -68,6 +68,36 @@ class Result:
         return float(self.runs[0]["optimizer_memory"]["total"] / self.runs[0]["parameters"])
 
     @property
+    def at_the_edge(self) -> str | None:
+        """Which end of several learning rates the best one is, "least" or "largest"; None when it is neither."""
+        if self.best is None or len(self.tried) < 2:
+            return None
+        return {min(self.tried): "least", max(self.tried): "largest"}.get(self.best)
+
+    @property
+    def loss(self) -> float | None:
+        """The mean over the seeds of the validation loss after training; None when one of them has no number."""
+        losses = [run["metrics"]["loss"] for run in self.runs]
+        return statistics.fmean(losses) if losses and None not in losses else None
+
+    @property
+    def evaluated(self) -> bool:
+        """Whether there were evaluations before the end of training."""
+        return any(row["step"] < run["steps"] for run in self.runs for row in _evaluations(run))
+
+    def steps_to(self, loss: float) -> tuple[int, ...]:
+        """How long it takes to a validation loss.
+
+        Args:
+            loss: the loss.
+
+        Returns:
+            For each seed that comes there, the step of the first evaluation with this loss or less.
+        """
+        first = [[row["step"] for row in _evaluations(run) if row["eval_loss"] <= loss] for run in self.runs]
+        return tuple(min(steps) for steps in first if steps)
+
+    @property
     def diverged(self) -> int:
         """The number of runs that ended with a loss that is not a number."""
         return sum(run["metrics"]["loss"] is None for run in self.runs)
@@ -81,7 +111,7 @@ class Curve:
         task: the task's name.
         headline: the metric that stands for the task.
         label: the optimizer's name in the comparison.
-        stock: whether it is one of Trainer's own.
+        family: as that of `Result`.
         points: for each learning rate, ascending, the headline metric of each seed that has a number.
         losses: the same for the validation loss.
     """
@@ -89,9 +119,14 @@ class Curve:
     task: str
     headline: str
     label: str
-    stock: bool
+    family: str
     points: dict[float, tuple[float, ...]]
     losses: dict[float, tuple[float, ...]]
+
+    @property
+    def values(self) -> list[float]:
+        """The headline metric of every seed at every learning rate."""
+        return [value for values in self.points.values() for value in values]
 
     def loss(self) -> Curve:
         """The curve of the validation loss.
@@ -144,13 +179,31 @@ def _spread(values: tuple[float, ...]) -> str:
     return f"{statistics.fmean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
 
 
-def table(results: list[Result], search_seed: int, notes: tuple[str, ...] = ()) -> str:
+def _evaluations(run: dict[str, Any]) -> list[dict[str, Any]]:
+    return [row for row in run["history"] if row.get("eval_loss") is not None]
+
+
+def reference(results: list[Result]) -> Result | None:
+    """The result whose loss the others are to reach: that of AdamW.
+
+    Args:
+        results: of one task.
+
+    Returns:
+        The first of PyTorch's AdamW that was evaluated on the way; None when there is none.
+    """
+    adamw = [result for result in results if result.stock and result.runs and result.evaluated]
+    return next((result for result in adamw if str(result.runs[0]["optimizer"]).startswith("adamw_torch")), None)
+
+
+def table(results: list[Result], search_seed: int, notes: tuple[str, ...] = (), select_by: str = "metric") -> str:
     """Lay out results in Markdown.
 
     Args:
         results: for each task and optimizer.
         search_seed: the seed that the learning rates were tried on.
         notes: what else to say.
+        select_by: what chose the learning rates, "metric" or "selection_loss".
 
     Returns:
         A table for each task, and one with the mean over tasks when there are several.
@@ -164,7 +217,7 @@ def table(results: list[Result], search_seed: int, notes: tuple[str, ...] = ()) 
     lines = [
         f"Every learning rate was tried with seed {search_seed}; the best of them was then trained with the seeds "
         f"{', '.join(map(str, seeds))}. Shown: mean ± sample standard deviation over these seeds, on the validation "
-        "split that also chose the learning rate; the median time of a step, without evaluation; the bytes of the "
+        f"split{_CHOSEN[select_by]}; the median time of a step, without evaluation; the bytes of the "
         "optimizer's state per parameter of the model.",
         "",
         *(f"- {note}" for note in notes),
@@ -174,6 +227,12 @@ def table(results: list[Result], search_seed: int, notes: tuple[str, ...] = ()) 
     if len(tasks) > 1:
         lines += _over_tasks(results, tasks)
     return "\n".join(lines).replace("\n\n\n", "\n\n") + "\n"
+
+
+_CHOSEN = {
+    "metric": " that also chose the learning rate",
+    "selection_loss": "; the loss on a part of the training split without training chose the learning rate",
+}
 
 
 def _of_task(results: list[Result]) -> list[str]:
@@ -197,12 +256,24 @@ def _of_task(results: list[Result]) -> list[str]:
         )
         for result in results
     ]
-    lines += lay_out((*header, "bytes / parameter"), rows, words=("tried",))
+    header = (*header, "bytes / parameter")
+    best = reference(results)
+    if best is not None and best.loss is not None:
+        header = (*header, f"steps to {best.label}'s loss")
+        rows = [(*row, _steps(result, best.loss)) for row, result in zip(rows, results, strict=True)]
+        lines += [f"{best.label}'s validation loss after training is {best.loss:.4f}, the mean over its seeds.", ""]
+    lines += lay_out(header, rows, words=("tried",))
     remarks = [f"- {result.label}: {failure.splitlines()[0]}" for result in results for failure in result.failures]
     remarks += [
         f"- {result.label}: diverged with {result.diverged} of {len(result.runs)} seeds"
         for result in results
         if result.diverged
+    ]
+    remarks += [
+        f"- {result.label}: its best learning rate, {result.best:g}, is the {result.at_the_edge} of those tried; a "
+        "better one may lie beyond"
+        for result in results
+        if result.at_the_edge
     ]
     return [*lines, "", *remarks]
 
@@ -216,6 +287,14 @@ def _over_tasks(results: list[Result], tasks: list[str]) -> list[str]:
         rows.append((label, f"{statistics.fmean(known):.3f}" if complete else "-"))
     title = ["", "## Mean over tasks", "", f"Of the metrics above, over {', '.join(tasks)}.", ""]
     return [*title, *lay_out(("optimizer", "mean"), rows), ""]
+
+
+def _steps(result: Result, loss: float) -> str:
+    steps = result.steps_to(loss)
+    if not steps:
+        return "-"
+    text = f"{statistics.fmean(steps):.0f}"
+    return text if len(steps) == len(result.seeds) else f"{text} ({len(steps)} of {len(result.seeds)} seeds)"
 
 
 def _value(result: Result) -> str:

@@ -7,6 +7,7 @@ import torch
 from problems import Regression, flat, set_gradients
 from ranks import run as run_ranks
 from relatives import build
+from states import assert_same
 from torch import nn
 from twins import Sketched
 
@@ -229,3 +230,23 @@ def test_replicas_move_alike(tmp_path):
         optimizer.step(closure_of(optimizer, lambda step=step: (net(2 * step) + net(2 * step + 1)) / 2))
     end = flat(net.parameters())
     assert (end - ends[0]).norm() < 1e-3 * (end - start).norm()
+
+
+def test_a_step_that_gradscaler_skips_leaves_the_weights_as_they_were():
+    problem = Regression(seed=3, width=20)
+    params = problem.parameters()
+    optimizer = build("lorenza", params, rho=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    for step in range(4):
+        optimizer.zero_grad()
+        before, moments = flat(params), copy.deepcopy(optimizer.state_dict()["state"])
+        with optimizer.ascent(lambda step=step: problem.loss(params, step)):
+            scaler.scale(problem.loss(params, step)).backward()
+        if step == 2:
+            params[0].grad[0, 0] = float("inf")
+        scaler.step(optimizer)
+        scaler.update()
+        assert torch.equal(flat(params), before) == (step == 2)
+        if step == 2:
+            assert_same(moments, optimizer.state_dict()["state"])
+    assert scaler.get_scale() == 32.0

@@ -234,3 +234,16 @@ def test_groups_that_are_not_preconditioned_are_stepped_as_adamw(name):
     with pytest.raises(ValueError, match="preconditioned of a group was changed after the first step, and parameter 0"):
         optimizer.step()
     assert_same(before, snapshot(params, optimizer))
+
+
+def test_long_finite_gradients_keep_all_finite(name):
+    """Up to the length that is refused."""
+    source = torch.Generator().manual_seed(2)
+    param = torch.nn.Parameter(torch.zeros(14, 9))
+    optimizer = build(name, [param], lr=1.0)
+    for size in (1e16, 1e-30, 8e16, 0.0, 1e-10, 1.0):
+        set_gradients([param], [size * torch.randn(14, 9, generator=source)])
+        optimizer.step()
+    assert torch.isfinite(param).all()
+    assert all(v.isfinite().all() for v in optimizer.state[param].values() if torch.is_tensor(v))
+    assert (param != 0).all()

@@ -114,9 +114,7 @@ def test_the_published_window_shrinks_to_the_memory_there_is_and_its_time_grows_
     assert len(result.repeats) == 2
     parts = result.parts
     assert result.seconds == pytest.approx(sum(parts.values()), rel=0.2)
-    measured = (
-        parts["compress"] + parts["solve"] + parts["apply"] + parts["rest"] + (parts["dots"] + parts["combine"]) / 8
-    )
+    measured = parts["compress"] + parts["solve"] + parts["rest"] + (parts["products"] + parts["update"]) / 8
     assert sum(result.repeats) / 2 == pytest.approx(measured, rel=1e-6)
     assert "memory had room for 8 rows" in "\n".join(report._extrapolations())
 
@@ -230,35 +228,30 @@ def test_streaming_counts_every_byte_twice(recipe):
 
 
 @pytest.mark.parametrize(
-    ("text", "without"),
+    "text",
     [
-        ("lowrank_mfac num_grads=9", {"project"}),
-        ("sparse_mfac num_grads=9,precondition=gradient", set()),
-        ("dense_mfac num_grads=9,metric=none,precondition=gradient", {"metric"}),
-        ("lowrank_ggt num_grads=9,metric=none", {"metric", "project"}),
-        ("microadam", {"metric", "project", "dots"}),
-        ("published num_grads=9", {"metric", "project"}),
+        "lowrank_mfac num_grads=9",
+        "sparse_mfac num_grads=9,precondition=gradient",
+        "dense_mfac num_grads=9,metric=none,precondition=gradient",
+        "microadam",
+        "published num_grads=9",
     ],
 )
-def test_the_parts_of_a_step_add_up_and_nothing_stays_patched(recipe, text, without):
+def test_the_parts_of_a_step_add_up(recipe, text):
     optimizer = recipe.bench_cases.build(recipe.bench_cases.parse_case(text), module(), 0, plenty)
     optimizer.step()
-    places = recipe.bench_measure._places(optimizer)
-    assert list(places) == [part for part in recipe.bench_measure.PARTS if part not in without]
-    methods = [getattr(owner, name) for pairs in places.values() for owner, name in pairs]
     whole, parts = recipe.bench_measure.timed_step(optimizer)
-    assert list(parts) == [*places, "rest"]
+    assert list(parts) == [*recipe.bench_measure.PARTS, "rest"]
     assert sum(parts.values()) == pytest.approx(whole)
     assert all(seconds > 0.0 for seconds in parts.values())
-    assert [getattr(owner, name) for pairs in places.values() for owner, name in pairs] == methods
 
 
 @pytest.mark.parametrize(
     ("text", "function", "part"),
     [
-        ("sparse_mfac num_grads=9", "hf_efcp.kernels.numba.combine", "combine"),  # while the update is applied
-        ("lowrank_mfac num_grads=9", "hf_efcp.kernels.numba.whiten_levels", "metric"),  # in all of the parts around it
-        ("lowrank_mfac num_grads=9", "hf_efcp.kernels.numba.apply", "apply"),
+        ("sparse_mfac num_grads=9", "hf_efcp.kernels.numba.combine", "update"),
+        ("lowrank_mfac num_grads=9", "hf_efcp.kernels.numba.apply", "update"),
+        ("sparse_mfac num_grads=9", "hf_efcp.kernels.numba.dots", "products"),
         ("lowrank_mfac num_grads=9", "torch.linalg.qr", "compress"),
         ("lowrank_mfac num_grads=9", "torch.linalg.cholesky_ex", "solve"),
         ("dense_mfac num_grads=9,metric=none", "torch.linalg.cholesky_ex", "solve"),
@@ -283,7 +276,7 @@ def test_time_counts_for_the_part_that_took_it(recipe, text, function, part, mon
         torch.set_num_threads(threads)
     assert slept
     assert parts[part] >= 0.7 * sum(slept) / 2  # in two steps, of which the second tells the shares of the first
-    assert parts["rest"] > 0.0  # what counts twice is taken from the rest
+    assert parts["rest"] > 0.0
 
 
 def test_optimizers_of_other_libraries_have_no_parts(recipe):
@@ -377,7 +370,7 @@ def test_the_benchmark_from_end_to_end(recipe, tiny_model, tmp_path, capsys):
         *("--repeats", "2", "--train_repeats", "2", "--batch", "2", "--length", "8"),
         *(
             "--only",
-            r"AdamW|published|sparse M-FAC, m = (256|1024)$|mine",
+            r"AdamW .fused|published|sparse M-FAC, m = (256|1024)$|mine",
             "--case",
             "mine: lowrank_mfac num_grads=4",
         ),
@@ -393,7 +386,7 @@ def test_the_benchmark_from_end_to_end(recipe, tiny_model, tmp_path, capsys):
     assert small["options"] == "num_grads=16,block_size=256,metric=none"
     assert large["stream_bytes"] == 2 * (large["memory"]["indices"] + large["memory"]["values"])
     assert adamw["stream_bytes"] == 0
-    assert ("metric" in mine["parts"], "metric" in large["parts"]) == (True, False)
+    assert list(mine["parts"]) == ["compress", "products", "solve", "update", "rest"]
     assert mine["memory"]["metric"] == mine["memory"]["error"] > saved["parameters"]  # both in int8, with scales
     assert mine["bytes_per_parameter"] == pytest.approx(mine["memory"]["total"] / saved["parameters"])
     assert saved["peak_method"] in ("VmHWM", "sampled")
@@ -409,9 +402,9 @@ def test_the_benchmark_from_end_to_end(recipe, tiny_model, tmp_path, capsys):
     ratio = targets[f"{cases.PUBLISHED} / {cases.SPARSE_1024}"]
     assert ratio["measured"] == pytest.approx(published["seconds"] / large["seconds"])
     assert ratio["reached"] == (ratio["measured"] >= 30)
-    work = targets[f"{cases.SPARSE_1024}: (dots + combine) / reading the window twice"]
+    work = targets[f"{cases.SPARSE_1024}: (products + update) / reading the window twice"]
     assert work["measured"] == pytest.approx(
-        (large["parts"]["dots"] + large["parts"]["combine"]) / large["stream_seconds"]
+        (large["parts"]["products"] + large["parts"]["update"]) / large["stream_seconds"]
     )
     training = targets[f"training step, {cases.SPARSE_256} / {cases.ADAMW}"]
     wholes = [saved["training"][label]["whole"] for label in (cases.SPARSE_256, cases.ADAMW)]
@@ -461,7 +454,7 @@ def test_the_limits_follow_the_machine_and_the_state(recipe):
 
     def result(label, total, peak):
         memory = {"indices": 0, "values": 0, "error": 0, "momentum": 0, "metric": 0, "gram": 10, "total": total}
-        parts = {"compress": 0.05, "dots": 0.2, "solve": 0.1, "combine": 0.3, "apply": 0.1, "rest": 0.0}
+        parts = {"compress": 0.05, "products": 0.2, "solve": 0.1, "update": 0.3, "rest": 0.0}
         return report.Timing(label, "sparse_mfac", "", 1.0, parts, [1.0], 0.25, 8, memory, 1.0, peak)
 
     labels = recipe.bench_cases
@@ -471,7 +464,7 @@ def test_the_limits_follow_the_machine_and_the_state(recipe):
     assert by_what[f"{labels.SPARSE_1024}: compress"].limit == 0.25
     peak = by_what[f"{labels.SPARSE_1024}: resident memory, peak of a step"]
     assert (peak.measured, peak.limit, peak.reached) == (40.0, 50.0, True)
-    work = by_what[f"{labels.SPARSE_1024}: (dots + combine) / reading the window twice"]
+    work = by_what[f"{labels.SPARSE_1024}: (products + update) / reading the window twice"]
     assert work.measured == pytest.approx(2.0)
     assert by_what[f"{labels.SMALLEST}: state without K, bytes per parameter"].measured == 5.0
     assert by_what[f"{labels.SPARSE_256}: resident memory, peak of a step"].measured is None

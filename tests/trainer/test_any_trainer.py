@@ -39,10 +39,14 @@ def flat(model):
 def test_the_page_has_these_blocks():
     assert {title: len(blocks) for title, blocks in BLOCKS.items()} == {
         "transformers' own Trainers": 2,
+        "TRL": 2,
         "sentence-transformers": 1,
         "PEFT": 1,
         "Accelerate": 1,
-        "A module that configures its optimizer": 1,
+        "A loop of your own": 1,
+        "Lightning": 1,
+        "Optuna": 1,
+        "TensorBoard, Weights & Biases, trackio": 1,
     }
 
 
@@ -134,11 +138,12 @@ def test_accelerate():
     assert (flat(left["model"]) - start).norm() > 0
 
 
-def test_a_module_that_configures_its_optimizer():
-    left = run("A module that configures its optimizer")
-    (optimizer,), (scheduler,) = left["optimizers"], left["schedulers"]
-    assert isinstance(optimizer, torch.optim.Optimizer)
-    assert scheduler.optimizer is optimizer
+def test_a_loop_of_ones_own():
+    model = tiny_bert()
+    start = flat(model)
+    left = run("A loop of your own", model=model, batches=[stacked(toy_rows(8))] * 3)
+    assert (flat(model) - start).norm() > 0
+    assert left["optimizer"].state_dict()["state"][0]["pushed"] == 3
 
 
 def test_what_does_not_fit_is_refused():
@@ -149,3 +154,8 @@ def test_what_does_not_fit_is_refused():
         for_trainer("adamw", args)
     with pytest.raises(ValueError, match="optim_args: lr does not belong here, use learning_rate"):
         for_trainer("lowrank_mfac", args, "lr=1e-3")
+
+
+def test_names_of_ours_are_refused_where_only_transformers_own_are_known():
+    with pytest.raises(ValueError, match="lowrank_mfac is not a valid OptimizerNames"):
+        TrainingArguments("out", optim="lowrank_mfac")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from ranks import run
-from tiny import Gradients, arguments
+from tiny import OLD, Gradients, arguments, needs_transformers_5
 from tiny_models import EXAMPLES, MODELS, NAMES, Made, tiny
 from torch import nn
 from transformers import Trainer, set_seed
@@ -17,6 +17,7 @@ from transformers.trainer_pt_utils import LabelSmoother
 
 from hf_efcp import EFCPTrainer
 
+LOGGED = {"abs": 5.1e-5} if OLD else {"rel": 1e-5}
 CUT = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
 
 
@@ -70,7 +71,7 @@ def test_batches_of_two_have_the_gradient_and_the_losses_of_a_batch_of_eight(tmp
     assert gradient.norm() > 0.1
     found, logged, evaluated = trained(tmp_path, tiny(name), **CUT)
     assert apart(found, gradient) < 1e-5
-    assert logged == pytest.approx(loss, rel=1e-5)
+    assert logged == pytest.approx(loss, **LOGGED)
     if name != "Llama uneven":  # every batch of an evaluation weighs the same
         assert evaluated == pytest.approx(loss, rel=1e-5)
 
@@ -79,12 +80,13 @@ def test_it_was_tried_on_more_than_twenty_classes():
     assert len({name for name, *_ in MODELS.values()}) > 20
 
 
+@needs_transformers_5
 @pytest.mark.parametrize(("name", "factor"), [("T5", 4), ("BERT masked", 4), ("Wav2Vec2", 4), ("Llama", 1)])
 def test_what_the_stock_trainer_makes_of_it(tmp_path, name, factor):
     gradient, loss = by_hand(tiny(name))
     found, logged, _ = trained(tmp_path, tiny(name), Trainer, **CUT)
     assert apart(found, factor * gradient) < 1e-5
-    assert logged == pytest.approx(factor * loss, rel=1e-5)
+    assert logged == pytest.approx(factor * loss, **LOGGED)
 
 
 def test_items_that_a_model_counts_weigh_the_same_in_every_batch(tmp_path):
@@ -95,6 +97,7 @@ def test_items_that_a_model_counts_weigh_the_same_in_every_batch(tmp_path):
     assert apart(trained(tmp_path, tiny("Llama uneven"), **CUT)[0], gradient) < 1e-5
 
 
+@needs_transformers_5
 def test_the_model_is_called_once_for_a_batch_and_told_the_items_of_one(tmp_path):
     model, rows = tiny("BERT masked")
     told = []
@@ -107,6 +110,7 @@ def test_the_model_is_called_once_for_a_batch_and_told_the_items_of_one(tmp_path
     assert told == [4.0] * 8  # four batches of the step, four of the evaluation
 
 
+@needs_transformers_5
 @pytest.mark.parametrize("name", ["RoBERTa tags", "Llama uneven"])
 def test_label_smoothing_takes_the_mean_over_all_items(tmp_path, name):
     def uneven() -> Made:
@@ -122,7 +126,7 @@ def test_label_smoothing_takes_the_mean_over_all_items(tmp_path, name):
     gradient = gradient_of(smoothed, model)
     found, logged, _ = trained(tmp_path, uneven(), label_smoothing_factor=0.1, **CUT)
     assert apart(found, gradient) < 1e-5
-    assert logged == pytest.approx(float(smoothed.detach()), rel=1e-5)
+    assert logged == pytest.approx(float(smoothed.detach()), **LOGGED)
 
 
 # Losses of one's own
@@ -138,7 +142,12 @@ class SaysItIsNotScaled(EFCPTrainer):
 
 
 class TakesTheMean(EFCPTrainer):
-    loss_is_scaled_for_ga = False
+    loss_is_scaled_for_ga = False  # which older transformers do not ask for
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if not hasattr(Trainer, "loss_is_scaled_for_ga"):
+            self.model_accepts_loss_kwargs = False
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
         outputs = model(**inputs)
@@ -154,6 +163,7 @@ class DividesByAllItems(EFCPTrainer):
         return (loss, outputs) if return_outputs else loss
 
 
+@needs_transformers_5
 @pytest.mark.parametrize("trainer_cls", [CallsOurs, SaysItIsNotScaled, TakesTheMean, DividesByAllItems])
 def test_a_subclass_says_what_its_loss_is_as_with_the_stock_trainer(tmp_path, trainer_cls):
     gradient, loss = by_hand(tiny("BERT classes"))
@@ -176,7 +186,8 @@ def test_a_peft_model_has_the_gradient_of_a_batch_of_eight(tmp_path):
     assert gradient.norm() > 0.1
     found, logged, evaluated = trained(tmp_path, adapted(), **CUT)
     assert apart(found, gradient) < 1e-5
-    assert (logged, evaluated) == pytest.approx((loss, loss), rel=1e-5)
+    assert logged == pytest.approx(loss, **LOGGED)
+    assert evaluated == pytest.approx(loss, rel=1e-5)
 
 
 TWO_BY_TWO = {
@@ -208,6 +219,6 @@ def test_two_processes_have_the_gradient_and_the_losses_of_one(tmp_path):
         for (name, _), (found, logged, evaluated) in zip(IN_PROCESSES, of_rank, strict=True):
             gradient, loss = by_hand(made(name))
             assert apart(found, gradient) < 1e-5
-            assert logged == pytest.approx(loss, rel=1e-5)
+            assert logged == pytest.approx(loss, **LOGGED)
             if name != "Llama uneven":
                 assert evaluated == pytest.approx(loss, rel=1e-5)
