@@ -230,7 +230,7 @@ class Model:
             (len(tasks),),
             *(self.table, self.numbers, tasks, partial, settings.capacity, settings.eps),
             **{"RANK": settings.rank, "VALUES_IN": settings.values, **settings.vector},
-            **{"ROWS": _TILE[0], "COLS": _TILE[1], "INNER": _INNER, "PANEL": _PANEL},
+            **{"ROWS": _TILE[0] // 2, "COLS": _TILE[1], "INNER": _INNER, "PANEL": _PANEL},
         )
         found = self._add_up(
             "panels", lambda: [rows[number].places["unit"] for number in _tiles(rows, _PANEL)[:, 0]], partial
@@ -312,7 +312,7 @@ class Model:
         edges = np.arange(count + 1)
         bounds = self._plan(f"bounds of {name}", lambda: np.searchsorted(np.array(units()), edges).astype(np.int64))
         found = torch.empty(count, wide, dtype=torch.float64, device=self.device)
-        launch(sparse.add_up, (count, wide), bounds, partial, found, wide, LENGTH=_CHUNK, warps=1)
+        launch(sparse.add_up, (wide, count), bounds, partial, found, wide, LENGTH=_CHUNK, warps=1)
         return found
 
     def _plan(self, name: Any, make: Callable[[], NDArray[np.int64]]) -> torch.Tensor:

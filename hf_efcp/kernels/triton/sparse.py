@@ -57,7 +57,7 @@ def sparse_dots(
 @triton.jit
 def add_up(bounds, partial, columns, capacity, LENGTH: tl.constexpr):
     """Add the tasks of each tensor in their order: `(tensors, capacity)`."""
-    unit, i = tl.program_id(0), tl.program_id(1)
+    i, unit = tl.program_id(0), tl.program_id(1)  # the second is limited to 65,535
     first, last = tl.load(bounds + unit), tl.load(bounds + unit + 1)
     total = tl.zeros((LENGTH,), tl.float64)
     for begin in range(first, last, LENGTH):
