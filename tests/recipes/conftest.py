@@ -1,6 +1,10 @@
 """Fixtures of several files of this folder."""
 
+import copy
+
 import pytest
+import yaml
+from compare_cases import OPTIONS
 from glue_cases import sentences, write_csv
 from qa_cases import word_tokenizer
 from tiny import save_tiny_bert
@@ -21,3 +25,31 @@ def data_dir(tmp_path):
 @pytest.fixture(scope="module")
 def tokenizer():
     return word_tokenizer()
+
+
+@pytest.fixture
+def write_config(tiny_model, data_dir, tmp_path):
+    """Write the YAML of a small comparison, with changes."""
+
+    def write(**changes):
+        config = {
+            "tasks": ["sst2"],
+            "data_dir": str(data_dir),
+            "model_name_or_path": str(tiny_model),
+            "output_dir": str(tmp_path / "out"),
+            "search_seed": 3,
+            "seeds": [3, 4],
+            "max_seq_length": 16,
+            "max_steps": 40,
+            "per_device_train_batch_size": 16,
+            "logging_steps": 4,
+            "dataloader_pin_memory": False,
+            "use_cpu": True,
+            "optimizers": copy.deepcopy(OPTIONS),
+            **changes,
+        }
+        path = tmp_path / "comparison.yaml"
+        path.write_text(yaml.safe_dump(config, sort_keys=False))
+        return str(path)
+
+    return write

@@ -1,87 +1,16 @@
-"""The comparison of optimizers: its YAML, its runs and how they are kept, the table and the pictures."""
+"""The comparison of optimizers: its runs and how they are kept, the table and the pictures."""
 
-import copy
-import csv
 import json
 import math
-import random
 import re
 import statistics
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-import yaml
-from tiny import WORDS, save_tiny_bert
+from compare_cases import OPTIONS, lines
 
-from hf_efcp import OPTIMIZERS
-from hf_efcp.factory import parse_optim_args
-from hf_efcp.glue import TASKS
-
-ROOT = Path(__file__).parents[2]
-CONFIGS = [
-    path
-    for path in sorted((ROOT / "recipes" / "configs").rglob("*.yaml"))
-    if "optimizers" in yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
-]
 pytestmark = pytest.mark.usefixtures("private_cache")
-
-
-@pytest.fixture(scope="module")
-def tiny_model(tmp_path_factory):
-    return save_tiny_bert(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture
-def data_dir(tmp_path):
-    folder = tmp_path / "data"
-    folder.mkdir()
-    for split, count, seed in (("train", 256, 0), ("validation", 64, 1)):
-        rng = random.Random(seed)
-        with (folder / f"{split}.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(["sentence", "label"])
-            for _ in range(count):
-                label = rng.randrange(2)
-                words = [*rng.choices(WORDS, k=rng.randrange(3, 9)), ("bad", "good")[label]]
-                rng.shuffle(words)
-                writer.writerow([" ".join(words), label])
-    return folder
-
-
-OPTIONS = {
-    "EFCP": {"optim": "sparse_mfac", "optim_args": "num_grads=16,density=0.05", "learning_rates": [1e-5, 1e-2]},
-    "AdamW": {"optim": "adamw_torch", "learning_rates": [1e-3, 1e-7]},
-}
-
-
-@pytest.fixture
-def write_config(tiny_model, data_dir, tmp_path):
-    """Write the YAML of a small comparison, with changes."""
-
-    def write(**changes):
-        config = {
-            "tasks": ["sst2"],
-            "data_dir": str(data_dir),
-            "model_name_or_path": str(tiny_model),
-            "output_dir": str(tmp_path / "out"),
-            "search_seed": 3,
-            "seeds": [3, 4],
-            "max_seq_length": 16,
-            "max_steps": 40,
-            "per_device_train_batch_size": 16,
-            "logging_steps": 4,
-            "dataloader_pin_memory": False,
-            "use_cpu": True,
-            "optimizers": copy.deepcopy(OPTIONS),
-            **changes,
-        }
-        path = tmp_path / "comparison.yaml"
-        path.write_text(yaml.safe_dump(config, sort_keys=False))
-        return str(path)
-
-    return write
 
 
 @pytest.fixture
@@ -98,10 +27,6 @@ def counted(recipe, monkeypatch):
     return done
 
 
-def lines(folder):
-    return [json.loads(line) for line in (folder / "runs.jsonl").read_text().splitlines()]
-
-
 def place(run):
     return run["label"], run["key"]["learning_rate"], run["key"]["seed"]
 
@@ -110,169 +35,6 @@ def rows(table):
     """The cells of the table's lines by their first cell."""
     cells = [line.strip("| \n").split(" | ") for line in table.splitlines() if line.startswith("| ")]
     return {first: rest for first, *rest in cells}
-
-
-# Configuration
-
-
-def test_there_are_comparisons():
-    assert {path.name for path in CONFIGS} >= {"compare_variants.yaml"}
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=[str(path.relative_to(ROOT)) for path in CONFIGS])
-def test_every_comparison_binds_and_states_what_matters(recipe, path):
-    text = path.read_text(encoding="utf-8")
-    written = yaml.load(text, Loader=yaml.BaseLoader)
-    plan = recipe.plan.read_plan([str(path)])
-    assert text.startswith("# ")
-    assert f"python recipes/benchmarks/compare_optimizers.py {path.relative_to(ROOT)}" in text
-    assert set(plan.comparison.tasks) <= set(TASKS)
-    assert str(plan.output_dir).startswith("outputs/")
-    # What chose the learning rate is not reported, where something else than the metric can choose.
-    assert (plan.comparison.search_seed in plan.comparison.seeds) == (plan.comparison.select_by == "metric")
-    assert len(plan.contenders) + len(plan.skipped) == len(written["optimizers"])
-    # As many learning rates for each, where the best one of them counts.
-    assert plan.comparison.every_rate or len({len(contender.learning_rates) for contender in plan.contenders}) == 1
-    for contender in plan.contenders:
-        assert contender.args.max_grad_norm == float(written["max_grad_norm"])
-        assert contender.args.logging_nan_inf_filter is False
-        assert contender.args.warmup_steps == float(written["warmup_steps"])
-        assert contender.args.save_strategy == "no"
-
-
-def test_the_variants_are_all_compared_and_dense_ones_at_an_equal_window(recipe):
-    plan = recipe.plan.read_plan([str(ROOT / "recipes" / "configs" / "compare_variants.yaml")])
-    optimizers = [(contender.args.optim, contender.args.optim_args) for contender in plan.contenders]
-    own = {name for name, cls in OPTIMIZERS.items() if cls.__module__ == "hf_efcp.variants"}
-    assert {name for name, _ in optimizers} == {*own, "adamw_torch"}
-    for kind in ("mfac", "ggt"):
-        assert {f"dense_{kind}", f"sparse_{kind}", f"lowrank_{kind}"} <= {
-            name for name, options in optimizers if options and "num_grads=32,metric=none" in options
-        }
-    assert ("sparse_mfac", "num_grads=256,metric=none,damp=1e-5") in optimizers
-    for name, options in optimizers:
-        if name in OPTIMIZERS:  # by the paper's rules, all of them
-            built = OPTIMIZERS[name]([torch.nn.Parameter(torch.zeros(1))], **parse_optim_args(name, options))
-            assert built.defaults["metric"] == "none"
-    assert plan.comparison.search_seed in plan.comparison.seeds
-    assert {len(contender.learning_rates) for contender in plan.contenders} == {2}
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"optimizers": {"A": {"optim": "sparse_mfak", "learning_rates": [1]}}}, "optimizer 'A': .*sparse_mfak"),
-        ({"optimizers": {"A": {"optim": "sgd"}}}, "'A' must be a mapping with the keys optim and learning_rates"),
-        ({"optimizers": {"A": {"optim": "sgd", "learning_rates": [1], "lr": 1}}}, "unknown key 'lr'"),
-        ({"optimizers": {"A": {"optim": "sgd", "learning_rates": ["x"]}}}, "'A' must be a list of numbers: .*'x'"),
-        ({"optimizers": {"A": {"optim": "sgd", "learning_rates": [0]}}}, "must be positive, and each once"),
-        ({"optimizers": {"A": {"optim": "sgd", "learning_rates": [1, 1.0]}}}, "must be positive, and each once"),
-        (
-            {"optimizers": {"A": {"optim": "sgd", "optim_args": "momentun=0.9", "learning_rates": [1]}}},
-            "optimizer 'A': 'momentun=0.9' in optim_args has no effect",
-        ),
-        (
-            {"optimizers": {"A": {"optim": "sgd", "optim_args": "momentum", "learning_rates": [1]}}},
-            "expected key=value in optim_args, got 'momentum'",
-        ),
-        (
-            {"optimizers": {"A": {"optim": "sparse_mfac", "optim_args": "num_grad=3", "learning_rates": [1]}}},
-            "optimizer 'A': .*num_grad",
-        ),
-        ({"tasks": ["sst3"]}, "unknown task 'sst3'"),
-        ({"seeds": [1, 1]}, r"seeds must have one or more values, each once: \[1, 1\]"),
-    ],
-)
-def test_wrong_comparisons_are_refused_before_anything_is_loaded(recipe, write_config, changes, message):
-    with pytest.raises(ValueError, match=message):
-        recipe.plan.read_plan([write_config(**changes)])
-
-
-@pytest.mark.parametrize(
-    ("changes", "flags", "message"),
-    [
-        ({"seed": 1}, [], "seed does not belong here: use search_seed and seeds"),
-        ({"learning_rate": 1}, [], "learning_rate does not belong here: use learning_rates under optimizers"),
-        ({}, ["--optim", "sgd"], "optim does not belong here"),
-        ({"do_predict": True}, [], "do_predict does not belong here: use run_glue.py: no model is stored"),
-        ({"optimizers": ["sgd"]}, [], "must have the key 'optimizers' with a mapping under it"),
-        ({"max_step": 1}, [], "unknown key 'max_step' in .*did you mean max_steps"),
-    ],
-)
-def test_misplaced_settings_end_with_a_message(recipe, write_config, capsys, changes, flags, message):
-    with pytest.raises(SystemExit):
-        recipe.plan.read_plan([write_config(**changes), *flags])
-    assert re.search(message, capsys.readouterr().err)
-
-
-def test_a_label_that_is_there_twice_is_refused(recipe, write_config, capsys):
-    path = write_config()
-    text = Path(path).read_text()
-    Path(path).write_text(text + text[text.index("  AdamW:") :])
-    with pytest.raises(SystemExit):
-        recipe.plan.read_plan([path])
-    assert "the key 'AdamW' is in" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        recipe.plan.read_plan(["--max_steps", "3"])
-    assert "the first argument must be a YAML file with the key optimizers" in capsys.readouterr().err
-
-
-def test_galore_is_left_out_visibly_when_it_is_not_installed(recipe, write_config, monkeypatch):
-    galore = {"optim": "galore_adamw", "optim_target_modules": "all-linear", "learning_rates": [1e-3, 1e-2]}
-    path = write_config(optimizers={**OPTIONS, "GaLore": galore})
-    monkeypatch.setattr(recipe.plan, "_installed", lambda module: False)
-    plan = recipe.plan.read_plan([path])
-    assert [contender.label for contender in plan.contenders] == ["EFCP", "AdamW"]
-    assert plan.skipped == ("GaLore is left out: galore_torch is not installed",)
-    monkeypatch.setattr(recipe.plan, "_installed", lambda module: True)
-    assert recipe.plan.read_plan([path]).contenders[2].args.optim_target_modules == "all-linear"
-
-
-def test_every_task_has_data_of_its_own(recipe, write_config, data_dir):
-    path = write_config(tasks=["sst2", "cola"])
-    with pytest.raises(FileNotFoundError, match="with several tasks, --data_dir must have a folder for each: .*sst2"):
-        recipe.compare_optimizers.main([path])
-
-
-# The key of a run
-
-
-def test_the_key_holds_what_decides_the_result_and_nothing_else(recipe, write_config, data_dir):
-    def keys(*flags, **changes):
-        plan = recipe.plan.read_plan([write_config(**changes), *flags])
-        bench = recipe.bench.Bench(plan, TASKS["sst2"])
-        return [json.loads(recipe.training.to_json(bench.key(c, 1e-3, 3))) for c in plan.contenders]
-
-    efcp, adamw = keys()
-    assert efcp["optimizer"] == "sparse_mfac"
-    assert (efcp["options"]["num_grads"], efcp["options"]["density"]) == (16, 0.05)
-    assert efcp["options"]["trust_lr"] == 4e-4  # a default, which may change
-    assert (adamw["optimizer"], adamw["options"]) == ("adamw_torch", {})
-    arguments = {"max_steps": 40, "per_device_train_batch_size": 16, "warmup_steps": 0.1, "use_cpu": True}
-    assert efcp["arguments"] == adamw["arguments"] == arguments
-    assert str(data_dir) not in json.dumps(efcp)
-
-    same = [
-        keys("--logging_steps", "1", "--output_dir", "elsewhere"),
-        keys(optimizers={"other": OPTIONS["EFCP"], "names": {**OPTIONS["AdamW"], "learning_rates": [1]}}),
-        keys("--lr_scheduler_type", "linear"),
-    ]
-    assert all(other == [efcp, adamw] for other in same)
-    others = [
-        keys("--max_steps", "41"),
-        keys("--max_grad_norm", "0"),
-        keys("--eval_strategy", "steps", "--eval_steps", "20"),
-        keys("--num_hidden_layers", "1"),
-        keys("--max_seq_length", "15"),
-        keys(optimizers={**OPTIONS, "EFCP": {**OPTIONS["EFCP"], "optim_args": "num_grads=17"}}),
-    ]
-    (data_dir / "train.csv").write_text("sentence,label\ngood,1\nbad,0\n")
-    others.append(keys())
-    assert all(other[0] != efcp for other in others)
-    assert [other[1] == adamw for other in others] == [False, False, False, False, False, True, False]
-
-
-# Whole comparisons
 
 
 def test_a_comparison_from_start_to_table(recipe, write_config, counted, tmp_path, capsys):
@@ -467,9 +229,6 @@ def test_every_rate_is_trained_with_every_seed_and_drawn(recipe, write_config, c
         assert float(cell.split(" ± ")[1]) == pytest.approx(abs(values[0] - values[1]) / 2**0.5, abs=6e-4)
     assert rows(text)["ours"][0] == "-"
     assert (tmp_path / "out" / "rates.png").stat().st_size > 10_000
-
-
-# The parts
 
 
 def test_the_log_tolerates_a_torn_end_only(recipe, tmp_path):

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from test_compare_optimizers import OPTIONS, data_dir, lines, tiny_model, write_config  # noqa: F401  # fixtures
+from compare_cases import OPTIONS, lines
 from tiny import tiny_bert
 
 pytestmark = pytest.mark.usefixtures("private_cache")
@@ -98,7 +98,7 @@ def test_what_is_not_installed_is_said(recipe, monkeypatch):
 
 
 @pytest.mark.parametrize("name", PEERS)
-def test_a_comparison_with_them(recipe, name, write_config, tmp_path):  # noqa: F811
+def test_a_comparison_with_them(recipe, name, write_config, tmp_path):
     entry = {"optim": name, "learning_rates": [1e-7, 3e-3]}
     recipe.compare_optimizers.main([write_config(optimizers={**OPTIONS, "peer": entry}, seeds=[3])])
     runs = {(run["label"], run["key"]["learning_rate"]): run for run in lines(tmp_path / "out")}
@@ -112,7 +112,7 @@ def test_a_comparison_with_them(recipe, name, write_config, tmp_path):  # noqa: 
     assert "| peer | 0.003 | 2: 1e-07, 0.003 |" in table
 
 
-def test_a_wrong_option_in_a_yaml_is_refused(recipe, write_config):  # noqa: F811
+def test_a_wrong_option_in_a_yaml_is_refused(recipe, write_config):
     for text, message in (("speed=3", "Muon has no option speed"), ("ns_steps", "expected key=value")):
         entry = {"optim": "muon", "optim_args": text, "learning_rates": [1e-3]}
         with pytest.raises(ValueError, match=f"optimizer 'Muon': {message}"):
@@ -122,7 +122,7 @@ def test_a_wrong_option_in_a_yaml_is_refused(recipe, write_config):  # noqa: F81
         recipe.plan.read_plan([write_config(optimizers={"Muon": entry})])
 
 
-def test_peers_without_their_package_are_left_out(recipe, write_config, monkeypatch):  # noqa: F811
+def test_peers_without_their_package_are_left_out(recipe, write_config, monkeypatch):
     monkeypatch.setattr(recipe.plan, "_installed", lambda module: False)
     entry = {"optim": "soap", "learning_rates": [1e-3, 1e-2]}
     plan = recipe.plan.read_plan([write_config(optimizers={**OPTIONS, "SOAP": entry})])
