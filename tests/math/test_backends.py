@@ -188,3 +188,10 @@ def test_a_span_of_a_parameter_moves_alike_and_nothing_else_does(numel, first, l
         if momentum is not None:
             torch.testing.assert_close(speed[begin:end].double(), v[begin:end], rtol=1e-5, atol=1e-6)
         assert torch.equal(speed[:begin], velocity[:begin])
+
+
+def test_sums_on_a_device_without_float64_leave_what_is_summed(monkeypatch):
+    monkeypatch.setattr(reference.dense, "widest", lambda device: torch.float32)
+    update = torch.arange(6.0)
+    assert reference.squares([update]).tolist() == [55.0]
+    assert update.tolist() == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]

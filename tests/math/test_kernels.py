@@ -13,7 +13,7 @@ from kernel_cases import BACKENDS, python
 from naive import largest
 
 from hf_efcp.blocks import Part, Piece, index_dtype, sharing
-from hf_efcp.kernels import numba, reference
+from hf_efcp.kernels import numba
 
 LARGEST = torch.finfo(torch.bfloat16).max
 
@@ -284,13 +284,6 @@ def test_sums_of_squares_of_many_vectors(backend):
     assert found.tolist() == pytest.approx(expected, rel=1e-12, nan_ok=True)
     assert all(torch.equal(one.nan_to_num(), other.nan_to_num()) for one, other in zip(vectors, before, strict=True))
     assert backend.squares([]).tolist() == []
-
-
-def test_sums_on_a_device_without_float64_leave_what_is_summed(monkeypatch):
-    monkeypatch.setattr(reference.dense, "widest", lambda device: torch.float32)
-    update = torch.arange(6.0)
-    assert reference.squares([update]).tolist() == [55.0]
-    assert update.tolist() == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
