@@ -14,6 +14,7 @@ from variants import build, sparse_names
 
 from hf_efcp import kernels
 from hf_efcp.blocks import cut
+from hf_efcp.kernels import reference
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
