@@ -10,7 +10,6 @@ import torch.distributed.checkpoint
 from problems import Regression, set_gradients
 from variants import build
 
-
 # Torch's distributed checkpoints without a process group, which torch 2.6 sees for itself.
 ALONE = {"no_dist": True} if "no_dist" in inspect.signature(torch.distributed.checkpoint.save).parameters else {}
 
