@@ -8,7 +8,7 @@ import pytest
 import torch
 from problems import Regression, flat, set_gradients
 from relatives import RELATIVES, build, names
-from states import assert_same, train
+from states import ALONE, assert_same, train
 from torch import nn
 
 from hf_efcp import LowRankMFAC, NaturalGaLore, estimate_memory
@@ -236,9 +236,9 @@ def test_distributed_checkpoints_of_one_process_are_exact(tmp_path, name, rho):
     fresh = build(name, other.parameters(), **changes)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is")
-        dcp.save({"optimizer": saved}, checkpoint_id=tmp_path, no_dist=True)
+        dcp.save({"optimizer": saved}, checkpoint_id=tmp_path, **ALONE)
         container = {"optimizer": get_optimizer_state_dict(other, fresh)}
-        dcp.load(container, checkpoint_id=tmp_path, no_dist=True)
+        dcp.load(container, checkpoint_id=tmp_path, **ALONE)
     set_optimizer_state_dict(other, fresh, container["optimizer"])
     assert_same(fresh.state_dict()["state"], optimizer.state_dict()["state"])
     assert torch.equal(flat(other.parameters()), flat(middle.values()))

@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 from problems import flat
-from states import assert_same
+from states import ALONE, assert_same
 from torch import nn
 from variants import build, names
 
@@ -76,9 +76,9 @@ def test_distributed_checkpoints_of_one_process_are_exact(tmp_path, name, throug
     elif through == "dcp":
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is")
-            dcp.save({"optimizer": saved}, checkpoint_id=tmp_path, no_dist=True)
+            dcp.save({"optimizer": saved}, checkpoint_id=tmp_path, **ALONE)
             container = {"optimizer": get_optimizer_state_dict(other, fresh)}
-            dcp.load(container, checkpoint_id=tmp_path, no_dist=True)
+            dcp.load(container, checkpoint_id=tmp_path, **ALONE)
         saved = container["optimizer"]
     set_optimizer_state_dict(other, fresh, saved)
     steps(other, fresh, range(8, 14))
