@@ -319,11 +319,15 @@ class ProjectedAdam(Grouped):
         moved: torch.Tensor = (m / (1.0 - beta1 ** state["steps"])).div_(root)
         return moved
 
+    def _is_projected(self, member: Member) -> bool:
+        sides = subspace.matrix_shape(member.param.shape)
+        return bool(member.group["preconditioned"]) and min(sides) > self._structure[self.rank_name]
+
     def _fresh(self, member: Member, device: torch.device | str) -> State:
         """The state of a parameter that was never stepped."""
         rows, columns = subspace.matrix_shape(member.param.shape)
         rank, proj_type = self._structure[self.rank_name], self._structure["proj_type"]
-        if not member.group["preconditioned"] or min(rows, columns) <= rank:
+        if not self._is_projected(member):
             return adamw.allocate(member.param, device)
         left = subspace.is_left(rows, columns, proj_type)
         short, long = (rows, columns) if left else (columns, rows)
@@ -348,7 +352,7 @@ class ProjectedAdam(Grouped):
                     "of hf_efcp that takes shards, such as lowrank_mfac"
                 )
             state = self.state.get(member.param)
-            if state and state.keys() != self._fresh(member, "meta").keys():
+            if state and ("basis" in state) != self._is_projected(member):
                 raise ValueError(
                     f"preconditioned of a group was changed after the first step, and {self._name(member.param)} has "
                     "the other kind of state: set it before the first step"

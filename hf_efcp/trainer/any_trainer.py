@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 
 from ..factory import OPTIMIZERS, create_optimizer, efcp_name, parse_optim_args
@@ -39,6 +40,7 @@ def for_trainer(name: str, args: Any, optim_args: str | None = None, **options: 
         The factory, and what it is called with.
 
     Raises:
+        RuntimeError: If transformers is older than 5, whose Trainers take no factory.
         TypeError: If an option is given as text and as a value.
         ValueError: If the name or an option is not valid, or the optimizer is one that needs `EFCPTrainer`.
 
@@ -49,6 +51,11 @@ def for_trainer(name: str, args: Any, optim_args: str | None = None, **options: 
         >>> kwargs
         {'name': 'lowrank_mfac', 'lr': 0.0002, 'weight_decay': 0.0, 'num_grads': 32}
     """
+    if transformers.__version__.startswith("4."):
+        raise RuntimeError(
+            f"Trainers take a factory since transformers 5, and this is {transformers.__version__}: give them "
+            f"optimizers=(create_optimizer({name!r}, model, lr=..., weight_decay=...), None)"
+        )
     parsed = parse_optim_args(name, optim_args)
     if twice := parsed.keys() & options.keys():
         raise TypeError(f"given in optim_args and as arguments: {', '.join(sorted(twice))}; leave out one of them")

@@ -232,7 +232,7 @@ def _published(model: torch.nn.Module, **options: Any) -> torch.optim.Optimizer:
 BASELINES: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": _adamw,
     "sgd": _sgd,
-    "galore": _galore,
+    "galore_torch": _galore,
     "published": _published,
     "adafactor": _adafactor,
     "adamw_8bit": _adamw_8bit,

@@ -51,7 +51,7 @@ DEFAULTS = tuple(
     for label, optimizer, options in (
         (ADAMW, "adamw", ""),
         ("SGD, momentum (fused)", "sgd", ""),
-        ("GaLore, rank 128, between its SVDs", "galore", ""),
+        ("GaLore, rank 128, between its SVDs", "galore_torch", ""),
         ("AdamW, 8 bits", "adamw_8bit", ""),
         ("Adafactor", "adafactor", ""),
         ("Muon", "muon", ""),

@@ -184,6 +184,8 @@ class Case:
                 break
             optimizer.step()
         gap = (_loss(problem) - problem.floor) / (start - problem.floor)
+        if reached is None and gap <= REACHED:
+            reached = self.steps
         seconds = time.perf_counter() - clock
         finite = gap if math.isfinite(gap) else None
         return {"key": self.key(rate, seed), "label": self.label, "gap": finite, "reached": reached, "seconds": seconds}

@@ -244,23 +244,23 @@ def _of_task(results: list[Result]) -> list[str]:
             f"of {run['train_batch_size']} examples, gradients clipped at {run['max_grad_norm']:g}.",
             "",
         ]
-    header = ("optimizer", "learning rate", "tried", results[0].headline.replace("_", " "), "s / step")
+    headline = results[0].headline.replace("_", " ")
+    header = ["optimizer", "learning rate", "tried", headline, "s / step", "bytes / parameter"]
     rows = [
-        (
+        [
             result.label,
             "-" if result.best is None else f"{result.best:g}",
             f"{len(result.tried)}: {', '.join(f'{rate:g}' for rate in result.tried)}" if result.tried else "0",
             _value(result),
             f"{result.seconds_per_step:.3f}" if result.runs else "-",
             f"{result.bytes_per_parameter:.2f}" if result.runs else "-",
-        )
+        ]
         for result in results
     ]
-    header = (*header, "bytes / parameter")
     best = reference(results)
     if best is not None and best.loss is not None:
-        header = (*header, f"steps to {best.label}'s loss")
-        rows = [(*row, _steps(result, best.loss)) for row, result in zip(rows, results, strict=True)]
+        header.append(f"steps to {best.label}'s loss")
+        rows = [[*row, _steps(result, best.loss)] for row, result in zip(rows, results, strict=True)]
         lines += [f"{best.label}'s validation loss after training is {best.loss:.4f}, the mean over its seeds.", ""]
     lines += lay_out(header, rows, words=("tried",))
     remarks = [f"- {result.label}: {failure.splitlines()[0]}" for result in results for failure in result.failures]

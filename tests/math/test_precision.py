@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from number_cases import errors, pushed, rows
 from problems import Regression, distance, flat, set_gradients
 from states import assert_same, snapshot
-from test_numbers import errors, pushed, rows
 from variants import build, exact, names, papers_names, taken
 
 EXACT_ROWS = {"density": 1.0, "value_dtype": torch.float32}

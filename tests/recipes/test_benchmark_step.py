@@ -329,7 +329,7 @@ def test_cases_are_read(recipe):
 def test_the_default_cases_can_be_built(recipe):
     """Whatever cannot is left out of a run, for lack of memory or of GaLore; options that are wrong would be too."""
     cases = recipe.bench_cases
-    elsewhere = {"galore", "adamw_8bit", *recipe.peers.PEERS}  # test_peers.py has them
+    elsewhere = {"galore_torch", "adamw_8bit", *recipe.peers.PEERS}  # test_peers.py has them
     chosen = [case for case in cases.DEFAULTS if case.optimizer not in elsewhere]
     built, left_out = recipe.bench_steps.build_all(chosen, module(), 0)
     assert set(built) == {case.label for case in chosen}
@@ -346,7 +346,7 @@ def test_what_cannot_be_built_is_left_out_or_an_error(recipe, monkeypatch):
     cases, steps = recipe.bench_cases, recipe.bench_steps
     wrong = [
         cases.Case("a", "sparse_mfac", "num_gradz=3", optional=True),
-        cases.Case("b", "galore", optional=True),
+        cases.Case("b", "galore_torch", optional=True),
         cases.Case("c", "sgd", optional=True),
     ]
     monkeypatch.setitem(sys.modules, "galore_torch", None)

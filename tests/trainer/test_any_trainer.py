@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import save_tiny_bert, tiny_bert, toy_rows
+from tiny import needs_transformers_5, save_tiny_bert, tiny_bert, toy_rows
 from transformers import T5Config, T5ForConditionalGeneration, Trainer, TrainingArguments
 
 from hf_efcp import EFCP, LowRankMFAC, create_optimizer, for_trainer
@@ -50,6 +50,7 @@ def test_the_page_has_these_blocks():
     }
 
 
+@needs_transformers_5
 def test_trainer_of_transformers():
     model = tiny_bert()
     start = flat(model)
@@ -62,6 +63,7 @@ def test_trainer_of_transformers():
     assert (flat(model) - start).norm() > 0
 
 
+@needs_transformers_5
 def test_it_steps_as_a_loop_of_ones_own():
     """Trainer's parameters go the way of the same optimizer in a loop."""
     ends = []
@@ -86,6 +88,7 @@ def test_it_steps_as_a_loop_of_ones_own():
     assert (ends[0] - ends[1]).norm() < 1e-2 * moved  # the batch in another order
 
 
+@needs_transformers_5
 def test_seq2seq_trainer():
     torch.manual_seed(0)
     config = T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0)
@@ -97,6 +100,7 @@ def test_seq2seq_trainer():
     assert (flat(model) - start).norm() > 0
 
 
+@needs_transformers_5
 def test_sentence_transformers(tmp_path):
     pytest.importorskip("sentence_transformers")
     from sentence_transformers import SentenceTransformer
@@ -146,6 +150,15 @@ def test_a_loop_of_ones_own():
     assert left["optimizer"].state_dict()["state"][0]["pushed"] == 3
 
 
+def test_transformers_4_takes_no_factory(monkeypatch):
+    monkeypatch.setattr("transformers.__version__", "4.57.1")
+    with pytest.raises(
+        RuntimeError, match=r"this is 4.57.1: give them optimizers=\(create_optimizer\('microadam', model"
+    ):
+        for_trainer("microadam", TrainingArguments("out"))
+
+
+@needs_transformers_5
 def test_what_does_not_fit_is_refused():
     args = TrainingArguments("out")
     with pytest.raises(TypeError, match="given in optim_args and as arguments: num_grads"):

@@ -3,55 +3,20 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from test_diagnostics import OF_THE_STEP
+from callback_cases import ALL, EVERY_STEP, SPARSE, Reporter, ours, samples, trainer_of
+from diagnostics_cases import OF_THE_STEP
 from tiny import Gradients, arguments, parameters, tiny_bert, toy_rows
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback
 
-from hf_efcp import EFCPCallback, EFCPTrainer, SparseMFAC
+from hf_efcp import EFCPCallback, EFCPTrainer
 from hf_efcp.trainer import callbacks
-
-SPARSE = {
-    "optim": "sparse_mfac",
-    "optim_args": "num_grads=4,density=0.2,block_size=256",
-    "learning_rate": 1e-3,
-    "weight_decay": 0.01,
-    "per_device_train_batch_size": 4,
-}
-EVERY_STEP = {"logging_strategy": "steps", "logging_steps": 1}
-OF_THE_STATE = {"error_norm", "error_share", "effective_rank", "state_bytes", "state_bytes_per_parameter"}
-ALL = {f"efcp/{name}" for name in OF_THE_STEP | OF_THE_STATE | {"sampled_step", "seconds_per_step"}}
-
-
-class Reporter(TrainerCallback):
-    """What a reporting integration sees, by step."""
-
-    def __init__(self) -> None:
-        self.seen: list[tuple[int, dict[str, Any]]] = []
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        self.seen.append((state.global_step, dict(logs)))
-
-
-def trainer_of(folder: Any, *given: TrainerCallback, **settings: Any) -> EFCPTrainer:
-    args = arguments(folder, **{**SPARSE, **settings})
-    return EFCPTrainer(model=tiny_bert(dropout=0.1), args=args, train_dataset=toy_rows(64), callbacks=list(given))
-
-
-def ours(entry: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in entry.items() if name.startswith("efcp/")}
-
-
-def samples(history: list[dict[str, Any]]) -> list[tuple[int, int]]:
-    """The steps of the log at which a sample came out, and the steps that were sampled."""
-    return [(entry["step"], entry["efcp/sampled_step"]) for entry in history if "efcp/sampled_step" in entry]
 
 
 @pytest.mark.parametrize("by_hand", [True, False])
@@ -240,88 +205,3 @@ def test_a_second_training_starts_afresh(tmp_path):
     assert samples(trainer.state.log_history) == [(2, 2)]
     found = [entry["efcp/seconds_per_step"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(found) == 2
-
-
-# Who adds it
-
-
-def test_the_one_that_is_given_stays_alone(tmp_path, caplog):
-    callback = EFCPCallback(every=7)
-    trainer = trainer_of(tmp_path, callback, efcp_diagnostics_steps=2)
-    assert [c for c in trainer.callback_handler.callbacks if isinstance(c, EFCPCallback)] == [callback]
-    assert caplog.messages == []
-    trainer = trainer_of(tmp_path)
-    assert not any(isinstance(c, EFCPCallback) for c in trainer.callback_handler.callbacks)
-
-
-def test_an_optimizer_that_is_given_is_measured_under_plain_arguments(tmp_path):
-    model = tiny_bert()
-    args = TrainingArguments(
-        output_dir=str(tmp_path), use_cpu=True, max_steps=2, disable_tqdm=True, logging_steps=2, report_to=[],
-        save_strategy="no",
-    )  # fmt: skip
-    optimizer = SparseMFAC(model.parameters(), lr=1e-3, num_grads=4)
-    trainer = EFCPTrainer(
-        model=model, args=args, train_dataset=toy_rows(16), callbacks=[EFCPCallback(2)], optimizers=(optimizer, None)
-    )
-    trainer.train()
-    assert samples(trainer.state.log_history) == [(2, 2)]
-
-
-def test_a_stock_optimizer_by_name_trains_without(tmp_path, caplog):
-    with caplog.at_level(logging.WARNING, "hf_efcp"):
-        trainer = trainer_of(
-            tmp_path, optim="sgd", optim_args=None, efcp_diagnostics_steps=1, max_steps=2, **EVERY_STEP
-        )
-        trainer.train()
-    assert caplog.messages == ["efcp_diagnostics_steps=1 has no effect: the optimizer is not one of hf_efcp"]
-    assert all(ours(entry) == {} for entry in trainer.state.log_history)
-
-
-def test_the_plain_trainer_says_what_it_cannot_do(tmp_path, caplog):
-    before, after = Reporter(), Reporter()
-    args = TrainingArguments(
-        output_dir=str(tmp_path), use_cpu=True, max_steps=5, disable_tqdm=True, logging_steps=2, report_to=[],
-        save_strategy="no",
-    )  # fmt: skip
-    trainer = Trainer(
-        model=tiny_bert(), args=args, train_dataset=toy_rows(40), callbacks=[before, EFCPCallback(2), after],
-        optimizer_cls_and_kwargs=(SparseMFAC, {"lr": 1e-3, "num_grads": 4}),
-    )  # fmt: skip
-    with caplog.at_level(logging.WARNING, "hf_efcp"):
-        trainer.train()
-    (message,) = [record.getMessage() for record in caplog.records if record.name == "hf_efcp.trainer.callbacks"]
-    assert message.endswith("callbacks that come before it do not report them: use EFCPTrainer")
-    assert samples(trainer.state.log_history) == [(2, 2), (4, 4)]
-    assert [set(ours(logs)) for _, logs in before.seen] == [set(), set(), set()]
-    assert [set(ours(logs)) for _, logs in after.seen] == [ALL, ALL, set()]
-
-
-# What is refused
-
-
-def test_another_optimizer_is_refused_before_the_first_step(tmp_path):
-    model = tiny_bert()
-    start = parameters(model)
-    args = arguments(tmp_path, optim="adamw_torch", max_steps=1)
-    trainer = EFCPTrainer(model=model, args=args, train_dataset=toy_rows(8), callbacks=[EFCPCallback()])
-    with pytest.raises(TypeError, match='optimizers of hf_efcp, but this Trainer has AdamW: .*optim="sparse_mfac"'):
-        trainer.train()
-    assert all(torch.equal(value, start[name]) for name, value in parameters(model).items())
-
-
-def test_shards_are_refused_before_the_first_step(sharded):
-    optimizer = SparseMFAC([sharded])
-    with pytest.raises(ValueError, match=r"need whole parameters, but FSDP has sharded them.*turn the diagnostics off"):
-        EFCPCallback().on_train_begin(None, None, None, optimizer=SimpleNamespace(optimizer=optimizer))
-
-
-@pytest.mark.parametrize(("every", "error"), [(0, ValueError), (-1, ValueError), (2.0, TypeError), (True, TypeError)])
-def test_every_is_a_positive_int(every, error):
-    with pytest.raises(error, match=f"every .*{every}"):
-        EFCPCallback(every)
-
-
-def test_a_negative_number_of_steps_is_found_at_construction(tmp_path):
-    with pytest.raises(ValueError, match="efcp_diagnostics_steps is the number of steps.*or 0 for none; got -1"):
-        arguments(tmp_path, efcp_diagnostics_steps=-1)

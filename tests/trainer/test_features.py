@@ -7,7 +7,7 @@ import pytest
 import torch
 from papers import SparseMFAC
 from tiny import Gradients, arguments, parameters, tiny_bert, toy_rows, train
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from hf_efcp import EFCPTrainer
@@ -156,14 +156,14 @@ def test_skipped_steps_are_reported(tmp_path):
 
 def test_gradient_checkpointing_changes_nothing(tmp_path):
     ends, counts = [], []
+    names = TrainingArguments.__dataclass_fields__
+    name = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
     for checkpointing in (False, True):
         model = tiny_bert()
         before = parameters(model)
         calls = []
         model.bert.encoder.layer[0].output.dense.register_forward_hook(lambda *_, calls=calls: calls.append(1))
-        args = arguments(
-            tmp_path, max_steps=5, activation_checkpointing=checkpointing, per_device_train_batch_size=8, **SPARSE
-        )
+        args = arguments(tmp_path, max_steps=5, per_device_train_batch_size=8, **{name: checkpointing}, **SPARSE)
         run(args, model, toy_rows(40))
         ends.append(parameters(model))
         counts.append(len(calls))

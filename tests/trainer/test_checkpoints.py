@@ -1,143 +1,20 @@
-"""Nothing is lost: killed runs, incomplete and foreign checkpoints, and resuming without Trainer."""
+"""Incomplete and foreign checkpoints, and what a resume warns of."""
 
 import copy
 import json
 import logging
-import random
 import shutil
 import warnings
 from pathlib import Path
 
-import crash
 import pytest
 import torch
-from problems import flat
+from resume_cases import FILES, SETTINGS
 from states import assert_same
-from tiny import arguments, parameters, tiny_bert, toy_rows
-from torch import nn
+from tiny import arguments, tiny_bert, toy_rows
 from transformers import TrainerCallback
-from variants import build, names
 
-from hf_efcp import OPTIMIZERS, EFCPTrainer
-
-ARGUMENTS = {
-    "sparse_mfac": "num_grads=3,density=0.1,block_size=1024,momentum=0.5,exclude=word_embeddings",
-    "sparse_ggt": "num_grads=3,density=0.1,block_size=256,beta1=0.5",
-    "dense_mfac": "num_grads=3",
-    "dense_ggt": "num_grads=3",
-    "lowrank_mfac": "num_grads=3,rank=2,momentum=0.9",
-    "lowrank_ggt": "num_grads=3,rank=2",
-    "sparse_adagrad": "density=0.1",
-    "microadam": "num_grads=3,density=0.1",
-    "galore": "rank=4,update_gap=3,exclude=word_embeddings",
-    "adarankgrad": "max_rank=4,max_gap=4,threshold=0.5",
-    "lorenza": "rank=4,update_gap=3,probes=2",
-    "natural_galore": "rank=4,update_gap=4,history=3",
-}
-FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    """Parameters at the end of a run that nobody killed, by optimizer and dtype."""
-    ends = {}
-
-    def run(optim, dtype=torch.float32):
-        if (optim, dtype) not in ends:
-            folder = tmp_path_factory.mktemp("whole")
-            assert not crash.start(folder, optim, optim_args=ARGUMENTS[optim], dtype=dtype)
-            theta, starts = crash.end(folder)
-            assert starts == ["0"]
-            ends[optim, dtype] = theta
-        return ends[optim, dtype]
-
-    return run
-
-
-def assert_equal(found, expected):
-    """Bit-equal, and not because nobody moved."""
-    assert {name for name in expected if not torch.equal(found[name], expected[name])} == set()
-    start = parameters(tiny_bert(dtype=next(iter(expected.values())).dtype))
-    assert any(not torch.equal(found[name], start[name]) for name in found)
-
-
-def killed_and_resumed(folder, optim, kills, dtype=torch.float32):
-    for kill in kills:
-        assert crash.start(folder, optim, optim_args=ARGUMENTS[optim], kill=kill, dtype=dtype)
-    assert not crash.start(folder, optim, optim_args=ARGUMENTS[optim], dtype=dtype)
-    return crash.end(folder)
-
-
-@pytest.mark.parametrize(
-    ("optim", "kills", "starts"),
-    [
-        ("sparse_mfac", [("step", random.Random(1).randrange(4, 7)), ("optimizer.pt", 12)], ["0", "3", "9"]),
-        ("lowrank_mfac", [("model.safetensors", 6), ("trainer_state.json", 9)], ["0", "3", "6"]),
-        ("sparse_ggt", [("rng_state.pth", 9)], ["0", "6"]),
-        ("lorenza", [("step", 5), ("optimizer.pt", 9)], ["0", "3", "6"]),
-        ("adarankgrad", [("step", 8)], ["0", "6"]),
-    ],
-)
-def test_a_killed_run_ends_bit_equal(tmp_path, uninterrupted, optim, kills, starts):
-    found, resumed_from = killed_and_resumed(tmp_path, optim, kills)
-    assert_equal(found, uninterrupted(optim))
-    assert resumed_from == starts
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("optim", sorted(OPTIMIZERS))
-def test_a_killed_run_of_every_optimizer_ends_bit_equal(tmp_path, uninterrupted, optim, dtype):
-    """Three runs of three kills each: at two random steps, and in the middle of a random file of a checkpoint."""
-    numbers = random.Random(optim)
-    for run in range(3):
-        kills = [("step", step) for step in numbers.sample(range(4, crash.STEPS + 1), 2)]
-        kills = sorted([*kills, (numbers.choice(FILES), 6)], key=lambda kill: kill[1])
-        found, starts = killed_and_resumed(tmp_path / str(run), optim, kills, dtype)
-        assert_equal(found, uninterrupted(optim, dtype))
-        assert len(starts) == 4
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", FILES)
-def test_a_run_killed_in_every_checkpoint_ends_bit_equal(tmp_path, uninterrupted, name):
-    kills = [(name, step) for step in (6, 9, 12, 14)]
-    found, starts = killed_and_resumed(tmp_path, "sparse_mfac", kills)
-    assert_equal(found, uninterrupted("sparse_mfac"))
-    assert starts == ["0", "3", "6", "9", "12"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("optim", ["sparse_mfac", "microadam"])
-def test_a_run_killed_from_outside_at_random_moments_ends_bit_equal(tmp_path, uninterrupted, optim):
-    numbers, kills = random.Random(2), 0
-    while kills < 12 and crash.start(tmp_path, optim, optim_args=ARGUMENTS[optim], after=numbers.uniform(0.0, 0.1)):
-        kills += 1
-    if kills == 12:
-        assert not crash.start(tmp_path, optim, optim_args=ARGUMENTS[optim])
-    assert_equal(crash.end(tmp_path)[0], uninterrupted(optim))
-    assert kills >= 3
-
-
-# Which checkpoint
-
-
-SETTINGS = {"optim": "sparse_mfac", "optim_args": "num_grads=3,density=0.1,block_size=1024", "max_steps": 8}
-
-
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory):
-    """A run's folder with checkpoints of steps 2, 4, 6 and 8."""
-    folder = tmp_path_factory.mktemp("checkpoints")
-    args = arguments(folder, save_strategy="steps", save_steps=2, per_device_train_batch_size=4, **SETTINGS)
-    EFCPTrainer(model=tiny_bert(), args=args, train_dataset=toy_rows(32)).train()
-    return folder
-
-
-@pytest.fixture
-def folder(checkpoints, tmp_path):
-    """A copy of it, to be spoilt."""
-    return shutil.copytree(checkpoints, tmp_path / "run")
+from hf_efcp import EFCPTrainer
 
 
 class Start(TrainerCallback):
@@ -311,82 +188,3 @@ def test_a_window_that_training_cannot_fill_is_warned_of(tmp_path, caplog):
         f"gradients, and takes {more - exact:,} bytes less"
     )
     assert more > exact
-
-
-# Without Trainer
-
-
-def network():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 5), nn.Tanh(), nn.Linear(5, 2))
-
-
-def steps(model, optimizer, numbers, backward=torch.Tensor.backward):
-    for number in numbers:
-        x = torch.randn(16, 6, generator=torch.Generator().manual_seed(number))
-        optimizer.zero_grad()
-        backward(nn.functional.mse_loss(model(x), x[:, :2].sin()))
-        optimizer.step()
-
-
-def settled(name, model):
-    """With momentum in one group, and one that is stepped as AdamW would."""
-    first, second, third = (list(model[position].parameters()) for position in (0, 2, 4))
-    return build(name, [{"params": first, "momentum": 0.5}, {"params": second},
-                        {"params": third, "preconditioned": False}])  # fmt: skip
-
-
-@pytest.mark.parametrize("name", names())
-def test_accelerators_save_state_and_load_state_are_exact(tmp_path, name):
-    from accelerate import Accelerator
-
-    def prepared():
-        accelerator = Accelerator(cpu=True)
-        model = network()
-        return accelerator, *accelerator.prepare(model, settled(name, model))
-
-    accelerator, model, optimizer = prepared()
-    steps(model, optimizer, range(8), accelerator.backward)
-    accelerator.save_state(str(tmp_path))
-    steps(model, optimizer, range(8, 14), accelerator.backward)
-
-    accelerator, other, fresh = prepared()
-    accelerator.load_state(str(tmp_path))
-    middle = flat(other.parameters())
-    steps(other, fresh, range(8, 14), accelerator.backward)
-    assert torch.equal(flat(other.parameters()), flat(model.parameters()))
-    assert not torch.equal(middle, flat(model.parameters()))
-    assert_same(fresh.optimizer.state_dict()["state"], optimizer.optimizer.state_dict()["state"])
-
-
-@pytest.mark.parametrize("through", ["memory", "file", "dcp"])
-@pytest.mark.parametrize("name", names())
-def test_distributed_checkpoints_of_one_process_are_exact(tmp_path, name, through):
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
-
-    model = network()
-    optimizer = settled(name, model)
-    steps(model, optimizer, range(8))
-    middle = copy.deepcopy(model.state_dict())
-    saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer))
-    steps(model, optimizer, range(8, 14))
-
-    other = network()
-    other.load_state_dict(middle)
-    fresh = settled(name, other)
-    if through == "file":
-        torch.save(saved, tmp_path / "optimizer.bin")
-        saved = torch.load(tmp_path / "optimizer.bin", weights_only=True)
-    elif through == "dcp":
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is")
-            dcp.save({"optimizer": saved}, checkpoint_id=tmp_path, no_dist=True)
-            container = {"optimizer": get_optimizer_state_dict(other, fresh)}
-            dcp.load(container, checkpoint_id=tmp_path, no_dist=True)
-        saved = container["optimizer"]
-    set_optimizer_state_dict(other, fresh, saved)
-    steps(other, fresh, range(8, 14))
-    assert torch.equal(flat(other.parameters()), flat(model.parameters()))
-    assert not torch.equal(flat(middle.values()), flat(model.parameters()))
-    assert_same(fresh.state_dict()["state"], optimizer.state_dict()["state"])
