@@ -14,7 +14,7 @@ from hf_efcp.errors import UINT4
 from hf_efcp.kernels.triton import model
 
 EXACT = {"error_dtype": torch.float32, "metric_dtype": torch.float32, "value_dtype": torch.float32}
-SHAPES = [(12, 9), (10,), (3, 2, 5), (0,), (1,), (24, 17)]
+SHAPES = [(12, 9), (10,), (0,), (24, 17)]
 # Optimizer, settings, and by how much updates may differ, as a fraction of the largest entry: where factors and errors
 # are rounded, a float32 sum in another order can be another level, or another bfloat16.
 CASES = {
@@ -103,7 +103,7 @@ def test_steps_are_the_references(case):
 @pytest.mark.parametrize("case", ["exact", "one matrix", "sparse, exact", "sparse, one matrix"])
 def test_a_parameter_without_a_gradient(case):
     mine, expected = Run(case, "triton"), Run(case, "reference")
-    for absent in ((), (0,), (1, 5), ()):
+    for absent in ((), (0,), (1, 3), ()):
         found = mine.step(absent)
         assert_close(found, expected.step(absent), CASES[case][2])
         for number in absent:
@@ -165,9 +165,9 @@ def test_nonfinite_gradients():
         before = copy.deepcopy(run.optimizer.state_dict())
         for param in run.params:
             param.grad = torch.zeros_like(param)
-        run.params[5].grad[3, 3] = float("nan")
+        run.params[3].grad[3, 3] = float("nan")
         if nonfinite == "raise":
-            with pytest.raises(ValueError, match=r"parameter 5 of group 0"):
+            with pytest.raises(ValueError, match=r"parameter 3 of group 0"):
                 run.optimizer.step()
         else:
             run.optimizer.step()
