@@ -176,7 +176,7 @@ class Case:
             chosen = every[torch.randperm(len(every), generator=generator)[: study.batch]] if study.batch else every
             optimizer.zero_grad()
             loss = problem.loss(problem.model(problem.inputs[chosen]), chosen)
-            left = ((_loss(problem) if study.batch else float(loss)) - problem.floor) / (start - problem.floor)
+            left = ((_loss(problem) if study.batch else loss.item()) - problem.floor) / (start - problem.floor)
             if reached is None and left <= REACHED:
                 reached = step
             loss.backward()  # type: ignore[no-untyped-call]
