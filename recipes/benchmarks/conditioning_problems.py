@@ -98,7 +98,7 @@ def newton(inputs: torch.Tensor, labels: torch.Tensor, steps: int = 50) -> float
         curvature = (inputs.T * (chances * (1.0 - chances))) @ inputs / len(labels)
         gradient = inputs.T @ (chances - labels) / len(labels)
         step, length = torch.linalg.lstsq(curvature, gradient[:, None]).solution[:, 0], 1.0
-        while loss(weights - length * step) > loss(weights) and length > 1e-6:
+        while loss(weights - length * step) > loss(weights) + 1e-12 and length > 1e-6:
             length /= 2.0  # far from the minimum a whole step may lead uphill
         weights = weights - length * step
     gradient = inputs.T @ (torch.sigmoid(inputs @ weights) - labels) / len(labels)
