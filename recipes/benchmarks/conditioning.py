@@ -13,7 +13,9 @@ until the best is not at the edge, and then a factor of two to either side. The 
 same number of steps, with a learning rate that falls to 0 linearly.
 
 A run is in `conditioning.jsonl` as soon as it ends: interrupt the program and start it again, and only what is not
-there is run. `conditioning.md` and `conditioning.png` are made from it.
+there is run. `conditioning.md` and `conditioning.png` are made from it, with `--collect` without running anything:
+
+    python recipes/benchmarks/conditioning.py --output_dir recipes/results --collect
 """
 
 from __future__ import annotations
@@ -176,7 +178,7 @@ class Case:
             chosen = every[torch.randperm(len(every), generator=generator)[: study.batch]] if study.batch else every
             optimizer.zero_grad()
             loss = problem.loss(problem.model(problem.inputs[chosen]), chosen)
-            left = ((_loss(problem) if study.batch else float(loss)) - problem.floor) / (start - problem.floor)
+            left = ((_loss(problem) if study.batch else loss.item()) - problem.floor) / (start - problem.floor)
             if reached is None and left <= REACHED:
                 reached = step
             loss.backward()  # type: ignore[no-untyped-call]
@@ -235,21 +237,27 @@ def search(start: float, measure: Callable[[float], float], most: int = MOST_RAT
     return start * 4.0**best * min(close, key=lambda factor: close[factor]), inside
 
 
-def solve(case: Case, log: RunLog, seeds: Iterable[int]) -> dict[str, Any]:
+def solve(case: Case, log: RunLog, seeds: Iterable[int], collect: bool = False) -> dict[str, Any]:
     """Find a case's learning rate, and run it with every seed; what is in the log is not run again.
 
     Args:
         case: the case.
         log: the finished runs.
         seeds: what is reported.
+        collect: run nothing.
 
     Returns:
         The case, its `rate`, whether that is `inside`, and its `runs`.
+
+    Raises:
+        LookupError: if nothing is to be run, and a run is not there.
     """
 
     def run(rate: float, seed: int) -> dict[str, Any]:
         rate = float(f"{rate:.6g}")
         if log.finished(case.key(rate, seed)) is None:
+            if collect:
+                raise LookupError(f"{case} has not been run at {rate:g} with seed {seed}")
             log.add(case.run(rate, seed))
         done = log.finished(case.key(rate, seed))
         assert done is not None
@@ -285,7 +293,7 @@ def report(solved: list[dict[str, Any]]) -> str:
             rows.append((label, *(_cell(own[point], least[point]) if point in own else "" for point in points)))
         axis = STUDIES[name].axis
         head = (axis, *(f"{point:g}" if point < 1e3 else f"1e{round(math.log10(point))}" for point in points))
-        lines += ["", f"## {name}: {STUDIES[name].title}", "", *table(head, rows)]
+        lines += ["", f"### {name}: {STUDIES[name].title}", "", *table(head, rows)]
     return "\n".join(lines) + "\n"
 
 
@@ -318,6 +326,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="what is reported; seed 0 searches")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/conditioning"))
+    parser.add_argument("--collect", action="store_true", help="run nothing: report the cases that are there")
     args = parser.parse_args()
     if args.steps < 1:
         raise ValueError(f"--steps must be at least 1: {args.steps}")
@@ -336,7 +345,10 @@ def main() -> None:
     solved: list[dict[str, Any]] = []
     try:
         for number, case in enumerate(cases, start=1):
-            solved.append(solve(case, log, args.seeds))
+            try:
+                solved.append(solve(case, log, args.seeds, args.collect))
+            except LookupError:  # only when nothing is to be run
+                continue
             where = f"[{number}/{len(cases)}] {case.study} {case.point:g}, {case.label}"
             print(f"{where}: {_mean(solved[-1]):.3g} at lr {solved[-1]['rate']:g}", flush=True)
     except KeyboardInterrupt:

@@ -89,18 +89,25 @@ def newton(inputs: torch.Tensor, labels: torch.Tensor, steps: int = 50) -> float
         ValueError: if the gradient is not zero in the end, as on labels that a plane separates.
     """
     weights = torch.zeros(inputs.shape[1], dtype=torch.float64)
+
+    def loss(at: torch.Tensor) -> float:
+        return float(binary_cross_entropy_with_logits(inputs @ at, labels))
+
     for _ in range(steps):
         chances = torch.sigmoid(inputs @ weights)
         curvature = (inputs.T * (chances * (1.0 - chances))) @ inputs / len(labels)
         gradient = inputs.T @ (chances - labels) / len(labels)
-        weights = weights - torch.linalg.lstsq(curvature, gradient[:, None]).solution[:, 0]
+        step, length = torch.linalg.lstsq(curvature, gradient[:, None]).solution[:, 0], 1.0
+        while loss(weights - length * step) > loss(weights) + 1e-12 and length > 1e-6:
+            length /= 2.0  # far from the minimum a whole step may lead uphill
+        weights = weights - length * step
     gradient = inputs.T @ (torch.sigmoid(inputs @ weights) - labels) / len(labels)
     if not float(gradient.norm()) < 1e-9:
         raise ValueError(
             f"Newton's method ended at a gradient of {float(gradient.norm()):.1e}: the labels are separable, or nearly "
             "so; take more examples for each feature"
         )
-    return float(binary_cross_entropy_with_logits(inputs @ weights, labels))
+    return loss(weights)
 
 
 def network(depth: int, examples: int, width: int, seed: int) -> Problem:

@@ -133,11 +133,15 @@ def test_a_study_from_end_to_end(conditioning, tmp_path, monkeypatch, capsys):
     assert sum(cell.startswith("**") for cell in cells.values()) == 1
     assert (tmp_path / "conditioning.png").stat().st_size > 20_000
 
-    # A second start runs nothing; the other point is added.
+    # A second start runs nothing, and with --collect not even what is not there.
     before = len(runs)
     main("--steps", "25", "--seeds", "1", "2", "--points", "10")
     assert len((tmp_path / "conditioning.jsonl").read_text().splitlines()) == before
     assert "[3/3] rotated 10, dense, matrix off" in capsys.readouterr().out
+    (tmp_path / "conditioning.md").unlink()
+    main("--steps", "25", "--seeds", "1", "2", "--collect")
+    assert (tmp_path / "conditioning.md").read_text() == text
+    assert len((tmp_path / "conditioning.jsonl").read_text().splitlines()) == before
 
 
 @pytest.mark.parametrize(
