@@ -8,7 +8,7 @@ import torch
 
 from . import checks, groups, loading
 from .layout import State
-from .sites import Group, Member
+from .leaves import Group, ParamRef
 
 FORMAT = 3  # of the state; a checkpoint says which it has
 
@@ -73,12 +73,12 @@ class GroupedOptimizer(torch.optim.Optimizer):
             ValueError: It does not fit. Nothing was changed.
         """
         self._check_groups(state_dict["param_groups"])
-        saved = loading.saved_states(state_dict, self._members())
+        saved = loading.saved_states(state_dict, self._refs())
         self._check_states(saved)
         loading.warn_of_changes(state_dict["param_groups"], self.param_groups, self._tunable)
         super().load_state_dict({**state_dict, "state": {}})
-        for member, state in saved:
-            self.state[member.param] = {name: loading.copied(name, v, member.param) for name, v in state.items()}
+        for ref, state in saved:
+            self.state[ref.param] = {name: loading.copied(name, v, ref.param) for name, v in state.items()}
 
     def _check_group(self, group: Group, shared: Group) -> None:
         """Refuse settings of a group, complete, that are out of range or differ where they may not."""
@@ -89,13 +89,13 @@ class GroupedOptimizer(torch.optim.Optimizer):
         checks.check_writer(saved_groups, self._settings, FORMAT, type(self).__name__)
         checks.check_settings(saved_groups, self.param_groups, ("preconditioned", *self._structure))
 
-    def _check_states(self, saved: list[tuple[Member, State]]) -> None:
+    def _check_states(self, saved: list[tuple[ParamRef, State]]) -> None:
         """Refuse saved states that do not fit their parameters."""
         raise NotImplementedError
 
-    def _members(self) -> list[Member]:
+    def _refs(self) -> list[ParamRef]:
         pairs = ((group, param) for group in self.param_groups for param in group["params"])
-        return [Member(position, group, param) for position, (group, param) in enumerate(pairs)]
+        return [ParamRef(position, group, param) for position, (group, param) in enumerate(pairs)]
 
     def _shared(self) -> Group:
         """The settings that are one value for all groups, as they are now."""

@@ -24,11 +24,11 @@ import torch
 from . import checks
 from .family import AnyOptimizer
 from .kernels import choose, widest
+from .leaves import ParamRef
 from .optimizer import EFCP
 from .projected import ProjectedAdam
 from .projected.diagnostics import subspaces
 from .shards import is_sharded
-from .sites import Member
 from .threads import one_thread
 
 QUANTILES = (0.05, 0.5, 0.95)
@@ -134,7 +134,7 @@ def measure(optimizer: AnyOptimizer, before: Snapshot) -> dict[str, float]:
             ranks = [effective_rank(_written(optimizer, unit)) for unit in units]
             values["effective_rank"] = sum(ranks) / len(ranks)
     values["state_bytes"] = total = optimizer.memory()["total"]
-    if stepped := sum(member.param.numel() for member in optimizer._members() if optimizer.state.get(member.param)):
+    if stepped := sum(ref.param.numel() for ref in optimizer._refs() if optimizer.state.get(ref.param)):
         values["state_bytes_per_parameter"] = total / stepped
     return values
 
@@ -228,21 +228,21 @@ def refuse_shards(optimizer: AnyOptimizer) -> None:
     Raises:
         ValueError: Its parameters are sharded.
     """
-    if any(is_sharded(member.param) for member in optimizer._members()):
+    if any(is_sharded(ref.param) for ref in optimizer._refs()):
         raise ValueError(
             "diagnostics need whole parameters, but FSDP has sharded them, and a process sees its own shards only: "
             "measure on one device or with DDP, or turn the diagnostics off"
         )
 
 
-def _preconditioned(optimizer: AnyOptimizer) -> list[Member]:
-    return [member for member in optimizer._members() if member.group["preconditioned"]]
+def _preconditioned(optimizer: AnyOptimizer) -> list[ParamRef]:
+    return [ref for ref in optimizer._refs() if ref.group["preconditioned"]]
 
 
-def _units(optimizer: EFCP) -> list[list[Member]]:
+def _units(optimizer: EFCP) -> list[list[ParamRef]]:
     """Parameters that share a preconditioner and have pushed a row, with gradients now or without."""
-    members = [member for member in _preconditioned(optimizer) if optimizer.state.get(member.param)]
-    units = [[member] for member in members] if optimizer._structure["scope"] == "layer" else [members]
+    refs = [ref for ref in _preconditioned(optimizer) if optimizer.state.get(ref.param)]
+    units = [[ref] for ref in refs] if optimizer._structure["scope"] == "layer" else [refs]
     return [unit for unit in units if optimizer._gram_state(unit).get("pushed")]
 
 
@@ -259,7 +259,7 @@ def _newest(optimizer: EFCP, gram_state: dict[str, Any]) -> tuple[int, int]:
     return (gram_state["pushed"] - 1) % capacity, min(gram_state["pushed"], capacity)
 
 
-def _written(optimizer: EFCP, unit: list[Member]) -> torch.Tensor:
+def _written(optimizer: EFCP, unit: list[ParamRef]) -> torch.Tensor:
     """The Gram matrix of a unit, oldest row first."""
     gram_state = optimizer._gram_state(unit)
     newest, rows = _newest(optimizer, gram_state)
@@ -268,7 +268,7 @@ def _written(optimizer: EFCP, unit: list[Member]) -> torch.Tensor:
     return gram
 
 
-def _error_square(optimizer: EFCP, units: list[list[Member]]) -> float:
+def _error_square(optimizer: EFCP, units: list[list[ParamRef]]) -> float:
     """`|e|^2`."""
     if optimizer._layout.compressor.lossless:
         return 0.0
@@ -276,15 +276,15 @@ def _error_square(optimizer: EFCP, units: list[list[Member]]) -> float:
     for unit in units:
         device = unit[0].param.device
         kernels = choose(optimizer._backend, device)
-        for site in optimizer._sites(unit):
-            for start in range(0, site.shape.numel(), _SLAB):
-                slab = slice(start, min(start + _SLAB, site.shape.numel()))
-                error = optimizer._layout.errors.load(site.state, slab, kernels)
+        for leaf in optimizer._leaves(unit):
+            for start in range(0, leaf.shape.numel(), _SLAB):
+                slab = slice(start, min(start + _SLAB, leaf.shape.numel()))
+                error = optimizer._layout.errors.load(leaf.state, slab, kernels)
                 square += float(torch.linalg.vector_norm(error, dtype=widest(device))) ** 2
     return square
 
 
-def _row_square(optimizer: EFCP, units: list[list[Member]]) -> float:
+def _row_square(optimizer: EFCP, units: list[list[ParamRef]]) -> float:
     """`|row|^2` of the newest row. It stands in the Gram matrix, if there is one."""
     square = 0.0
     for unit in units:
@@ -294,7 +294,7 @@ def _row_square(optimizer: EFCP, units: list[list[Member]]) -> float:
             square += float(gram_state["gram"][newest, newest])
             continue
         kernels = choose(optimizer._backend, unit[0].param.device)
-        held = [(site.state, site.shape) for site in optimizer._sites(unit)]
+        held = [(leaf.state, leaf.shape) for leaf in optimizer._leaves(unit)]
         square += float(optimizer._layout.window.dots(held, newest, rows, kernels)[:, newest].sum())
     return square
 

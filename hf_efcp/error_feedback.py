@@ -10,8 +10,8 @@ import torch
 from .compressors import Job
 from .kernels import Kernels, pool
 from .layout import Layout
+from .leaves import Leaf
 from .preconditioners import WindowPosition
-from .sites import Site
 from .vectors import Vectors
 
 _MADE = 1 << 21  # entries of errors and gradients that are made to be compressed, and exist at a time
@@ -20,37 +20,37 @@ _MADE = 1 << 21  # entries of errors and gradients that are made to be compresse
 class _Slab(NamedTuple):
     """What is compressed as one: whose, where in it, into what, and when."""
 
-    site: Site
+    leaf: Leaf
     place: slice
     row: Any
     now: WindowPosition
 
 
-def push(sites: Sequence[tuple[Site, WindowPosition]], layout: Layout, kernels: Kernels, vectors: Vectors) -> None:
+def push(leaves: Sequence[tuple[Leaf, WindowPosition]], layout: Layout, kernels: Kernels, vectors: Vectors) -> None:
     """Compress gradients into the newest rows, many at once. Threads share the slabs, or a large one.
 
     Args:
-        sites: Parameters that have a gradient, and where their windows stand.
+        leaves: Parameters that have a gradient, and where their windows stand.
         layout: What their state is made of.
         kernels: The backend.
         vectors: What of their gradients enters the window.
     """
-    for slabs in _batches(sites, layout, vectors):
+    for slabs in _batches(leaves, layout, vectors):
         _push_batch(slabs, layout, kernels, vectors)
 
 
 def _push_batch(slabs: list[_Slab], layout: Layout, kernels: Kernels, vectors: Vectors) -> None:
-    device = slabs[0].site.member.param.device
+    device = slabs[0].leaf.ref.param.device
     jobs: dict[int, Job] = {}
 
     def accumulate(index: int, begin: int, end: int) -> None:
         jobs[index] = _job(slabs[index], layout, kernels, vectors)
 
     def keep(index: int, begin: int, end: int) -> None:
-        site, place, _, now = slabs[index]
+        leaf, place, _, now = slabs[index]
         error = jobs[index].error
         assert error is not None  # what is lossless keeps none, and is not brought here
-        layout.errors.save(site.state, error.view(-1), place, now.steps, site.member.position, kernels)
+        layout.errors.save(leaf.state, error.view(-1), place, now.steps, leaf.ref.position, kernels)
 
     pool.run_torch(accumulate, len(slabs), 1, device)
     layout.compressor.compress([jobs[index] for index in range(len(slabs))], kernels)
@@ -58,20 +58,20 @@ def _push_batch(slabs: list[_Slab], layout: Layout, kernels: Kernels, vectors: V
         pool.run_torch(keep, len(slabs), 1, device)
 
 
-def _batches(sites: Iterable[tuple[Site, WindowPosition]], layout: Layout, vectors: Vectors) -> Iterator[list[_Slab]]:
+def _batches(leaves: Iterable[tuple[Leaf, WindowPosition]], layout: Layout, vectors: Vectors) -> Iterator[list[_Slab]]:
     """Slabs that are compressed together: as many as may be made at a time, or a larger one alone."""
     batch: list[_Slab] = []
     total = 0
-    for site, now in sites:
+    for leaf, now in leaves:
         takes_gradient = layout.compressor.lossless or layout.compressor.accumulates
-        copies = (takes_gradient and vectors.is_made(site)) + (not layout.errors.in_place)
-        row = layout.window.row(site.state, site.shape, now.newest)
-        for place, part in layout.window.slabs(row, site.shape):
+        copies = (takes_gradient and vectors.is_made(leaf)) + (not layout.errors.in_place)
+        row = layout.window.row(leaf.state, leaf.shape, now.newest)
+        for place, part in layout.window.slabs(row, leaf.shape):
             made = copies * (place.stop - place.start)
             if batch and total + made > _MADE:
                 yield batch
                 batch, total = [], 0
-            batch.append(_Slab(site, place, part, now))
+            batch.append(_Slab(leaf, place, part, now))
             total += made
     if batch:
         yield batch
@@ -79,17 +79,17 @@ def _batches(sites: Iterable[tuple[Site, WindowPosition]], layout: Layout, vecto
 
 def _job(slab: _Slab, layout: Layout, kernels: Kernels, vectors: Vectors) -> Job:
     """A slab with its error loaded, and its gradient beside it or in it."""
-    site, place, row, _ = slab
+    leaf, place, row, _ = slab
     gradient = error = None
     if layout.compressor.lossless or layout.compressor.accumulates:
-        gradient = vectors.enter(site, place)
+        gradient = vectors.enter(leaf, place)
     if not layout.compressor.lossless:
-        error = layout.errors.load(site.state, place, kernels)
+        error = layout.errors.load(leaf.state, place, kernels)
         if gradient is None:
-            vectors.accumulate(site, place, error)
-    return Job(_shaped(gradient, site), _shaped(error, site), row, site.state)
+            vectors.accumulate(leaf, place, error)
+    return Job(_shaped(gradient, leaf), _shaped(error, leaf), row, leaf.state)
 
 
-def _shaped(part: torch.Tensor | None, site: Site) -> torch.Tensor | None:
+def _shaped(part: torch.Tensor | None, leaf: Leaf) -> torch.Tensor | None:
     """A whole parameter in its shape; a slab of it is flat."""
-    return part if part is None or part.numel() != site.shape.numel() else part.view(site.shape)
+    return part if part is None or part.numel() != leaf.shape.numel() else part.view(leaf.shape)

@@ -9,14 +9,14 @@ import torch
 
 from . import shards
 from .kernels import Kernels
+from .leaves import ParamRef, dense
 from .shards import local
-from .sites import Member, dense
 
 _SQUARED = 4 << 20  # entries of gradients that are converted to float32 at a time
 
 
 def skips(
-    active: list[Member],
+    active: list[ParamRef],
     sums: Mapping[int, float],
     processes: torch.distributed.ProcessGroup | None,
     device: torch.device,
@@ -41,9 +41,7 @@ def skips(
         ValueError: A gradient has NaN or infinity, and steps are not skipped.
     """
     bad = [
-        member.param
-        for member in active
-        if member.param.grad is not None and not is_finite(member.param.grad, sums[member.position])
+        ref.param for ref in active if ref.param.grad is not None and not is_finite(ref.param.grad, sums[ref.position])
     ]
     count = float(shards.all_reduce(torch.tensor([len(bad)], dtype=torch.float64, device="cpu"), processes, device))
     if count and not skip:
@@ -51,7 +49,7 @@ def skips(
     return count > 0.0
 
 
-def squares(active: list[Member], kernels: Kernels) -> dict[int, float]:
+def squares(active: list[ParamRef], kernels: Kernels) -> dict[int, float]:
     """`|g|^2` of each gradient, which also tells whether it is finite.
 
     Args:
@@ -63,11 +61,11 @@ def squares(active: list[Member], kernels: Kernels) -> dict[int, float]:
     """
     positions, sums, count = [], [], 0
     waiting: list[torch.Tensor] = []  # converted, and so not all at a time
-    for member in active:
-        if member.param.grad is not None:
-            positions.append(member.position)
-            waiting.append(dense(member.param.grad).view(-1))
-            count += member.param.grad.numel()
+    for ref in active:
+        if ref.param.grad is not None:
+            positions.append(ref.position)
+            waiting.append(dense(ref.param.grad).view(-1))
+            count += ref.param.grad.numel()
         if count > _SQUARED:
             sums.append(kernels.squares(waiting))
             waiting, count = [], 0

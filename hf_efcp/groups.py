@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .checks import HEAVY_BALL
-from .sites import Group
+from .leaves import Group
 
 
 def plain(settings: Mapping[str, Any]) -> Group:

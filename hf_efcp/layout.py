@@ -11,10 +11,10 @@ import torch
 from . import adamw, checks, shards
 from .compressors import Compressor, Window
 from .errors import ErrorStore
+from .leaves import ParamRef
 from .metric import Metric
 from .preconditioners import Preconditioner
 from .shards import is_sharded, local
-from .sites import Member
 
 State = dict[str, Any]
 
@@ -57,28 +57,28 @@ class Layout:
         """
         return replace(self, num_grads=num_grads)
 
-    def fresh(self, member: Member, device: torch.device | str) -> State:
+    def fresh(self, ref: ParamRef, device: torch.device | str) -> State:
         """The state of a parameter that was never stepped.
 
         Args:
-            member: The parameter.
+            ref: The parameter.
             device: Where; "meta" gives shapes without memory.
 
         Returns:
             Plain tensors and numbers by name.
         """
-        if not member.group["preconditioned"]:
-            return adamw.allocate(member.param, device)
-        state = shards.allocate(member.param, self.maker(member), device)
+        if not ref.group["preconditioned"]:
+            return adamw.allocate(ref.param, device)
+        state = shards.allocate(ref.param, self.maker(ref), device)
         if self.metric is not None:
             state["gradients"] = 0  # that the parameter has had: AdamW's step
         return state
 
-    def maker(self, member: Member) -> shards.Maker:
+    def maker(self, ref: ParamRef) -> shards.Maker:
         """What makes the tensors of a parameter, or of a shard of it.
 
         Args:
-            member: The parameter.
+            ref: The parameter.
 
         Returns:
             A function of shape and device.
@@ -87,10 +87,10 @@ class Layout:
         def make(shape: torch.Size, device: torch.device | str) -> State:
             state: State = {} if self.compressor.lossless else self.errors.allocate(shape, device)
             state |= self.window.allocate(shape, device)
-            state |= self.compressor.allocate(shape, device, member.position)
+            state |= self.compressor.allocate(shape, device, ref.position)
             state |= self.preconditioner.allocate(shape, device)
             state |= {} if self.metric is None else self.metric.allocate(shape, device)
-            return state | (momentum(shape, device) if member.group[checks.HEAVY_BALL] else {})
+            return state | (momentum(shape, device) if ref.group[checks.HEAVY_BALL] else {})
 
         return make
 
@@ -109,7 +109,7 @@ class Layout:
             state["gram"] = torch.zeros(self.num_grads, self.num_grads, dtype=torch.float64, device=home)
         return state
 
-    def fresh_states(self, trainable: list[Member], by_layer: bool) -> list[State]:
+    def fresh_states(self, trainable: list[ParamRef], by_layer: bool) -> list[State]:
         """The states that there are once every parameter was stepped, for counting their bytes.
 
         Args:
@@ -119,31 +119,31 @@ class Layout:
         Returns:
             States on "meta"; of sharded ones this rank's rows.
         """
-        states = [self.fresh(member, "meta") for member in trainable]
-        for member, state in zip(trainable, states, strict=True):
-            if is_sharded(member.param) and member.group["preconditioned"]:
+        states = [self.fresh(ref, "meta") for ref in trainable]
+        for ref, state in zip(trainable, states, strict=True):
+            if is_sharded(ref.param) and ref.group["preconditioned"]:
                 own = {name: tensor[:1] for name, tensor in state.items() if name != "gradients"}
                 state.update(own)
-        preconditioned = sum(bool(member.group["preconditioned"]) for member in trainable)
+        preconditioned = sum(bool(ref.group["preconditioned"]) for ref in trainable)
         count = preconditioned if by_layer else min(1, preconditioned)
         return [*states, *(self.gram_state("meta") for _ in range(count))]
 
-    def check(self, saved: State, member: Member, name: str) -> None:
+    def check(self, saved: State, ref: ParamRef, name: str) -> None:
         """Refuse a saved state that `fresh` and `gram_state` would not have made.
 
         Args:
             saved: State of one parameter in a checkpoint.
-            member: The parameter, in the checkpoint's group.
+            ref: The parameter, in the checkpoint's group.
             name: What to call the parameter.
 
         Raises:
             ValueError: It does not fit.
         """
-        expected = self.fresh(member._replace(group={**member.group, checks.HEAVY_BALL: 1.0}), "meta")
+        expected = self.fresh(ref._replace(group={**ref.group, checks.HEAVY_BALL: 1.0}), "meta")
         own = set(expected) - {"step", "gradients"}
-        if member.group["preconditioned"]:
+        if ref.group["preconditioned"]:
             expected |= {name: v for name, v in self.gram_state("meta").items() if name in saved}
-        if is_sharded(member.param) and any(
+        if is_sharded(ref.param) and any(
             torch.is_tensor(v) and not is_sharded(v) and k in own for k, v in saved.items()
         ):
             raise ValueError(
@@ -151,9 +151,9 @@ class Layout:
                 "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
             )
         checks.check_tensors(saved, expected, {"momentum"}, name)
-        if member.group["preconditioned"]:
-            view = shards.view(saved, member.param, self.maker(member))
-            self.window.check(view, local(member.param).shape, name)
+        if ref.group["preconditioned"]:
+            view = shards.view(saved, ref.param, self.maker(ref))
+            self.window.check(view, local(ref.param).shape, name)
 
 
 def momentum(shape: torch.Size, device: torch.device | str) -> State:

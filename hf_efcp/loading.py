@@ -10,15 +10,15 @@ import torch
 
 from . import checks
 from .layout import Layout, State
-from .sites import Group, Member
+from .leaves import Group, ParamRef
 
 
-def saved_states(state_dict: dict[str, Any], members: list[Member]) -> list[tuple[Member, State]]:
+def saved_states(state_dict: dict[str, Any], refs: list[ParamRef]) -> list[tuple[ParamRef, State]]:
     """The states of a checkpoint, with the parameters that they belong to.
 
     Args:
         state_dict: Of an optimizer with the same groups.
-        members: The parameters, in the order of the groups.
+        refs: The parameters, in the order of the groups.
 
     Returns:
         Each parameter that has a saved state, in the checkpoint's group.
@@ -26,14 +26,14 @@ def saved_states(state_dict: dict[str, Any], members: list[Member]) -> list[tupl
     saved_groups = state_dict["param_groups"]
     keys = [(key, group) for group in saved_groups for key in group["params"]]
     return [
-        (member._replace(group=group), state_dict["state"][key])
-        for (key, group), member in zip(keys, members, strict=True)
+        (ref._replace(group=group), state_dict["state"][key])
+        for (key, group), ref in zip(keys, refs, strict=True)
         if state_dict["state"].get(key)
     ]
 
 
 def check(
-    saved: list[tuple[Member, State]], layout: Layout, by_layer: bool, name: Callable[[torch.Tensor], str]
+    saved: list[tuple[ParamRef, State]], layout: Layout, by_layer: bool, name: Callable[[torch.Tensor], str]
 ) -> None:
     """Refuse states that do not fit.
 
@@ -46,9 +46,9 @@ def check(
     Raises:
         ValueError: One does not fit.
     """
-    for member, state in saved:
-        layout.check(state, member, name(member.param))
-    windows = [state for member, state in saved if member.group["preconditioned"]]
+    for ref, state in saved:
+        layout.check(state, ref, name(ref.param))
+    windows = [state for ref, state in saved if ref.group["preconditioned"]]
     checks.check_gram_states(windows, layout.gram_state("meta"), by_layer)
 
 

@@ -18,10 +18,10 @@ from .eager import never_compiled
 from .errors import error_store
 from .kernels import Kernels, check_name, choose
 from .layout import Layout, State
+from .leaves import Group, Leaf, ParamRef
 from .metric import METRICS, Metric
 from .preconditioners import Preconditioner
 from .shards import is_sharded, local
-from .sites import Group, Member, Site
 from .step import Step
 from .threads import one_thread
 from .vectors import Vectors
@@ -208,7 +208,7 @@ class EFCP(GroupedOptimizer):
     @property
     def backend(self) -> str:
         """The backend that steps the parameters where they are now: "numba", "triton" or "reference"."""
-        return choose(self._backend, checks.check_one_device(member.param for member in self._members())).NAME
+        return choose(self._backend, checks.check_one_device(ref.param for ref in self._refs())).NAME
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -246,7 +246,7 @@ class EFCP(GroupedOptimizer):
             Bytes by part: `indices` and `values` of the window, `error`, `momentum` (with first moments, and the
             moments and sums of diagonal rules), `metric`, `gram`, and their `total`.
         """
-        return count_bytes(self.state[member.param] for member in self._members() if member.param in self.state)
+        return count_bytes(self.state[ref.param] for ref in self._refs() if ref.param in self.state)
 
     def planned_memory(self, num_grads: int | None = None) -> dict[str, int]:
         """Bytes of the state once every parameter that requires a gradient has been stepped.
@@ -258,42 +258,42 @@ class EFCP(GroupedOptimizer):
             As `memory`.
         """
         plan = self._layout if num_grads is None else self._layout.resized(num_grads)
-        trainable = [member for member in self._members() if member.param.requires_grad]
+        trainable = [ref for ref in self._refs() if ref.param.requires_grad]
         return count_bytes(plan.fresh_states(trainable, self._structure["scope"] == "layer"))
 
     def _check_group(self, group: Group, shared: Group) -> None:
         checks.check_group(group, shared)
 
-    def _check_states(self, saved: list[tuple[Member, State]]) -> None:
+    def _check_states(self, saved: list[tuple[ParamRef, State]]) -> None:
         loading.check(saved, self._layout, self._structure["scope"] == "layer", self._name)
 
     @never_compiled
     def _step_all(self) -> None:
         """Step everything that has a gradient."""
-        active = [m for m in self._members() if m.param.requires_grad or m.param.grad is not None]
-        if all(member.param.grad is None for member in active):
+        active = [m for m in self._refs() if m.param.requires_grad or m.param.grad is not None]
+        if all(ref.param.grad is None for ref in active):
             return
         with one_thread():
             stepped = self._step(active)
         if stepped:
             adamw.step_excluded(self.param_groups, self.state)
 
-    def _step(self, active: list[Member]) -> bool:
+    def _step(self, active: list[ParamRef]) -> bool:
         """Check everything, then step what is preconditioned; whether the step was not skipped."""
-        device = checks.check_one_device(member.param for member in active)
+        device = checks.check_one_device(ref.param for ref in active)
         shared = self._shared()
         for group in self.param_groups:
             checks.check_group(group, shared)
-        for member in active:
-            checks.check_parameter(member.param, self._name)
-            checks.check_gradient(member.param, self._name)
-            state = self.state.get(member.param)
-            if state and ("exp_avg" in state) == member.group["preconditioned"]:
+        for ref in active:
+            checks.check_parameter(ref.param, self._name)
+            checks.check_gradient(ref.param, self._name)
+            state = self.state.get(ref.param)
+            if state and ("exp_avg" in state) == ref.group["preconditioned"]:
                 raise ValueError(
-                    f"preconditioned of a group was changed after the first step, and {self._name(member.param)} has "
+                    f"preconditioned of a group was changed after the first step, and {self._name(ref.param)} has "
                     "the other kind of state: set it before the first step"
                 )
-        processes = shards.check([member.param for member in active])
+        processes = shards.check([ref.param for ref in active])
         kernels = choose(self._backend, device)
         whole = self._whole_steps(kernels, active, device)
         if whole is not None:
@@ -312,14 +312,14 @@ class EFCP(GroupedOptimizer):
         step = Step(
             self._layout, preconditioner, self._precondition, beta1, kernels, vectors, processes, device, self._name
         )
-        units = [step.unit(self._sites(members), self._gram_state(members)) for members in self._units()]
+        units = [step.unit(self._leaves(refs), self._gram_state(refs)) for refs in self._units()]
         if whole is None:
             step.run(units)
         else:
             step.run_whole(units, whole)
         return True
 
-    def _whole_steps(self, kernels: Kernels, active: list[Member], device: torch.device) -> Whole | None:
+    def _whole_steps(self, kernels: Kernels, active: list[ParamRef], device: torch.device) -> Whole | None:
         """What steps the whole model in a few launches; None where the backend, or the optimizer, has no such step."""
         if kernels.NAME != "triton":
             return None
@@ -341,7 +341,7 @@ class EFCP(GroupedOptimizer):
 
     def _fit(self, memory_budget: int | str) -> None:
         """Take the largest window that fits."""
-        params = [member.param for member in self._members() if member.param.requires_grad]
+        params = [ref.param for ref in self._refs() if ref.param.requires_grad]
         if any(map(is_sharded, params)):
             raise ValueError(
                 "memory_budget counts whole parameters, but these are sharded, and every rank must have the same "
@@ -355,21 +355,21 @@ class EFCP(GroupedOptimizer):
         for settings in (self._structure, self.defaults, *self.param_groups):
             settings["num_grads"] = num_grads
 
-    def _units(self) -> list[list[Member]]:
+    def _units(self) -> list[list[ParamRef]]:
         """Parameters that share a preconditioner. One without a gradient takes part, with a row of zeros."""
-        members = [m for m in self._members() if m.group["preconditioned"] and self.state.get(m.param)]
+        refs = [m for m in self._refs() if m.group["preconditioned"] and self.state.get(m.param)]
         if self._structure["scope"] == "layer":
-            return [[member] for member in members if member.param.grad is not None]
-        return [members] if any(member.param.grad is not None for member in members) else []
+            return [[ref] for ref in refs if ref.param.grad is not None]
+        return [refs] if any(ref.param.grad is not None for ref in refs) else []
 
-    def _allocate(self, active: list[Member]) -> None:
+    def _allocate(self, active: list[ParamRef]) -> None:
         """Make the state of the parameters that have none."""
-        for member in active:
-            group, param, state = member.group, member.param, self.state[member.param]
+        for ref in active:
+            group, param, state = ref.group, ref.param, self.state[ref.param]
             if not state:
-                fresh = self._layout.fresh(member, param.device)
+                fresh = self._layout.fresh(ref, param.device)
                 if group["preconditioned"] and (
-                    self._structure["scope"] == "layer" or not self._gram_state(self._members())
+                    self._structure["scope"] == "layer" or not self._gram_state(self._refs())
                 ):
                     # With a parameter, since a checkpoint keeps nothing that no parameter owns.
                     fresh |= self._layout.gram_state(param.device)
@@ -377,10 +377,10 @@ class EFCP(GroupedOptimizer):
             elif group["preconditioned"] and group[checks.HEAVY_BALL] and "momentum" not in state:  # switched on since
                 state.update(shards.allocate(param, layout.momentum, param.device))
 
-    def _gram_state(self, members: Iterable[Member]) -> dict[str, Any]:
+    def _gram_state(self, refs: Iterable[ParamRef]) -> dict[str, Any]:
         """The state that holds what a unit has in common; empty before the first step."""
-        return next((self.state[m.param] for m in members if "pushed" in self.state.get(m.param, ())), {})
+        return next((self.state[m.param] for m in refs if "pushed" in self.state.get(m.param, ())), {})
 
-    def _sites(self, unit: list[Member]) -> list[Site]:
+    def _leaves(self, unit: list[ParamRef]) -> list[Leaf]:
         views = ((m, shards.view(self.state[m.param], m.param, self._layout.maker(m))) for m in unit)
-        return [Site(state, local(m.param).shape, m) for m, state in views]
+        return [Leaf(state, local(m.param).shape, m) for m, state in views]

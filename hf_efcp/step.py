@@ -14,8 +14,8 @@ from .checks import HEAVY_BALL
 from .error_feedback import push
 from .kernels import Kernels, pool, widest
 from .layout import Layout
+from .leaves import Leaf
 from .preconditioners import Combination, Preconditioner, WindowPosition
-from .sites import Site
 from .update import Move, move_all
 from .vectors import Vectors
 
@@ -32,13 +32,13 @@ _FITS = 2.0**64  # coefficients below this, times rows of whitened entries, are 
 class Unit(NamedTuple):
     """Parameters that share a matrix, and what a step finds out about them.
 
-    `gram_state` is what they have in common; `sites` have a gradient; `column` is that of the Gram matrix, and
+    `gram_state` is what they have in common; `leaves` have a gradient; `column` is that of the Gram matrix, and
     `products` are `G x` with `|x|^2` behind them, both of this process's part of the parameters until they are
     collected.
     """
 
     gram_state: dict[str, Any]
-    sites: list[Site]
+    leaves: list[Leaf]
     now: WindowPosition
     column: torch.Tensor
     products: torch.Tensor
@@ -86,26 +86,26 @@ class Step:
         with record_function(SPANS["solve"]):
             plans = self._plan(units)
         with record_function(SPANS["update"]):
-            moves = [self._move(site, plan) for unit, plan in zip(units, plans, strict=True) for site in unit.sites]
+            moves = [self._move(leaf, plan) for unit, plan in zip(units, plans, strict=True) for leaf in unit.leaves]
             move_all(moves, self.kernels)
 
-    def unit(self, sites: list[Site], gram_state: dict[str, Any]) -> Unit:
+    def unit(self, leaves: list[Leaf], gram_state: dict[str, Any]) -> Unit:
         """Where a window stands in this step; the new row of what has no gradient is made zero.
 
         Args:
-            sites: The parameters that share it.
+            leaves: The parameters that share it.
             gram_state: What they have in common.
 
         Returns:
             The unit, with neither column nor products yet.
         """
         capacity, steps = self.layout.num_grads, gram_state["pushed"] + 1
-        lr = max(float(site.member.group["lr"]) for site in sites)
+        lr = max(float(leaf.ref.group["lr"]) for leaf in leaves)
         now = WindowPosition((steps - 1) % capacity, min(steps, capacity), capacity, steps, lr)
-        for site in sites:
-            if site.member.param.grad is None:
-                self.layout.window.clear(site.state, site.shape, now.newest)
-        present = [site for site in sites if site.member.param.grad is not None]
+        for leaf in leaves:
+            if leaf.ref.param.grad is None:
+                self.layout.window.clear(leaf.state, leaf.shape, now.newest)
+        present = [leaf for leaf in leaves if leaf.ref.param.grad is not None]
         return Unit(gram_state, present, now, _NOTHING, _NOTHING)
 
     def run_whole(self, units: list[Unit], whole: Whole) -> None:
@@ -117,8 +117,8 @@ class Step:
         """
         if not units:
             return
-        self.vectors.begin([site for unit in units for site in unit.sites])
-        columns = whole.push([(unit.sites, unit.now) for unit in units])
+        self.vectors.begin([leaf for unit in units for leaf in unit.leaves])
+        columns = whole.push([(unit.leaves, unit.now) for unit in units])
         for unit in units:
             unit.gram_state["pushed"] = unit.now.steps
         states, positions = [unit.gram_state for unit in units], [unit.now for unit in units]
@@ -142,11 +142,11 @@ class Step:
 
     def _push(self, units: list[Unit]) -> None:
         """A new row for each window, compressed with error feedback."""
-        rows = [(site, unit.now) for unit in units for site in unit.sites]
-        self.vectors.begin([site for site, _ in rows])
+        rows = [(leaf, unit.now) for unit in units for leaf in unit.leaves]
+        self.vectors.begin([leaf for leaf, _ in rows])
         push(rows, self.layout, self.kernels, self.vectors)
-        for site, now in rows:
-            self.preconditioner.observe(now, self.layout.window, site.state, site.shape, self.kernels)
+        for leaf, now in rows:
+            self.preconditioner.observe(now, self.layout.window, leaf.state, leaf.shape, self.kernels)
         for unit in units:
             unit.gram_state["pushed"] = unit.now.steps
 
@@ -156,9 +156,9 @@ class Step:
             columns: dict[int, torch.Tensor] = {}
             for now in dict.fromkeys(unit.now for unit in units):
                 places = [place for place, unit in enumerate(units) if unit.now == now]
-                held = [(site.state, site.shape) for place in places for site in units[place].sites]
+                held = [(leaf.state, leaf.shape) for place in places for leaf in units[place].leaves]
                 found = self.layout.window.dots(held, now.newest, now.rows, self.kernels)
-                own = torch.split(found, [len(units[place].sites) for place in places])
+                own = torch.split(found, [len(units[place].leaves) for place in places])
                 columns |= {place: some.sum(dim=0) for place, some in zip(places, own, strict=True)}
             units = [unit._replace(column=columns[place]) for place, unit in enumerate(units)]
         if self.precondition != "row":
@@ -168,15 +168,15 @@ class Step:
     def _products(self, unit: Unit) -> torch.Tensor:
         """`G x` of the dense vector, and without a metric `|x|^2` behind it, `(rows + 1,)`. Threads share the spans."""
         window, rows, tasks = self.layout.window, unit.now.rows, []
-        for site in unit.sites:
-            vector = self.vectors.preconditioned(site)
-            tasks += [(site, span, vector) for span in window.spans(site.shape, self.device)]
+        for leaf in unit.leaves:
+            vector = self.vectors.preconditioned(leaf)
+            tasks += [(leaf, span, vector) for span in window.spans(leaf.shape, self.device)]
         parts = torch.zeros(len(tasks), rows + 1, dtype=widest(self.device), device=self.device)
 
         def work(index: int, begin: int, end: int) -> None:
-            site, span, vector = tasks[index]
+            leaf, span, vector = tasks[index]
             x = vector(span)
-            parts[index, :-1] = window.project(site.state, site.shape, span, x, rows, self.kernels)
+            parts[index, :-1] = window.project(leaf.state, leaf.shape, span, x, rows, self.kernels)
             if self.layout.metric is None:  # else no length is needed
                 parts[index, -1] = torch.linalg.vector_norm(x, dtype=parts.dtype).square()
 
@@ -207,7 +207,7 @@ class Step:
         if self.layout.metric is not None:
             return self._shorten(units)
         plans = []
-        for gram_state, sites, now, _, products in units:
+        for gram_state, leaves, now, _, products in units:
             if not self.preconditioner.uses_gram:
                 plans.append(_placed(self.preconditioner.plan(None, now), self.device))
                 continue
@@ -216,7 +216,7 @@ class Step:
                 plan = self.preconditioner.plan(gram, now)
             else:
                 plan = self.preconditioner.plan_outside(gram, products[:-1], now)
-            self._check_length(sites, plan.length(gram, products))
+            self._check_length(leaves, plan.length(gram, products))
             plans.append(_placed(plan, self.device))
         return plans
 
@@ -242,21 +242,21 @@ class Step:
             }
         return [Combination(found[place], 0.0 if row else 1.0) for place in range(len(units))]
 
-    def _move(self, site: Site, plan: Any) -> Move:
+    def _move(self, leaf: Leaf, plan: Any) -> Move:
         """What makes the update of a parameter, span by span."""
-        window, state, shape = self.layout.window, site.state, site.shape
-        vector = None if self.precondition == "row" else self.vectors.preconditioned(site)
+        window, state, shape = self.layout.window, leaf.state, leaf.shape
+        vector = None if self.precondition == "row" else self.vectors.preconditioned(leaf)
 
         def update(span: slice) -> torch.Tensor:
             base = None if vector is None else vector(span)
             u = self.preconditioner.update(plan, window, state, shape, span, self.kernels, base)
-            return self.vectors.out_of_metric(site, span, u)
+            return self.vectors.out_of_metric(leaf, span, u)
 
-        return Move(site, window.spans(shape, self.device), update)
+        return Move(leaf, window.spans(shape, self.device), update)
 
-    def _check_length(self, sites: list[Site], length: float) -> None:
+    def _check_length(self, leaves: list[Leaf], length: float) -> None:
         """Refuse an update that may not fit the parameters: without dampening it is as long as a row is short."""
-        for group, param in ((site.member.group, site.member.param) for site in sites):
+        for group, param in ((leaf.ref.group, leaf.ref.param) for leaf in leaves):
             velocity = length / (1.0 - group[HEAVY_BALL])
             largest = torch.finfo(param.dtype).max
             if not (velocity <= _FLOAT32_MAX and float(group["lr"]) * velocity <= largest):

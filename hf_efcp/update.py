@@ -9,14 +9,14 @@ import torch
 
 from .checks import HEAVY_BALL
 from .kernels import Kernels, pool
+from .leaves import Leaf
 from .shards import local
-from .sites import Site
 
 
 class Move(NamedTuple):
     """A parameter, where it is cut, and what makes the update `u` of a span, `(n,)`, float32."""
 
-    site: Site
+    leaf: Leaf
     spans: list[slice]
     update: Callable[[slice], torch.Tensor]
 
@@ -29,13 +29,13 @@ def move_all(moves: list[Move], kernels: Kernels) -> None:
         kernels: The backend.
     """
     # A view of a parameter that is not contiguous is a copy, which is written back.
-    thetas = [local(move.site.member.param).detach().contiguous().view(-1) for move in moves]
+    thetas = [local(move.leaf.ref.param).detach().contiguous().view(-1) for move in moves]
     tasks = [(number, span) for number, move in enumerate(moves) for span in move.spans]
 
     def work(index: int, begin: int, end: int) -> None:
         number, span = tasks[index]
-        site, update = moves[number].site, moves[number].update
-        group, stored = site.member.group, thetas[number][span]
+        leaf, update = moves[number].leaf, moves[number].update
+        group, stored = leaf.ref.group, thetas[number][span]
         lr = float(group["lr"])
         theta = stored.to(torch.float32)
         kernels.apply(
@@ -43,7 +43,7 @@ def move_all(moves: list[Move], kernels: Kernels) -> None:
             update(span),
             lr=lr,
             keep=1.0 - lr * group["weight_decay"] if group["decoupled_weight_decay"] else 1.0,
-            velocity=site.state["momentum"].view(-1)[span] if group[HEAVY_BALL] else None,
+            velocity=leaf.state["momentum"].view(-1)[span] if group[HEAVY_BALL] else None,
             momentum=group[HEAVY_BALL],
         )
         if theta.data_ptr() != stored.data_ptr():
@@ -52,6 +52,6 @@ def move_all(moves: list[Move], kernels: Kernels) -> None:
     if tasks:
         pool.run_torch(work, len(tasks), 1, thetas[0].device)
     for move, theta in zip(moves, thetas, strict=True):
-        param = local(move.site.member.param)
+        param = local(move.leaf.ref.param)
         if theta.data_ptr() != param.data_ptr():
             param.copy_(theta.view(param.shape))

@@ -10,9 +10,9 @@ import torch
 
 from .compressors import span_length
 from .kernels import Kernels, pool
+from .leaves import Leaf, gradient_of, is_float32, spans_of_gradient
 from .metric import Metric
 from .shards import local
-from .sites import Site, gradient_of, is_float32, spans_of_gradient
 
 # Without a metric accumulators saturate here, so that float32 products of low-rank rows cannot overflow.
 _LARGEST = 2.0**96
@@ -32,55 +32,55 @@ class Vectors:
     states: Mapping[torch.Tensor, dict[str, Any]]
     kernels: Kernels
 
-    def begin(self, sites: list[Site]) -> None:
+    def begin(self, leaves: list[Leaf]) -> None:
         """Count the gradients of parameters, and take them into second moments that need them whole; once a step.
 
         Args:
-            sites: The parameters.
+            leaves: The parameters.
         """
         metric = self.metric
-        if metric is None or not sites:
+        if metric is None or not leaves:
             return
-        for site in sites:
-            self.states[site.member.param]["gradients"] += 1
-        factored = [site for site in sites if metric.is_factored(site.shape)]
+        for leaf in leaves:
+            self.states[leaf.ref.param]["gradients"] += 1
+        factored = [leaf for leaf in leaves if metric.is_factored(leaf.shape)]
 
         def work(index: int, begin: int, end: int) -> None:
             metric.observe_factored(factored[index].state, gradient_of(factored[index]))
 
-        pool.run_torch(work, len(factored), 1, sites[0].member.param.device)
+        pool.run_torch(work, len(factored), 1, leaves[0].ref.param.device)
 
-    def is_made(self, site: Site) -> bool:
+    def is_made(self, leaf: Leaf) -> bool:
         """Whether what enters the window is no view of the gradient."""
-        return self.metric is not None or not is_float32(site)
+        return self.metric is not None or not is_float32(leaf)
 
-    def enter(self, site: Site, place: slice) -> torch.Tensor:
+    def enter(self, leaf: Leaf, place: slice) -> torch.Tensor:
         """What enters the window of a slab, once a step.
 
         Args:
-            site: The parameter.
+            leaf: The parameter.
             place: The slab, whole buckets.
 
         Returns:
             `D^-1/2 g`, `(n,)`, float32, contiguous.
         """
         if self.metric is None:
-            return spans_of_gradient(site)(place)
-        length, device = place.stop - place.start, local(site.member.param).device
-        return self.accumulate(site, place, torch.zeros(length, dtype=torch.float32, device=device))
+            return spans_of_gradient(leaf)(place)
+        length, device = place.stop - place.start, local(leaf.ref.param).device
+        return self.accumulate(leaf, place, torch.zeros(length, dtype=torch.float32, device=device))
 
-    def accumulate(self, site: Site, place: slice, accumulator: torch.Tensor) -> torch.Tensor:
+    def accumulate(self, leaf: Leaf, place: slice, accumulator: torch.Tensor) -> torch.Tensor:
         """The same, added to an error; moments take the gradient, once a step. Threads share a large slab.
 
         Args:
-            site: The parameter.
+            leaf: The parameter.
             place: The slab, whole buckets.
             accumulator: `(n,)`, float32, contiguous; updated.
 
         Returns:
             The accumulator.
         """
-        gradient, position = spans_of_gradient(site), site.member.position
+        gradient, position = spans_of_gradient(leaf), leaf.ref.position
 
         def work(_: int, begin: int, end: int) -> None:
             span, out = slice(place.start + begin, place.start + end), accumulator[begin:end]
@@ -88,34 +88,34 @@ class Vectors:
             if self.metric is None:
                 out.add_(g).clamp_(-_LARGEST, _LARGEST)
             else:
-                self.metric.observe(site.state, site.shape, span, g, self._step(site), position, self.kernels, out)
+                self.metric.observe(leaf.state, leaf.shape, span, g, self._step(leaf), position, self.kernels, out)
 
         pool.run_torch(work, len(accumulator), span_length(accumulator.device), accumulator.device)
         return accumulator
 
-    def preconditioned(self, site: Site) -> Callable[[slice], torch.Tensor]:
+    def preconditioned(self, leaf: Leaf) -> Callable[[slice], torch.Tensor]:
         """The dense vector `x` that is preconditioned, `D^-1/2 m_hat`, or `D^-1/2 g` without momentum.
 
         Args:
-            site: The parameter.
+            leaf: The parameter.
 
         Returns:
             What makes a span of it, `(n,)`, float32, contiguous.
         """
-        state, shape, kernels, metric = site.state, site.shape, self.kernels, self.metric
+        state, shape, kernels, metric = leaf.state, leaf.shape, self.kernels, self.metric
         if metric is not None and metric.beta1:
-            return lambda span: metric.momentum(state, shape, span, self._step(site), kernels)
-        gradient = spans_of_gradient(site)
+            return lambda span: metric.momentum(state, shape, span, self._step(leaf), kernels)
+        gradient = spans_of_gradient(leaf)
         if metric is None:
             return gradient
-        step = self._step(site)
+        step = self._step(leaf)
         return lambda span: metric.whiten(state, shape, span, gradient(span).clone(), step, kernels)
 
-    def out_of_metric(self, site: Site, span: slice, update: torch.Tensor) -> torch.Tensor:
+    def out_of_metric(self, leaf: Leaf, span: slice, update: torch.Tensor) -> torch.Tensor:
         """`D^-1/2 u`, in the memory of `u`; without a metric, `u`.
 
         Args:
-            site: The parameter.
+            leaf: The parameter.
             span: A span of it.
             update: `u` in the metric, `(n,)`, float32.
 
@@ -124,7 +124,7 @@ class Vectors:
         """
         if self.metric is None:
             return update
-        return self.metric.whiten(site.state, site.shape, span, update, self._step(site), self.kernels)
+        return self.metric.whiten(leaf.state, leaf.shape, span, update, self._step(leaf), self.kernels)
 
-    def _step(self, site: Site) -> int:
-        return int(self.states[site.member.param]["gradients"])
+    def _step(self, leaf: Leaf) -> int:
+        return int(self.states[leaf.ref.param]["gradients"])

@@ -22,25 +22,25 @@ from .kernels.triton.launch import upload
 from .kernels.triton.model import Model, place_scratch
 from .kernels.triton.rows import Row, Settings
 from .layout import Layout
+from .leaves import Leaf, ParamRef
 from .preconditioners import MFAC, GramPreconditioner, Preconditioner, WindowPosition
 from .shards import is_sharded
-from .sites import Member, Site
 
 _LONGEST = 2**31  # entries of a tensor: positions in it are 32 bits
 _CODES = {"float32": 0, "bfloat16": 1, "int8": 3, "uint4": 4}
 _NONE = 5
 
-Unit = tuple[list[Site], WindowPosition]  # parameters that share a matrix, all with a gradient
+Unit = tuple[list[Leaf], WindowPosition]  # parameters that share a matrix, all with a gradient
 
 
-def refusal(layout: Layout, preconditioner: Preconditioner, precondition: str, members: Sequence[Member]) -> str | None:
+def refusal(layout: Layout, preconditioner: Preconditioner, precondition: str, refs: Sequence[ParamRef]) -> str | None:
     """Why the kernels cannot step an optimizer.
 
     Args:
         layout: What its state is made of.
         preconditioner: What is made of the window.
         precondition: What is preconditioned.
-        members: Its parameters.
+        refs: Its parameters.
 
     Returns:
         The reason; None if they can.
@@ -56,9 +56,9 @@ def refusal(layout: Layout, preconditioner: Preconditioner, precondition: str, m
         return f'metric="{metric.kind}"'
     if isinstance(compressor, LowRank) and metric is None:
         return 'low-rank rows with metric="none", whose sums need float64'
-    if any(is_sharded(member.param) for member in members):
+    if any(is_sharded(ref.param) for ref in refs):
         return "sharded parameters"
-    if any(member.param.numel() >= _LONGEST for member in members):
+    if any(ref.param.numel() >= _LONGEST for ref in refs):
         return f"a parameter of {_LONGEST} entries or more"
     buckets = isinstance(layout.errors, BucketErrors)
     if isinstance(compressor, TopK) and buckets and compressor.block_size % BUCKET:
@@ -86,12 +86,12 @@ class Whole:
         self._moved: list[tuple[torch.Tensor, torch.Tensor]] = []  # parameters that are not contiguous, and copies
 
     def check(
-        self, members: Sequence[Member], states: Mapping[Any, Mapping[str, Any]], name: Callable[[torch.Tensor], str]
+        self, refs: Sequence[ParamRef], states: Mapping[Any, Mapping[str, Any]], name: Callable[[torch.Tensor], str]
     ) -> None:
         """Refuse what has addresses that are not the device's, and what would repeat those of one step.
 
         Args:
-            members: Parameters.
+            refs: Parameters.
             states: Their states, by parameter.
             name: Tells what to call a parameter, when it comes to that.
 
@@ -99,11 +99,11 @@ class Whole:
             ValueError: A tensor of a state is on another device than its parameter.
             RuntimeError: A CUDA graph is captured.
         """
-        for member in members:
-            for key, value in states.get(member.param, {}).items():
+        for ref in refs:
+            for key, value in states.get(ref.param, {}).items():
                 if isinstance(value, torch.Tensor) and key not in ("gram", "step") and value.device != self.device:
                     raise ValueError(
-                        f"{name(member.param)} is on {self.device}, but {key} of its state on {value.device}: load the "
+                        f"{name(ref.param)} is on {self.device}, but {key} of its state on {value.device}: load the "
                         "state again with load_state_dict, which puts it there, or move it back"
                     )
         if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
@@ -112,16 +112,16 @@ class Whole:
                 "window, addresses of gradients) is sent from the host. Capture forward and backward, and step outside"
             )
 
-    def squares(self, members: Sequence[Member]) -> dict[int, float]:
+    def squares(self, refs: Sequence[ParamRef]) -> dict[int, float]:
         """What stands for `|g|^2` in the check of the gradients: 0, or infinity where an entry is not finite.
 
         Args:
-            members: Parameters, with or without a gradient.
+            refs: Parameters, with or without a gradient.
 
         Returns:
             By position.
         """
-        given = [(member.position, member.param.grad) for member in members if member.param.grad is not None]
+        given = [(ref.position, ref.param.grad) for ref in refs if ref.param.grad is not None]
         with self._on_device():
             bad = self._model.find_nonfinite([_flat(gradient) for _, gradient in given])
         return {position: math.inf if found else 0.0 for (position, _), found in zip(given, bad, strict=True)}
@@ -137,12 +137,12 @@ class Whole:
         """
         metric, model = self._layout.metric, self._model
         self._moved, self._units = [], len(units)
-        self._settings = settings = self._compiled([site for sites, _ in units for site in sites])
+        self._settings = settings = self._compiled([leaf for leaves, _ in units for leaf in leaves])
         self._rows = rows = [
             row
-            for number, (sites, now) in enumerate(units)
-            for site in sites
-            for row in self._describe(site, now, number)
+            for number, (leaves, now) in enumerate(units)
+            for leaf in leaves
+            for row in self._describe(leaf, now, number)
         ]
         if not rows:
             return torch.zeros(len(units), settings.capacity, dtype=torch.float64, device=self.device)
@@ -242,11 +242,11 @@ class Whole:
                 state["gram"] = home
         return self._grams
 
-    def _compiled(self, sites: Sequence[Site]) -> Settings:
+    def _compiled(self, leaves: Sequence[Leaf]) -> Settings:
         compressor, metric = self._layout.compressor, self._layout.metric
         assert isinstance(compressor, LowRank | TopK)  # else refused
         errors = getattr(self._layout.errors, "dtype", None) or _whole_dtype(self._layout)
-        groups = [site.member.group for site in sites]
+        groups = [leaf.ref.group for leaf in leaves]
         return Settings(
             stored=_code(errors),
             values=_code(compressor.value_dtype),
@@ -262,12 +262,12 @@ class Whole:
             beta1=0.0 if metric is None else metric.beta1,
         )
 
-    def _describe(self, site: Site, now: WindowPosition, unit: int) -> list[Row]:
+    def _describe(self, leaf: Leaf, now: WindowPosition, unit: int) -> list[Row]:
         """The rows of a parameter."""
-        state, shape, (position, group, param) = site.state, site.shape, site.member
+        state, shape, (position, group, param) = leaf.state, leaf.shape, leaf.ref
         if not shape.numel():
             return []
-        assert param.grad is not None  # a unit's sites have one
+        assert param.grad is not None  # a unit's leaves have one
         metric = self._layout.metric
         theta = param.detach()
         if not theta.is_contiguous():

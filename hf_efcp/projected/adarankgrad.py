@@ -9,7 +9,7 @@ from torch.optim.optimizer import ParamsT
 
 from ..kernels import widest
 from ..layout import State
-from ..sites import Group
+from ..leaves import Group
 from . import subspace
 from .base import ProjectedAdam, ProjectedOptions
 

@@ -13,8 +13,8 @@ from .. import adamw, checks
 from ..eager import never_compiled
 from ..kernels import pool
 from ..layout import State
+from ..leaves import Group, ParamRef, dense
 from ..shards import is_sharded
-from ..sites import Group, Member, dense
 from ..threads import one_thread
 from . import subspace
 from .grouped import Grouped
@@ -232,7 +232,7 @@ class ProjectedAdam(Grouped):
         Returns:
             Bytes by part: `subspace`, `moments` (AdamW's among them), `window`, and their `total`.
         """
-        return _count(self.state[member.param] for member in self._members() if member.param in self.state)
+        return _count(self.state[ref.param] for ref in self._refs() if ref.param in self.state)
 
     def planned_memory(self) -> dict[str, int]:
         """Bytes of the state once every parameter that requires a gradient has been stepped.
@@ -240,22 +240,22 @@ class ProjectedAdam(Grouped):
         Returns:
             As `memory`.
         """
-        return _count(self._fresh(member, "meta") for member in self._members() if member.param.requires_grad)
+        return _count(self._fresh(ref, "meta") for ref in self._refs() if ref.param.requires_grad)
 
     @never_compiled
     def _step_all(self) -> None:
         """Step everything that has a gradient."""
-        active = [member for member in self._members() if member.param.grad is not None]
+        active = [ref for ref in self._refs() if ref.param.grad is not None]
         if not active:
             return
         with one_thread():
             self._check(active)
             if self._refuses_nonfinite(active):
                 return
-            for member in active:
-                if not self.state[member.param]:
-                    self.state[member.param].update(self._fresh(member, member.param.device))
-            projected = [member for member in active if "basis" in self.state[member.param]]
+            for ref in active:
+                if not self.state[ref.param]:
+                    self.state[ref.param].update(self._fresh(ref, ref.param.device))
+            projected = [ref for ref in active if "basis" in self.state[ref.param]]
 
             def work(index: int, begin: int, end: int) -> None:
                 with torch.no_grad():  # which is of each thread
@@ -274,9 +274,9 @@ class ProjectedAdam(Grouped):
             states, decay = [self.state[param] for param in params], group["weight_decay"]
             adamw.step(params, states, lr=float(group["lr"]), weight_decay=decay, **own)
 
-    def _advance(self, member: Member) -> None:
+    def _advance(self, ref: ParamRef) -> None:
         """Step a matrix."""
-        _, group, param = member
+        _, group, param = ref
         assert param.grad is not None
         state, (rows, columns) = self.state[param], subspace.matrix_shape(param.shape)
         left = subspace.is_left(rows, columns, group["proj_type"])
@@ -284,7 +284,7 @@ class ProjectedAdam(Grouped):
         oriented = gradient if left else gradient.T
         projected = state["basis"][:, : state["rank"]].T @ oriented
         if (not state["rank"] or self.is_due(projected, state, group)) and gradient.any():
-            self._refresh(gradient, left, member, state)
+            self._refresh(gradient, left, ref, state)
             projected = state["basis"][:, : state["rank"]].T @ oriented
             self.settled(projected, state)
         state["since"] += 1
@@ -297,9 +297,9 @@ class ProjectedAdam(Grouped):
             theta.sub_(update, alpha=float(group["lr"]) * group["scale"])
         param.copy_(theta)
 
-    def _refresh(self, gradient: torch.Tensor, left: bool, member: Member, state: State) -> None:
+    def _refresh(self, gradient: torch.Tensor, left: bool, ref: ParamRef, state: State) -> None:
         """Give a matrix a new subspace."""
-        found = self.subspace_of(gradient, left, member.position, state, member.group)
+        found = self.subspace_of(gradient, left, ref.position, state, ref.group)
         basis, number = torch.zeros_like(state["basis"]), found.shape[1]
         basis[:, :number] = found
         if state["rank"]:
@@ -319,16 +319,16 @@ class ProjectedAdam(Grouped):
         moved: torch.Tensor = (m / (1.0 - beta1 ** state["steps"])).div_(root)
         return moved
 
-    def _is_projected(self, member: Member) -> bool:
-        sides = subspace.matrix_shape(member.param.shape)
-        return bool(member.group["preconditioned"]) and min(sides) > self._structure[self.rank_name]
+    def _is_projected(self, ref: ParamRef) -> bool:
+        sides = subspace.matrix_shape(ref.param.shape)
+        return bool(ref.group["preconditioned"]) and min(sides) > self._structure[self.rank_name]
 
-    def _fresh(self, member: Member, device: torch.device | str) -> State:
+    def _fresh(self, ref: ParamRef, device: torch.device | str) -> State:
         """The state of a parameter that was never stepped."""
-        rows, columns = subspace.matrix_shape(member.param.shape)
+        rows, columns = subspace.matrix_shape(ref.param.shape)
         rank, proj_type = self._structure[self.rank_name], self._structure["proj_type"]
-        if not self._is_projected(member):
-            return adamw.allocate(member.param, device)
+        if not self._is_projected(ref):
+            return adamw.allocate(ref.param, device)
         left = subspace.is_left(rows, columns, proj_type)
         short, long = (rows, columns) if left else (columns, rows)
         state: State = {"steps": 0, "since": 0, "rank": 0, "refreshes": 0, "turned": 0.0}
@@ -336,25 +336,25 @@ class ProjectedAdam(Grouped):
         state |= {name: torch.zeros(shape, dtype=torch.float32, device=device) for name, shape in shapes.items()}
         return state | self.extra_state(short, long, device)
 
-    def _check(self, active: list[Member]) -> None:
+    def _check(self, active: list[ParamRef]) -> None:
         """Refuse what cannot be stepped, before anything has changed."""
-        checks.check_one_device(member.param for member in active)
+        checks.check_one_device(ref.param for ref in active)
         shared = self._shared()
         for group in self.param_groups:
             self._check_group(group, shared)
-        for member in active:
-            checks.check_parameter(member.param, self._name)
-            checks.check_gradient(member.param, self._name)
-            if is_sharded(member.param):
+        for ref in active:
+            checks.check_parameter(ref.param, self._name)
+            checks.check_gradient(ref.param, self._name)
+            if is_sharded(ref.param):
                 raise ValueError(
-                    f"{type(self).__name__} projects whole matrices, but {self._name(member.param)} is sharded, and a "
+                    f"{type(self).__name__} projects whole matrices, but {self._name(ref.param)} is sharded, and a "
                     "shard has another subspace than the whole: train with DDP (torchrun), or shard with an optimizer "
                     "of hf_efcp that takes shards, such as lowrank_mfac"
                 )
-            state = self.state.get(member.param)
-            if state and ("basis" in state) != self._is_projected(member):
+            state = self.state.get(ref.param)
+            if state and ("basis" in state) != self._is_projected(ref):
                 raise ValueError(
-                    f"preconditioned of a group was changed after the first step, and {self._name(member.param)} has "
+                    f"preconditioned of a group was changed after the first step, and {self._name(ref.param)} has "
                     "the other kind of state: set it before the first step"
                 )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..kernels import widest
-from ..sites import dense
+from ..leaves import dense
 from . import subspace
 from .base import ProjectedAdam
 
@@ -25,8 +25,8 @@ def subspaces(optimizer: ProjectedAdam) -> dict[str, float]:
           subspace holds the other, 1 where they are orthogonal.
         - "refreshes", subspaces found so far.
     """
-    members = [m for m in optimizer._members() if optimizer.state.get(m.param, {}).get("rank")]
-    states = [optimizer.state[member.param] for member in members]
+    refs = [m for m in optimizer._refs() if optimizer.state.get(m.param, {}).get("rank")]
+    states = [optimizer.state[ref.param] for ref in refs]
     if not states:
         return {}
     values = {
@@ -34,12 +34,12 @@ def subspaces(optimizer: ProjectedAdam) -> dict[str, float]:
         for name, key in (("subspace_rank", "rank"), ("subspace_turn", "turned"), ("refreshes", "refreshes"))
     }
     kept = []
-    for member, state in zip(members, states, strict=True):
-        if member.param.grad is None:
+    for ref, state in zip(refs, states, strict=True):
+        if ref.param.grad is None:
             continue
-        rows, columns = subspace.matrix_shape(member.param.shape)
-        gradient = dense(member.param.grad).view(rows, columns)
-        oriented = gradient if subspace.is_left(rows, columns, member.group["proj_type"]) else gradient.T
+        rows, columns = subspace.matrix_shape(ref.param.shape)
+        gradient = dense(ref.param.grad).view(rows, columns)
+        oriented = gradient if subspace.is_left(rows, columns, ref.group["proj_type"]) else gradient.T
         wide = widest(gradient.device)
         whole = float(torch.linalg.vector_norm(gradient, dtype=wide)) ** 2
         if whole:

@@ -12,7 +12,7 @@ from .. import checks, finite
 from ..base import FORMAT, GroupedOptimizer
 from ..kernels import widest
 from ..layout import State
-from ..sites import Group, Member
+from ..leaves import Group, ParamRef
 from .settings import check_group, check_writer
 
 _LONGEST = 1e18  # of a gradient; the second moment has its square
@@ -72,20 +72,20 @@ class Grouped(GroupedOptimizer):
         check_writer(saved_groups, self._settings, type(self).__name__)
         checks.check_settings(saved_groups, self.param_groups, ("preconditioned", *self._structure))
 
-    def _check_states(self, saved: list[tuple[Member, State]]) -> None:
-        for member, state in saved:
-            checks.check_tensors(state, self._fresh(member, "meta"), set(), self._name(member.param))
+    def _check_states(self, saved: list[tuple[ParamRef, State]]) -> None:
+        for ref, state in saved:
+            checks.check_tensors(state, self._fresh(ref, "meta"), set(), self._name(ref.param))
 
     def _check_group(self, group: Group, shared: Group) -> None:
         check_group(group, shared, self._kinds, self.positive, self.fractions)
 
-    def _refuses_nonfinite(self, active: list[Member]) -> bool:
+    def _refuses_nonfinite(self, active: list[ParamRef]) -> bool:
         """Whether the step is to be skipped, for a gradient that is not finite or whose square is not."""
         wide = widest(active[0].param.device)
         lengths = torch.stack([torch.linalg.vector_norm(grad, dtype=wide) for grad in _gradients(active)]).tolist()
         found = list(zip(active, _gradients(active), lengths, strict=True))
-        bad = [member.param for member, grad, length in found if not finite.is_finite(grad, length)]
-        large = [(member.param, length) for member, _, length in found if length > _LONGEST]
+        bad = [ref.param for ref, grad, length in found if not finite.is_finite(grad, length)]
+        large = [(ref.param, length) for ref, _, length in found if length > _LONGEST]
         if not self._skip_nonfinite:
             if bad:
                 raise ValueError(finite.message(bad, self._name))
@@ -98,10 +98,10 @@ class Grouped(GroupedOptimizer):
             self._count_skipped()
         return bool(bad or large)
 
-    def _fresh(self, member: Member, device: torch.device | str) -> State:
+    def _fresh(self, ref: ParamRef, device: torch.device | str) -> State:
         """The state of a parameter that was never stepped; on "meta", its shapes without memory."""
         raise NotImplementedError
 
 
-def _gradients(members: list[Member]) -> list[torch.Tensor]:
-    return [member.param.grad for member in members if member.param.grad is not None]
+def _gradients(refs: list[ParamRef]) -> list[torch.Tensor]:
+    return [ref.param.grad for ref in refs if ref.param.grad is not None]

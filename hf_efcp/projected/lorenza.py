@@ -13,7 +13,7 @@ from torch.optim.optimizer import ParamsT
 from .. import shards
 from ..kernels import widest
 from ..layout import State
-from ..sites import Group, Member
+from ..leaves import Group, ParamRef
 from . import subspace
 from .base import ProjectedAdam, ProjectedOptions
 
@@ -21,7 +21,7 @@ from .base import ProjectedAdam, ProjectedOptions
 class _Held(NamedTuple):
     """A matrix that is moved for a while, with what it was."""
 
-    member: Member
+    ref: ParamRef
     theta: torch.Tensor
     weights: torch.Tensor  # `w` of the ascent direction `Q diag(w) R`, (number,)
 
@@ -195,13 +195,13 @@ class LORENZA(ProjectedAdam):
     def _climb(self, held: list[_Held], evaluate: Callable[[], Any]) -> None:
         """Find the ascent direction, and move there."""
         rho = self._rho()
-        members = [m for m in self._members() if m.param.requires_grad and self.state.get(m.param, {}).get("rank")]
-        if not (rho and members):
+        refs = [m for m in self._refs() if m.param.requires_grad and self.state.get(m.param, {}).get("rank")]
+        if not (rho and refs):
             return
-        device, group = members[0].param.device, self.param_groups[0]
-        for member in members:
-            number = self.state[member.param]["rank"]
-            held.append(_Held(member, member.param.clone(), torch.zeros(number, device=device)))
+        device, group = refs[0].param.device, self.param_groups[0]
+        for ref in refs:
+            number = self.state[ref.param]["rank"]
+            held.append(_Held(ref, ref.param.clone(), torch.zeros(number, device=device)))
         for probe in range(group["probes"]):
             draws = [self._draw(one, probe) for one in held]
             values = []
@@ -221,19 +221,19 @@ class LORENZA(ProjectedAdam):
 
     def _draw(self, one: _Held, probe: int) -> torch.Tensor:
         """`u_j` of a matrix."""
-        state = self.state[one.member.param]
-        source = subspace.generator(one.member.group["seed"], one.member.position, state["steps"], 1 + probe)
+        state = self.state[one.ref.param]
+        source = subspace.generator(one.ref.group["seed"], one.ref.position, state["steps"], 1 + probe)
         return torch.randn(state["rank"], generator=source, device="cpu").to(one.theta.device)
 
     def _factor(self, one: _Held) -> torch.Tensor:
-        state = self.state[one.member.param]
+        state = self.state[one.ref.param]
         factor: torch.Tensor = state["factor"][: state["rank"]]
         return factor
 
     def _move(self, held: list[_Held], weights: list[torch.Tensor], distance: float) -> None:
         """`theta + distance Q diag(w) R`, each from where it was."""
         for one, w in zip(held, weights, strict=True):
-            param, group = one.member.param, one.member.group
+            param, group = one.ref.param, one.ref.group
             direction = self.state[param]["basis"][:, : len(w)] @ (w[:, None] * self._factor(one))
             if not subspace.is_left(*subspace.matrix_shape(param.shape), group["proj_type"]):
                 direction = direction.T
@@ -258,7 +258,7 @@ class LORENZA(ProjectedAdam):
     @torch.no_grad()
     def _restore(self, held: list[_Held]) -> None:
         for one in held:
-            one.member.param.copy_(one.theta)
+            one.ref.param.copy_(one.theta)
 
     def _rho(self) -> float:
         return float(self.param_groups[0]["rho"]) if self.param_groups else 0.0

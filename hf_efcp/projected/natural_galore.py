@@ -10,8 +10,8 @@ from torch.optim.optimizer import ParamsT
 from ..compressors import DenseWindow
 from ..kernels import choose, widest
 from ..layout import State
+from ..leaves import Group
 from ..preconditioners import MFAC, WindowPosition
-from ..sites import Group
 from .base import ProjectedAdam, ProjectedOptions
 
 

@@ -33,21 +33,21 @@ def rows(optimizer, position=None):
     found = []
     for unit in units if position is None else units[position : position + 1]:
         parts = []
-        for site in [site for together in optimizer._units() for site in optimizer._sites(together)]:
-            window, held = optimizer._layout.window, (site.state, site.shape)
-            spans = window.spans(site.shape, site.member.param.device)
+        for leaf in [leaf for together in optimizer._units() for leaf in optimizer._leaves(together)]:
+            window, held = optimizer._layout.window, (leaf.state, leaf.shape)
+            spans = window.spans(leaf.shape, leaf.ref.param.device)
             parts += [window.combine(*held, span, unit, reference).double() for span in spans]
         found.append(torch.cat(parts))
     return torch.stack(found)
 
 
 def pushed(optimizer):
-    return optimizer._gram_state(optimizer._members())["pushed"]
+    return optimizer._gram_state(optimizer._refs())["pushed"]
 
 
 def errors(optimizer):
     """The error over all parameters; zeros where nothing is compressed."""
-    states = [site.state for unit in optimizer._units() for site in optimizer._sites(unit)]
+    states = [leaf.state for unit in optimizer._units() for leaf in optimizer._leaves(unit)]
     return torch.cat([s["error"].double().view(-1) for s in states]) if "error" in states[0] else torch.zeros(())
 
 

@@ -88,7 +88,7 @@ def test_the_length_of_an_update_is_known_before_it_exists(name, precondition):
     optimizer = build(name, params, lr=1.0, **changes)
     lengths = []
     check = optimizer._check_length
-    optimizer._check_length = lambda sites, length: (lengths.append(length), check(sites, length))
+    optimizer._check_length = lambda leaves, length: (lengths.append(length), check(leaves, length))
     for step in range(9):
         before, lengths[:] = flat(params), []
         set_gradients(params, noise("normal", step))
@@ -115,7 +115,7 @@ def test_the_gram_matrix_is_the_true_one_after_thousands_of_steps(name):
         optimizer.step()
     set_gradients(params, noise("normal", 0))  # for rows() to see all parameters
     window = rows(optimizer)
-    gram = optimizer._gram_state(optimizer._members())["gram"]
+    gram = optimizer._gram_state(optimizer._refs())["gram"]
     assert pushed(optimizer) == 3000
     bound = 1e-6 if name.startswith("lowrank") else 1e-12
     scale = window.norm(dim=1)

@@ -12,7 +12,7 @@ from .shards import local
 Group = dict[str, Any]
 
 
-class Member(NamedTuple):
+class ParamRef(NamedTuple):
     """A parameter, its group, and its position among all parameters of the optimizer."""
 
     position: int
@@ -20,12 +20,12 @@ class Member(NamedTuple):
     param: torch.Tensor
 
 
-class Site(NamedTuple):
+class Leaf(NamedTuple):
     """A parameter with its state; of a shard, this rank's views of both."""
 
     state: dict[str, Any]
     shape: torch.Size
-    member: Member
+    ref: ParamRef
 
 
 def dense(gradient: torch.Tensor) -> torch.Tensor:
@@ -33,21 +33,21 @@ def dense(gradient: torch.Tensor) -> torch.Tensor:
     return local(gradient).to(torch.float32).contiguous()
 
 
-def gradient_of(site: Site) -> torch.Tensor:
+def gradient_of(leaf: Leaf) -> torch.Tensor:
     """The gradient in float32, contiguous, with L2 regularisation where it is not decoupled."""
-    return spans_of_gradient(site)(slice(0, site.shape.numel())).view(site.shape)
+    return spans_of_gradient(leaf)(slice(0, leaf.shape.numel())).view(leaf.shape)
 
 
-def is_float32(site: Site) -> bool:
+def is_float32(leaf: Leaf) -> bool:
     """Whether `gradient_of` is the gradient as it is, if that is contiguous."""
-    _, group, param = site.member
+    _, group, param = leaf.ref
     assert param.grad is not None
     return param.grad.dtype == torch.float32 and (not group["weight_decay"] or group["decoupled_weight_decay"])
 
 
-def spans_of_gradient(site: Site) -> Callable[[slice], torch.Tensor]:
+def spans_of_gradient(leaf: Leaf) -> Callable[[slice], torch.Tensor]:
     """What makes a span of the flattened `gradient_of`, so that no copy of it exists unless it is not contiguous."""
-    _, group, param = site.member
+    _, group, param = leaf.ref
     assert param.grad is not None
     gradient = local(param.grad).detach().contiguous().view(-1)
     if not group["weight_decay"] or group["decoupled_weight_decay"]:
