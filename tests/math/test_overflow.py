@@ -10,6 +10,7 @@ from variants import build, exact, papers_names, taken
 from hf_efcp.compressors import TopK
 from hf_efcp.optimizer import EFCP
 from hf_efcp.preconditioners import MFAC
+from hf_efcp.step import Step
 
 
 # Scales of int8 are normal numbers: there a denormal row is zero, and all of it stays in the error.
@@ -82,13 +83,18 @@ def test_what_fits_depends_on_the_parameter_and_the_learning_rate(dtype, momentu
 
 @pytest.mark.parametrize("name", [name for name in papers_names() if name not in ("microadam", "sparse_adagrad")])
 @pytest.mark.parametrize("precondition", ["row", "gradient"])
-def test_the_length_of_an_update_is_known_before_it_exists(name, precondition):
+def test_the_length_of_an_update_is_known_before_it_exists(name, precondition, monkeypatch):
     params = parameters()
     changes = {"precondition": precondition, **exact(name), **taken(name, beta1=0.0)}
     optimizer = build(name, params, lr=1.0, **changes)
     lengths = []
-    check = optimizer._check_length
-    optimizer._check_length = lambda leaves, length: (lengths.append(length), check(leaves, length))
+    check = Step._check_length
+
+    def noted(step, leaves, length):
+        lengths.append(length)
+        check(step, leaves, length)
+
+    monkeypatch.setattr(Step, "_check_length", noted)
     for step in range(9):
         before, lengths[:] = flat(params), []
         set_gradients(params, noise("normal", step))
