@@ -117,28 +117,39 @@ class Step:
         """
         if not units:
             return
-        self.vectors.begin([leaf for unit in units for leaf in unit.leaves])
-        columns = whole.push([(unit.leaves, unit.now) for unit in units])
-        for unit in units:
-            unit.gram_state["pushed"] = unit.now.steps
-        states, positions = [unit.gram_state for unit in units], [unit.now for unit in units]
-        products = whole.outside()
-        coefficients = whole.solve(states, positions, columns, products, self.preconditioner, self.beta1)
-        if coefficients is None:
+        with record_function(SPANS["compress"]):  # and the columns, in the same launches
+            self.vectors.begin([leaf for unit in units for leaf in unit.leaves])
+            columns = whole.push([(unit.leaves, unit.now) for unit in units])
+            for unit in units:
+                unit.gram_state["pushed"] = unit.now.steps
+        with record_function(SPANS["products"]):
+            products = whole.outside()
+        with record_function(SPANS["solve"]):
+            states, positions = [unit.gram_state for unit in units], [unit.now for unit in units]
+            coefficients = whole.solve(states, positions, columns, products, self.preconditioner, self.beta1)
+            if coefficients is None:
+                coefficients = self._solved_on_the_cpu(units, columns, products)
+        with record_function(SPANS["update"]):
+            whole.move(coefficients)
+
+    def _solved_on_the_cpu(
+        self, units: list[Unit], columns: torch.Tensor, products: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The coefficients of preconditioners that have to see numbers, `(units, capacity)`, on the device."""
+        own = [
+            _without_products(unit)._replace(column=column[: unit.now.rows])
+            for unit, column in zip(units, columns, strict=True)
+        ]
+        if products is not None:  # in a metric, and so without `|x|^2`, in whose place is anything
             own = [
-                _without_products(unit)._replace(column=column[: unit.now.rows])
-                for unit, column in zip(units, columns, strict=True)
+                unit._replace(products=torch.nn.functional.pad(some[: unit.now.rows], (0, 1)))
+                for unit, some in zip(own, products, strict=True)
             ]
-            if products is not None:  # in a metric, and so without `|x|^2`, in whose place is anything
-                own = [
-                    unit._replace(products=torch.nn.functional.pad(some[: unit.now.rows], (0, 1)))
-                    for unit, some in zip(own, products, strict=True)
-                ]
-            own = self._collect(own)
-            coefficients = torch.zeros_like(columns)
-            for place, plan in enumerate(self._plan(own)):
-                coefficients[place, : own[place].now.rows] = plan.coefficients
-        whole.move(coefficients)
+        own = self._collect(own)
+        coefficients = torch.zeros_like(columns)
+        for place, plan in enumerate(self._plan(own)):
+            coefficients[place, : own[place].now.rows] = plan.coefficients
+        return coefficients
 
     def _push(self, units: list[Unit]) -> None:
         """A new row for each window, compressed with error feedback."""
