@@ -44,3 +44,10 @@ def sharded():
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     yield torch.nn.Parameter(distribute_tensor(torch.zeros(4, 3), init_device_mesh("cpu", (1,)), [Shard(0)]))
     torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(autouse=True)
+def own_precision():
+    """Transformers 4 writes bf16 and fp16 into the environment, for whatever is trained after them."""
+    yield
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
