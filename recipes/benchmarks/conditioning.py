@@ -307,7 +307,7 @@ def _cell(one: dict[str, Any], least: float) -> str:
     if not math.isfinite(sum(gaps)):
         return "diverged"
     text = _percent(statistics.fmean(gaps))
-    if len(gaps) > 1:
+    if len(gaps) > 1 and statistics.fmean(gaps) >= 0.01:
         text += f" ± {_percent(statistics.stdev(gaps))}"
     text = f"**{text}**" if _mean(one) <= least else text
     steps = f"{statistics.fmean(reached):.0f}" if 2 * len(reached) >= len(gaps) else "-"
@@ -315,7 +315,7 @@ def _cell(one: dict[str, Any], least: float) -> str:
 
 
 def _percent(value: float) -> str:
-    return f"{value:.1f}" if value >= 10 else f"{value:.2g}" if value >= 0.01 else f"{max(value, 0.0):.0e}"
+    return f"{value:.1f}" if value >= 10 else f"{value:.2g}" if value >= 0.01 else "<0.01"
 
 
 def main() -> None:
