@@ -113,8 +113,7 @@ def measure(optimizer: AnyOptimizer, before: Snapshot) -> dict[str, float]:
         - "scaling_p05", "scaling_p50", "scaling_p95": quantiles of `|u_i / g_i|`, over the entries where neither is 0.
         - "error_norm" and "error_share", see the functions. Unless nothing is compressed.
         - "effective_rank" of the Gram matrix; with `scope="layer"` the mean over parameters. Not for diagonal rules.
-        - "subspace_rank", "energy_kept", "subspace_turn" and "refreshes" of a projected optimizer, see
-          `hf_efcp.projected.diagnostics.subspaces`.
+        - "subspace_rank", "energy_kept", "subspace_turn", "refreshes": see `hf_efcp.projected.diagnostics.subspaces`.
         - "state_bytes", and "state_bytes_per_parameter" over all parameters that have a state.
 
     Raises:
