@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import yaml
-from compare_cases import OPTIONS
+from compare_cases import OPTIONS, write_reviews
 from glue_cases import sentences, write_csv
 from qa_cases import word_tokenizer
 from tiny import save_tiny_bert
@@ -28,13 +28,13 @@ def tokenizer():
 
 
 @pytest.fixture
-def write_config(tiny_model, data_dir, tmp_path):
+def write_config(tiny_model, reviews, tmp_path):
     """Write the YAML of a small comparison, with changes."""
 
     def write(**changes):
         config = {
             "tasks": ["sst2"],
-            "data_dir": str(data_dir),
+            "data_dir": str(reviews),
             "model_name_or_path": str(tiny_model),
             "output_dir": str(tmp_path / "out"),
             "search_seed": 3,
@@ -53,3 +53,9 @@ def write_config(tiny_model, data_dir, tmp_path):
         return str(path)
 
     return write
+
+
+@pytest.fixture
+def reviews(tmp_path):
+    """Sentences that a comparison of 40 steps learns to tell apart."""
+    return write_reviews(tmp_path / "data")

@@ -9,9 +9,9 @@ import torch
 import yaml
 from compare_cases import OPTIONS
 
-from hf_efcp import OPTIMIZERS
 from hf_efcp.factory import parse_optim_args
 from hf_efcp.glue import TASKS
+from hf_efcp.variants import VARIANTS
 
 ROOT = Path(__file__).parents[2]
 
@@ -54,16 +54,15 @@ def test_every_comparison_binds_and_states_what_matters(recipe, path):
 def test_the_variants_are_all_compared_and_dense_ones_at_an_equal_window(recipe):
     plan = recipe.plan.read_plan([str(ROOT / "recipes" / "configs" / "compare_variants.yaml")])
     optimizers = [(contender.args.optim, contender.args.optim_args) for contender in plan.contenders]
-    own = {name for name, cls in OPTIMIZERS.items() if cls.__module__ == "hf_efcp.variants"}
-    assert {name for name, _ in optimizers} == {*own, "adamw_torch"}
+    assert {name for name, _ in optimizers} == {*VARIANTS, "adamw_torch"}
     for kind in ("mfac", "ggt"):
         assert {f"dense_{kind}", f"sparse_{kind}", f"lowrank_{kind}"} <= {
             name for name, options in optimizers if options and "num_grads=32,metric=none" in options
         }
     assert ("sparse_mfac", "num_grads=256,metric=none,damp=1e-5") in optimizers
     for name, options in optimizers:
-        if name in OPTIMIZERS:  # by the paper's rules, all of them
-            built = OPTIMIZERS[name]([torch.nn.Parameter(torch.zeros(1))], **parse_optim_args(name, options))
+        if name in VARIANTS:  # by the paper's rules, all of them
+            built = VARIANTS[name]([torch.nn.Parameter(torch.zeros(1))], **parse_optim_args(name, options))
             assert built.defaults["metric"] == "none"
     assert plan.comparison.search_seed in plan.comparison.seeds
     assert {len(contender.learning_rates) for contender in plan.contenders} == {2}
@@ -139,13 +138,13 @@ def test_galore_is_left_out_visibly_when_it_is_not_installed(recipe, write_confi
     assert recipe.plan.read_plan([path]).contenders[2].args.optim_target_modules == "all-linear"
 
 
-def test_every_task_has_data_of_its_own(recipe, write_config, data_dir):
+def test_every_task_has_data_of_its_own(recipe, write_config, reviews):
     path = write_config(tasks=["sst2", "cola"])
     with pytest.raises(FileNotFoundError, match="with several tasks, --data_dir must have a folder for each: .*sst2"):
         recipe.compare_optimizers.main([path])
 
 
-def test_the_key_holds_what_decides_the_result_and_nothing_else(recipe, write_config, data_dir):
+def test_the_key_holds_what_decides_the_result_and_nothing_else(recipe, write_config, reviews):
     def keys(*flags, **changes):
         plan = recipe.plan.read_plan([write_config(**changes), *flags])
         bench = recipe.bench.Bench(plan, TASKS["sst2"])
@@ -158,7 +157,7 @@ def test_the_key_holds_what_decides_the_result_and_nothing_else(recipe, write_co
     assert (adamw["optimizer"], adamw["options"]) == ("adamw_torch", {})
     arguments = {"max_steps": 40, "per_device_train_batch_size": 16, "warmup_steps": 0.1, "use_cpu": True}
     assert efcp["arguments"] == adamw["arguments"] == arguments
-    assert str(data_dir) not in json.dumps(efcp)
+    assert str(reviews) not in json.dumps(efcp)
 
     same = [
         keys("--logging_steps", "1", "--output_dir", "elsewhere"),
@@ -174,7 +173,7 @@ def test_the_key_holds_what_decides_the_result_and_nothing_else(recipe, write_co
         keys("--max_seq_length", "15"),
         keys(optimizers={**OPTIONS, "EFCP": {**OPTIONS["EFCP"], "optim_args": "num_grads=17"}}),
     ]
-    (data_dir / "train.csv").write_text("sentence,label\ngood,1\nbad,0\n")
+    (reviews / "train.csv").write_text("sentence,label\ngood,1\nbad,0\n")
     others.append(keys())
     assert all(other[0] != efcp for other in others)
     assert [other[1] == adamw for other in others] == [False, False, False, False, False, True, False]

@@ -190,11 +190,11 @@ def test_an_interrupted_comparison_shows_what_it_has(recipe, write_config, monke
     assert table["AdamW"] == ["-", "0", "-", "-", "-"]
 
 
-def test_several_tasks_and_the_mean_over_them(recipe, write_config, data_dir, tmp_path):
+def test_several_tasks_and_the_mean_over_them(recipe, write_config, reviews, tmp_path):
     for task in ("sst2", "cola"):
-        (data_dir / task).mkdir()
+        (reviews / task).mkdir()
         for split in ("train", "validation"):
-            (data_dir / task / f"{split}.csv").write_bytes((data_dir / f"{split}.csv").read_bytes())
+            (reviews / task / f"{split}.csv").write_bytes((reviews / f"{split}.csv").read_bytes())
     optimizers = {"AdamW": {"optim": "adamw_torch", "learning_rates": [1e-3]}}
     recipe.compare_optimizers.main([write_config(tasks=["sst2", "cola"], optimizers=optimizers, seeds=[3])])
     accuracy, correlation = (run["metrics"][run["headline"]] for run in lines(tmp_path / "out"))

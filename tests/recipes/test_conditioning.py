@@ -98,7 +98,7 @@ def test_a_search_without_an_end_says_so(conditioning):
 
 
 def test_a_study_from_end_to_end(conditioning, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(conditioning, "EXAMPLES", 96)
+    monkeypatch.setattr(conditioning, "EXAMPLES", 256)
     monkeypatch.setattr(conditioning, "FEATURES", 4)
     labels = ("AdamW", "dense M-FAC", "dense, matrix off")
     study = conditioning.STUDIES["rotated"]
