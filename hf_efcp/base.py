@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, overload
 
 import torch
 
@@ -59,6 +60,36 @@ class GroupedOptimizer(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
 
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One step. What is wrong with the gradients is raised before anything has changed.
+
+        Args:
+            closure: Evaluates the model again and returns the loss.
+
+        Returns:
+            The closure's loss, or None without a closure.
+
+        Raises:
+            ValueError: A gradient has NaN or infinity, parameters are on several devices or, with a projected
+                optimizer, sharded, or a group's settings are out of range or differ where they may not. Also if an
+                update of `EFCP` would overflow, for want of dampening: then no parameter has moved, but the window has
+                the gradient.
+            TypeError: A gradient is sparse, or a parameter's dtype is not supported.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._step_all()
+        return loss
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict()` returned, bit for bit.
 
@@ -79,6 +110,10 @@ class GroupedOptimizer(torch.optim.Optimizer):
         super().load_state_dict({**state_dict, "state": {}})
         for ref, state in saved:
             self.state[ref.param] = {name: loading.copied(name, v, ref.param) for name, v in state.items()}
+
+    def _step_all(self) -> None:
+        """Step everything that has a gradient."""
+        raise NotImplementedError
 
     def _check_group(self, group: Group, shared: Group) -> None:
         """Refuse settings of a group, complete, that are out of range or differ where they may not."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.optim.optimizer import ParamsT
@@ -209,35 +209,6 @@ class EFCP(GroupedOptimizer):
     def backend(self) -> str:
         """The backend that steps the parameters where they are now: "numba", "triton" or "reference"."""
         return choose(self._backend, checks.check_one_device(ref.param for ref in self._refs())).NAME
-
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One step. What is wrong with the gradients is raised before anything has changed.
-
-        Args:
-            closure: Evaluates the model again and returns the loss.
-
-        Returns:
-            The closure's loss, or None without a closure.
-
-        Raises:
-            ValueError: A gradient has NaN or infinity, parameters are on several devices, or a group's settings are
-                out of range or differ where they may not. Also if the update would overflow, for want of dampening:
-                then no parameter has moved, but the window has the gradient.
-            TypeError: A gradient is sparse, or a parameter's dtype is not supported.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        self._step_all()
-        return loss
 
     def memory(self) -> dict[str, int]:
         """Bytes of the state that exists now; `hf_efcp.estimate_memory` tells them beforehand.

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, TypedDict, overload
+from collections.abc import Mapping
+from typing import Any, ClassVar, TypedDict
 
 import torch
 from torch.optim.optimizer import ParamsT
@@ -197,34 +197,6 @@ class ProjectedAdam(Grouped):
         return {}
 
     # The step
-
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One step. What is wrong with the gradients is raised before anything has changed.
-
-        Args:
-            closure: Evaluates the model again and returns the loss.
-
-        Returns:
-            The closure's loss, or None without a closure.
-
-        Raises:
-            ValueError: A gradient has NaN or infinity, or a norm above 1e18, parameters are on several devices or
-                sharded, or a group's settings are out of range or differ where they may not.
-            TypeError: A gradient is sparse, or a parameter's dtype is not supported.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        self._step_all()
-        return loss
 
     def memory(self) -> dict[str, int]:
         """Bytes of the state that exists now; `hf_efcp.estimate_memory` tells them beforehand.
