@@ -9,8 +9,9 @@ on a quarter of the examples in each step. `window`: turned, at 1e4, over window
 network of 16 units a layer without normalisation, 4 to 16 layers deep.
 
 Every optimizer looks for its learning rate on seed 0, by the loss over all examples at the end: by factors of four
-until the best is not at the edge, and then a factor of two to either side. The other seeds are reported. All take the
-same number of steps, with a learning rate that falls to 0 linearly.
+until the best is not at the edge, and leaves less than half or twelve have been tried, and then a factor of two to
+either side. The other seeds are reported. All take the same number of steps, with a learning rate that falls to 0
+linearly.
 
 A run is in `conditioning.jsonl` as soon as it ends: interrupt the program and start it again, and only what is not
 there is run. `conditioning.md` and `conditioning.png` are made from it, with `--collect` without running anything:
@@ -40,6 +41,7 @@ from hf_efcp import OPTIMIZERS
 
 SEARCH_SEED = 0
 REACHED = 0.05  # of the loss that can be taken off: "steps to a loss"
+LEARNED = 0.5  # a search goes on while more is left than this
 MOST_RATES = 12
 OFF = 1e6  # what the dampening is where the matrix is off, and what the learning rate is multiplied by
 EXAMPLES, FEATURES, WIDTH, WINDOW = 1024, 64, 16, 128
@@ -210,7 +212,9 @@ def gap_of(run: dict[str, Any]) -> float:
     return math.inf if run["gap"] is None else float(run["gap"])
 
 
-def search(start: float, measure: Callable[[float], float], most: int = MOST_RATES) -> tuple[float, bool]:
+def search(
+    start: float, measure: Callable[[float], float], most: int = MOST_RATES, enough: float = math.inf
+) -> tuple[float, bool]:
     """Look for the learning rate at which a measure is least.
 
     By factors of four in both directions until the best has one on either side, then a factor of two from it.
@@ -219,6 +223,8 @@ def search(start: float, measure: Callable[[float], float], most: int = MOST_RAT
         start: where to begin.
         measure: of a learning rate, what is to be small.
         most: the most learning rates that are tried before the factors of two.
+        enough: while the best is above it, the search goes on, first where less has been tried: where nothing is
+            learned, all rates are about the same, and the best of them may be far away.
 
     Returns:
         The best learning rate, and whether it is inside of what was tried.
@@ -226,9 +232,13 @@ def search(start: float, measure: Callable[[float], float], most: int = MOST_RAT
     tried = {power: measure(start * 4.0**power) for power in (-1, 0, 1)}
     while len(tried) < most:
         best = min(tried, key=lambda power: tried[power])
-        if best not in (min(tried), max(tried)):
-            break
-        power = best - 1 if best == min(tried) else best + 1
+        first, last = min(tried), max(tried)
+        if best not in (first, last):
+            if tried[best] <= enough:
+                break
+            power = first - 1 if -first <= last else last + 1
+        else:
+            power = best - 1 if best == first else best + 1
         tried[power] = measure(start * 4.0**power)
     best = min(tried, key=lambda power: tried[power])
     inside = min(tried) < best < max(tried)
@@ -263,7 +273,7 @@ def solve(case: Case, log: RunLog, seeds: Iterable[int], collect: bool = False) 
         assert done is not None
         return done
 
-    rate, inside = search(ROWS[case.label][2], lambda rate: gap_of(run(rate, SEARCH_SEED)))
+    rate, inside = search(ROWS[case.label][2], lambda rate: gap_of(run(rate, SEARCH_SEED)), enough=LEARNED)
     return {"case": case, "rate": rate, "inside": inside, "runs": [run(rate, seed) for seed in seeds]}
 
 

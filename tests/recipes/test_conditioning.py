@@ -97,6 +97,19 @@ def test_a_search_without_an_end_says_so(conditioning):
     assert conditioning.search(1.0, lambda rate: math.inf if rate > 0.1 else rate)[0] < 0.1
 
 
+@pytest.mark.parametrize("best", [-4, 4])
+def test_a_search_leaves_a_plateau_where_all_rates_are_about_the_same(conditioning, best):
+    def measure(rate):
+        power = math.log2(rate) / 2
+        return 0.1 if power == best else 0.9 + 0.001 * abs(power)  # least of the plateau: where the search begins
+
+    assert conditioning.search(1.0, measure) == (1.0, True)
+    assert conditioning.search(1.0, measure, enough=0.5) == (4.0**best, True)
+    tried = []
+    assert conditioning.search(1.0, lambda rate: tried.append(rate) or measure(rate), enough=0.05)[0] == 4.0**best
+    assert len(tried) == conditioning.MOST_RATES + 2
+
+
 def test_a_study_from_end_to_end(conditioning, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(conditioning, "EXAMPLES", 256)
     monkeypatch.setattr(conditioning, "FEATURES", 4)
