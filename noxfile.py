@@ -48,7 +48,10 @@ def notebooks(session: nox.Session) -> None:
 
 
 # All that needs no recipes: those are written for transformers 5.
-LIBRARY = ("math", "state", "trainer", "distributed", "project/test_import.py", "project/test_examples.py")
+LIBRARY = (
+    *("math", "state", "trainer", "distributed", "projected", "gpu"),
+    *("project/test_import.py", "project/test_examples.py"),
+)
 
 
 @nox.session(venv_backend="venv", default=False)

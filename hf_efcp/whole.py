@@ -29,6 +29,13 @@ from .shards import is_sharded
 _LONGEST = 2**31  # entries of a tensor: positions in it are 32 bits
 _CODES = {"float32": 0, "bfloat16": 1, "int8": 3, "uint4": 4}
 _NONE = 5
+_ALIGNED = 16  # bytes: what kernels read at a time
+# Columns of the table, and what the state calls the tensors.
+_TENSORS = {
+    **{name: name for name in ("error", "error_scale", "left", "right", "start")},
+    **{"velocity": "momentum", "second": "second_moment", "second_scale": "second_moment_scale"},
+    "first": "first_moment",
+}
 
 Unit = tuple[list[Leaf], WindowPosition]  # parameters that share a matrix, all with a gradient
 
@@ -101,7 +108,14 @@ class Whole:
         """
         for ref in refs:
             for key, value in states.get(ref.param, {}).items():
-                if isinstance(value, torch.Tensor) and key not in ("gram", "step") and value.device != self.device:
+                if not isinstance(value, torch.Tensor) or key in ("gram", "step"):
+                    continue
+                if value.data_ptr() % _ALIGNED and value.device == self.device:
+                    raise ValueError(
+                        f"{key} of the state of {name(ref.param)} begins inside other memory, at an address that is no "
+                        f"multiple of {_ALIGNED} bytes: load the state again with load_state_dict, which copies it"
+                    )
+                if value.device != self.device:
                     raise ValueError(
                         f"{name(ref.param)} is on {self.device}, but {key} of its state on {value.device}: load the "
                         "state again with load_state_dict, which puts it there, or move it back"
@@ -270,13 +284,10 @@ class Whole:
         assert param.grad is not None  # a unit's leaves have one
         metric = self._layout.metric
         theta = param.detach()
-        if not theta.is_contiguous():
-            theta = theta.contiguous()
+        if not theta.is_contiguous() or theta.data_ptr() % _ALIGNED:
+            theta = theta.clone(memory_format=torch.contiguous_format)
             self._moved.append((param, theta))
-        names = {"error": "error", "error_scale": "error_scale", "velocity": "momentum", "second": "second_moment"}
-        names |= {"second_scale": "second_moment_scale", "left": "left", "right": "right", "start": "start"}
-        names |= {"first": "first_moment"}
-        tensors = {column: state[name] for column, name in names.items() if name in state}
+        tensors = {column: state[name] for column, name in _TENSORS.items() if name in state}
         if not group[checks.HEAVY_BALL]:
             tensors.pop("velocity", None)
         places = {
@@ -298,7 +309,8 @@ class Whole:
         if metric is not None:
             steps = state["gradients"]
             places["second_key"] = metric.key(steps, position)
-            places["first_key"] = metric.first_key(steps, position)
+            if metric.beta1:
+                places["first_key"] = metric.first_key(steps, position)
             numbers |= {"correction": metric.correction(steps), "factor": 1.0 / (1.0 - metric.beta1**steps)}
         gradient = _flat(param.grad)
         if isinstance(self._layout.compressor, LowRank):
@@ -324,7 +336,8 @@ class Whole:
 
 
 def _flat(gradient: torch.Tensor) -> torch.Tensor:
-    return gradient.detach().contiguous().view(-1)
+    flat = gradient.detach().contiguous().view(-1)
+    return flat.clone() if flat.data_ptr() % _ALIGNED else flat
 
 
 def _code(dtype: torch.dtype) -> int:

@@ -6,9 +6,16 @@ import socket
 import traceback
 from pathlib import Path
 
+import pytest
 import torch
+import torch.cpu
 import torch.distributed as dist
 import torch.multiprocessing
+
+# It records events of streams, and in torch 2.6 the CPU's has none.
+needs_fsdp = pytest.mark.skipif(
+    not hasattr(torch.cpu.Stream, "record_event"), reason=f"FSDP2 of torch {torch.__version__} needs a GPU"
+)
 
 
 def run(function, ranks, folder, *arguments):

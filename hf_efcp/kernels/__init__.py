@@ -173,7 +173,10 @@ def _check_triton(device: torch.device) -> None:
     triton = importlib.import_module("triton")
     found = tuple(int(part) for part in triton.__version__.split(".")[:2])
     if found < _TRITON:
-        raise ImportError(f"it needs Triton {'.'.join(map(str, _TRITON))} or later, and this is {triton.__version__}")
+        needed = ".".join(map(str, _TRITON))
+        raise ImportError(
+            f"it needs Triton {needed} or later, which torch brings since 2.8, and this is {triton.__version__}"
+        )
     if device.type != "cuda" and not triton.knobs.runtime.interpret:
         raise ValueError(
             f'backend="triton" runs on CUDA and ROCm, but the parameters are on {device}: use backend="auto" (or, to '

@@ -114,7 +114,7 @@ class MFAC(GramPreconditioner):
         shifts, damped = self._shifts(grams, now), grams.clone()
         damped.diagonal(dim1=-2, dim2=-1).add_(shifts[:, None])
         factors, failed = torch.linalg.cholesky_ex(damped)
-        solved: torch.Tensor = torch.cholesky_solve(targets[:, :, None], factors).squeeze(-1)
+        solved = _substituted(factors, targets)
         if self.is_definite(now):  # no number decides what is done: on a GPU, nothing has to wait for one
             return torch.where(((shifts > 0.0) & (failed == 0))[:, None], solved, 0.0)
         lost = shifts <= NULL * now.rows * mean_squares(grams)
@@ -123,3 +123,14 @@ class MFAC(GramPreconditioner):
             inverse = torch.where(present(spectrum), 1.0 / (spectrum + shifts[unit]), 0.0)
             solved[unit] = vectors @ (inverse * (vectors.T @ targets[unit]))
         return solved
+
+
+def _substituted(factors: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """`(L L^T)^-1 target` of many matrices."""
+    columns = targets[:, :, None]
+    if factors.is_cuda:  # where cholesky_solve waits for the device
+        halfway = torch.linalg.solve_triangular(factors, columns, upper=False)
+        solved: torch.Tensor = torch.linalg.solve_triangular(factors.mT, halfway, upper=True)
+    else:
+        solved = torch.cholesky_solve(columns, factors)
+    return solved.squeeze(-1)

@@ -3,8 +3,10 @@
 import pytest
 import torch
 from fsdp_cases import RESUMED, SETTINGS, STEPS, batch, everything, moved, network, train, whole
-from ranks import run
+from ranks import needs_fsdp, run
 from torch import nn
+
+pytestmark = needs_fsdp
 
 
 @pytest.fixture(scope="module", params=[2, 3])

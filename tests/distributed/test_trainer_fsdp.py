@@ -13,12 +13,14 @@ import pytest
 import torch
 from accelerate import DistributedType, PartialState
 from accelerate.state import AcceleratorState
-from ranks import run
+from ranks import needs_fsdp, run
 from states import assert_same
 from tiny import arguments, tiny_bert, toy_rows
 from transformers import TrainerCallback
 
 from hf_efcp import EFCPTrainer
+
+pytestmark = needs_fsdp
 
 STEPS = 8
 COMMON = {

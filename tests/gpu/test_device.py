@@ -103,6 +103,21 @@ def test_a_step_does_not_wait_for_the_device(case):
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("case", ["default", "sparse"])
+def test_a_step_returns_while_the_device_is_busy(case):
+    """Some of torch's operations wait unseen by the mode above: `cholesky_solve` of many matrices does."""
+    run = Run(case, nonfinite="ignore")
+    for _ in range(2):
+        run.step()
+    run.draw()
+    torch.cuda.synchronize()
+    torch.cuda._sleep(4_000_000_000)  # cycles: about two seconds
+    awake = torch.cuda.Event()
+    awake.record()
+    run.optimizer.step()
+    assert not awake.query()
+
+
 def test_a_step_needs_little_memory_beside_its_state():
     param = torch.nn.Parameter(torch.zeros(4096, 4096, device="cuda"))
     param.grad = torch.randn_like(param)

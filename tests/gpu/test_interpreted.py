@@ -3,18 +3,18 @@
 Whether it does is decided when Triton is imported, and would be decided for all other tests of this process as well.
 """
 
-import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from installed import needs_triton
 
 HERE = Path(__file__).parent
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@needs_triton
 @pytest.mark.parametrize("name", sorted(path.name for path in HERE.glob("check_*.py")))
 def test_in_the_interpreter(name):
     # A warning of NumPy's about an overflow would be one of the kernels' own arithmetic, which wraps and saturates.

@@ -7,7 +7,7 @@ import torch
 from problems import flat
 from ranks import run as run_ranks
 from relatives import build, decaying
-from tiny import arguments, tiny_bert, toy_rows, train
+from tiny import arguments, needs_transformers_5, tiny_bert, toy_rows, train
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_efcp import LORENZA, AdaRankGrad, EFCPTrainer, GaLore, create_optimizer, for_trainer
@@ -123,12 +123,21 @@ def test_replicas_are_one_process_with_their_batches(tmp_path):
         assert (alone - first[optim]).norm() < 5e-3 * moved(alone)
 
 
-def test_a_plain_trainer_is_refused_with_the_way_out(tmp_path):
-    args = TrainingArguments(str(tmp_path), use_cpu=True, max_steps=2, report_to="none", save_strategy="no")
+def plain_arguments(folder):
+    return TrainingArguments(str(folder), use_cpu=True, max_steps=2, report_to="none", save_strategy="no")
+
+
+@needs_transformers_5
+def test_a_factory_for_a_plain_trainer_is_refused_with_the_way_out(tmp_path):
+    args = plain_arguments(tmp_path)
     with pytest.raises(ValueError, match="lorenza evaluates the loss before .*use EFCPTrainer"):
         for_trainer("lorenza", args)
     _, options = for_trainer("lorenza", args, "rho=0,rank=4")
     assert options["rank"] == 4
+
+
+def test_a_plain_trainer_is_refused_with_the_way_out(tmp_path):
+    args = plain_arguments(tmp_path)
     model = tiny_bert()
     start = flat(model.parameters())
     trainer = Trainer(

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from test_any_trainer import flat, inside, run  # noqa: F401  # a folder of one's own
-from tiny import save_tiny_bert, tiny_bert, toy_rows
+from tiny import needs_transformers_5, save_tiny_bert, tiny_bert, toy_rows
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, set_seed
 
 from hf_efcp import LowRankMFAC
@@ -22,7 +22,7 @@ def chat(tmp_path):
     return tokenizer, LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), num_key_value_heads=2, **sizes, **ids))
 
 
-@pytest.mark.parametrize("number", [0, 1], ids=["SFT", "DPO"])
+@pytest.mark.parametrize("number", [pytest.param(0, marks=needs_transformers_5, id="SFT"), pytest.param(1, id="DPO")])
 def test_trl(chat, number):
     pytest.importorskip("trl")
     from datasets import Dataset

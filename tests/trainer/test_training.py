@@ -35,7 +35,7 @@ def test_the_loss_falls_and_every_tensor_moves(name, tmp_path):
     before, loss = parameters(model), loss_of(model, rows, tmp_path)
     train(
         arguments(
-            tmp_path, optim=name, optim_args=SETTINGS[name], max_steps=80, warmup_steps=0.1,
+            tmp_path, optim=name, optim_args=SETTINGS[name], max_steps=80, warmup_steps=8,
             learning_rate=1e-2 if name == "sparse_adagrad" else 2e-3,  # whose sum never forgets
             per_device_train_batch_size=16,
         ),

@@ -15,15 +15,15 @@ def inner(
 ):
     """`(rank, rank)` products of the vectors of row `i` with those of the newest, float64."""
     k = tl.arange(0, PADDED)
-    total = tl.zeros((PADDED, PADDED), tl.float64)
+    total = tl.zeros((PADDED, PADDED, LENGTH), tl.float64)
     for first in range(0, length, LENGTH):
         place = first + tl.arange(0, LENGTH)
         vectors = k[:, None] * length + place[None, :]
         inside = (k < RANK)[:, None] & (place < length)[None, :]
         x = load_factor(side, i * RANK * length, vectors, inside, VALUES_IN).to(tl.float64)
         y = load_factor(side, newest * RANK * length, vectors, inside, VALUES_IN)
-        total += tl.sum(x[:, None, :] * y.to(tl.float64)[None, :, :], axis=2)
-    return total
+        total += x[:, None, :] * y.to(tl.float64)[None, :, :]
+    return tl.sum(total, axis=2)
 
 
 @triton.jit

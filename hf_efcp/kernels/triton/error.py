@@ -17,7 +17,6 @@ from .shared import (
     NUMEL,
     RIGHT,
     VALUES,
-    WIDTH,
     accumulator,
     field,
     floats,
@@ -26,6 +25,7 @@ from .shared import (
     small,
     store_buckets,
     widened,
+    width_of,
 )
 
 
@@ -50,15 +50,46 @@ def keep_error(
     STORED: tl.constexpr,
     METRIC: tl.constexpr,
     COUPLED: tl.constexpr,
+    EVEN: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     """Some buckets of a tensor. The row of one that is kept whole is written here as well."""
     task = tl.program_id(0)
     row, first = tl.load(tasks + 2 * task), tl.load(tasks + 2 * task + 1).to(tl.int32)
-    numel, newest = small(table, row, NUMEL), field(table, row, NEWEST)
+    numel = small(table, row, NUMEL)
     bucket = first + tl.arange(0, ROWS)
     position = bucket[:, None] * ENTRIES + tl.arange(0, ENTRIES)[None, :]
-    inside = position < numel
+    if (first + ROWS) * ENTRIES <= numel:  # without a mask, several entries are read at a time
+        inside = tl.full((ROWS, ENTRIES), True, tl.int1)
+        keep_buckets(
+            table, numbers, row, bucket, position, inside, eps, RANK, VALUES_IN, STORED, METRIC, COUPLED, EVEN, ROWS
+        )
+    else:
+        inside = position < numel
+        keep_buckets(
+            table, numbers, row, bucket, position, inside, eps, RANK, VALUES_IN, STORED, METRIC, COUPLED, EVEN, ROWS
+        )
+
+
+@triton.jit
+def keep_buckets(
+    table,
+    numbers,
+    row,
+    bucket,
+    position,
+    inside,
+    eps,
+    RANK: tl.constexpr,
+    VALUES_IN: tl.constexpr,
+    STORED: tl.constexpr,
+    METRIC: tl.constexpr,
+    COUPLED: tl.constexpr,
+    EVEN: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """The error, or the row, in some buckets."""
+    numel, newest = small(table, row, NUMEL), field(table, row, NEWEST)
     a = accumulator(table, numbers, row, position, inside, eps, STORED, METRIC, COUPLED)
     left, right, values = field(table, row, LEFT), field(table, row, RIGHT), field(table, row, VALUES)
     if left == 0:
@@ -70,10 +101,16 @@ def keep_error(
             tl.store(floats(values) + newest * numel + position, a, mask=inside)
             a -= a
     else:
-        height, width = small(table, row, HEIGHT), small(table, row, WIDTH)
-        r, c = position // width, position % width
+        height, width = small(table, row, HEIGHT), width_of(table, row, EVEN)
+        if EVEN:  # a bucket is in one row of the matrix
+            r = (bucket * ENTRIES // width)[:, None]
+            in_row = r < height
+            c = tl.multiple_of((bucket * ENTRIES % width)[:, None], [ENTRIES, 1]) + tl.arange(0, ENTRIES)[None, :]
+        else:
+            r, c = position // width, position % width
+            in_row = inside
         for k in range(RANK):
-            p = load_factor(left, (newest * RANK + k) * height, r, inside, VALUES_IN)
+            p = load_factor(left, (newest * RANK + k) * height, r, in_row, VALUES_IN)
             q = load_factor(right, (newest * RANK + k) * width, c, inside, VALUES_IN)
             a -= p * q
     tl.debug_barrier()  # scales are overwritten that other threads of the program read

@@ -22,6 +22,7 @@ from .shared import (
     halves,
     nearest,
     small,
+    width_of,
 )
 
 
@@ -37,6 +38,8 @@ def project(
     STORED: tl.constexpr,
     METRIC: tl.constexpr,
     COUPLED: tl.constexpr,
+    EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -44,8 +47,9 @@ def project(
     """Some columns of `P^T A` over `SPLIT` rows of `A`: `(splits, rank, width)` in the scratch memory."""
     task = tl.program_id(0)
     row = tl.load(tasks + 3 * task)
-    split, left = tl.load(tasks + 3 * task + 1).to(tl.int32), tl.load(tasks + 3 * task + 2).to(tl.int32)
-    height, width = small(table, row, HEIGHT), small(table, row, WIDTH)
+    split = tl.load(tasks + 3 * task + 1).to(tl.int32)
+    left = tl.multiple_of(tl.load(tasks + 3 * task + 2).to(tl.int32), COLS)
+    height, width = small(table, row, HEIGHT), width_of(table, row, EVEN)
     basis = scratch + field(table, row, IMAGE)
     c, k = left + tl.arange(0, COLS), tl.arange(0, PADDED)
     total = tl.zeros((PADDED, COLS), tl.float32)
@@ -56,7 +60,7 @@ def project(
         p = tl.load(
             basis + k[:, None] * height + r[None, :], mask=(k < RANK)[:, None] & (r < height)[None, :], other=0.0
         )
-        total = tl.dot(p, a, total, input_precision="ieee")
+        total = tl.dot(p, a, total, input_precision=PRECISION)
     place = scratch + field(table, row, PARTIAL) + (split * RANK + k[:, None]) * width + c[None, :]
     tl.store(place, total, mask=(k < RANK)[:, None] & (c < width)[None, :])
 

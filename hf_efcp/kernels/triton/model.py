@@ -26,10 +26,12 @@ _SPLIT = 2048  # rows of a matrix over which one program sums
 _PANEL = 1024  # rows of a tile over which one program adds products
 _INNER = 32  # vectors of the window that are multiplied at a time
 _FACTORS = 1024  # entries of a factor
-_SUMS = 1024  # float64 that a program adds at a time
+_SUMS = 2048  # float64 that a program adds at a time
 _BLOCKS = 64  # blocks whose products one program takes
 _CHUNK = 128  # entries of a block or a row that one warp takes
 _PROGRAMS = 4096  # that have sums of their own
+# Three products of 10 bits and more, on units for matrices, are as exact as one of float32. AMD's have no such mode.
+_PRECISION = "ieee" if torch.version.hip else "tf32x3"
 
 
 @dataclass
@@ -47,6 +49,7 @@ class Model:
     table: torch.Tensor = field(init=False)
     numbers: torch.Tensor = field(init=False)
     units: int = field(init=False)
+    even: bool = field(init=False)
 
     def find_nonfinite(self, gradients: Sequence[torch.Tensor]) -> list[bool]:
         """Which gradients have NaN or infinity. The only copy from the device that a step waits for.
@@ -79,6 +82,7 @@ class Model:
         shapes: Any = units, tuple(tuple(row.places.get(name, 0) for name in names) for row in rows)
         if shapes != self._shapes:
             self._plans, self._shapes = {}, shapes
+            self.even = all(row.places.get("width", 0) % BUCKET == 0 for row in rows)
         integers = np.array([row.integers() for row in rows], np.int64)
         numbers = np.array([[row.numbers[name] for name in shared.NUMBERS] for row in rows], np.float32)
         packed = np.concatenate([integers.view(np.uint8).ravel(), numbers.view(np.uint8).ravel()])
@@ -116,12 +120,13 @@ class Model:
         peak = torch.empty(len(rows) * rank, dtype=torch.float32, device=self.device)
         scratch = torch.empty(sum(_scratch(*size, rank) for size in sizes), dtype=torch.float32, device=self.device)
         common = {"RANK": rank, "PADDED": padded(rank, 16), "ROWS": _TILE[0], "COLS": _TILE[1], **settings.reading}
+        common |= {"EVEN": self.even, "PRECISION": _PRECISION}
         launch(sketch.peaks, (len(vectors),), self.table, vectors, peak, RANK=rank, LENGTH=_FACTORS)
         bands = self._plan("bands", lambda: cut([height for height, _ in sizes], _TILE[0]))
         given = self.table, self.numbers
         launch(sketch.sketch, (len(bands),), *given, bands, peak, scratch, eps, **common)
         which = self._plan("matrices", lambda: np.array(matrices, np.int64))
-        many = {"RANK": rank, "PADDED": padded(rank), "ROWS": max(16, 1024 // padded(rank))}
+        many = {"RANK": rank, "PADDED": padded(rank), "ROWS": max(16, 4096 // padded(rank))}
         launch(orthonormal.orthonormalise, (len(which),), self.table, which, scratch, **many, warps=8)
         splits = self._plan("splits", lambda: _splits(sizes))
         launch(
@@ -137,7 +142,8 @@ class Model:
         kept = {"RANK": rank, "VALUES_IN": settings.values}
         launch(factors.keep_factors, (len(vectors),), self.table, vectors, scratch, **kept, LENGTH=_FACTORS)
         buckets = self._plan("observe", lambda: _buckets(rows))
-        launch(error.keep_error, (len(buckets),), *given, buckets, eps, **kept, **settings.reading, ROWS=_ROWS)
+        sizes_known = {"EVEN": self.even, "ROWS": _ROWS}
+        launch(error.keep_error, (len(buckets),), *given, buckets, eps, **kept, **settings.reading, **sizes_known)
 
     def push_top_k(self, rows: Sequence[Row], settings: Settings) -> None:
         """Top-k of every block: the newest rows of the windows, and the errors.
@@ -276,6 +282,8 @@ class Model:
             *(self.table, self.numbers, tasks, coefficients, settings.capacity, settings.eps),
             **{"RANK": settings.rank, "VALUES_IN": settings.values, "OUTSIDE": settings.outside, **settings.vector},
             **{"ROWS": _TILE[0], "COLS": _TILE[1], "INNER": _INNER},
+            EVEN=self.even,
+            PRECISION=_PRECISION,
         )
 
     def move_sparse(self, rows: Sequence[Row], settings: Settings, coefficients: torch.Tensor) -> None:

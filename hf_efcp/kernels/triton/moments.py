@@ -43,7 +43,36 @@ def observe(
     numel = small(table, row, NUMEL)
     bucket = first + tl.arange(0, ROWS)
     position = bucket[:, None] * ENTRIES + tl.arange(0, ENTRIES)[None, :]
-    inside = position < numel
+    if (first + ROWS) * ENTRIES <= numel:  # without a mask, several entries are read at a time
+        inside = tl.full((ROWS, ENTRIES), True, tl.int1)
+        observe_buckets(
+            table, numbers, row, bucket, position, inside, beta2, rest2, rest1, MOMENT, METRIC, COUPLED, ROWS
+        )
+    else:
+        inside = position < numel
+        observe_buckets(
+            table, numbers, row, bucket, position, inside, beta2, rest2, rest1, MOMENT, METRIC, COUPLED, ROWS
+        )
+
+
+@triton.jit
+def observe_buckets(
+    table,
+    numbers,
+    row,
+    bucket,
+    position,
+    inside,
+    beta2,
+    rest2,
+    rest1,
+    MOMENT: tl.constexpr,
+    METRIC: tl.constexpr,
+    COUPLED: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """The moments of some buckets."""
+    numel = small(table, row, NUMEL)
     address, scale, key = field(table, row, SECOND), field(table, row, SECOND_SCALE), field(table, row, SECOND_KEY)
     g = gradient_of(table, numbers, row, position, inside, COUPLED)
     v = load_stored(address, scale, position, inside, METRIC)

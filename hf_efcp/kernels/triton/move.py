@@ -20,7 +20,6 @@ from .shared import (
     UNIT,
     VALUES,
     VELOCITY,
-    WIDTH,
     dense_vector,
     field,
     floats,
@@ -29,6 +28,7 @@ from .shared import (
     number,
     small,
     store_vector,
+    width_of,
 )
 
 
@@ -47,6 +47,26 @@ def apply(table, numbers, row, position, inside, update, eps, METRIC: tl.constex
 
 
 @triton.jit
+def finish(
+    table,
+    numbers,
+    row,
+    position,
+    inside,
+    update,
+    eps,
+    OUTSIDE: tl.constexpr,
+    MOMENT: tl.constexpr,
+    METRIC: tl.constexpr,
+    COUPLED: tl.constexpr,
+):
+    """Add the dense vector, if it is wanted, and apply. Called where positions are made, and runs in them known."""
+    if OUTSIDE:
+        update += dense_vector(table, numbers, row, position, inside, eps, MOMENT, METRIC, COUPLED)
+    apply(table, numbers, row, position, inside, update, eps, METRIC)
+
+
+@triton.jit
 def move(
     table,
     numbers,
@@ -60,6 +80,8 @@ def move(
     MOMENT: tl.constexpr,
     METRIC: tl.constexpr,
     COUPLED: tl.constexpr,
+    EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     INNER: tl.constexpr,
@@ -72,7 +94,8 @@ def move(
     """
     task = tl.program_id(0)
     row = tl.load(tasks + 3 * task)
-    top, begin = tl.load(tasks + 3 * task + 1).to(tl.int32), tl.load(tasks + 3 * task + 2).to(tl.int32)
+    top = tl.load(tasks + 3 * task + 1).to(tl.int32)
+    begin = tl.multiple_of(tl.load(tasks + 3 * task + 2).to(tl.int32), COLS)
     held, left = small(table, row, HELD), field(table, row, LEFT)
     c_of = coefficients + field(table, row, UNIT) * capacity
     r, c = tl.arange(0, ROWS), begin + tl.arange(0, COLS)
@@ -85,15 +108,16 @@ def move(
             weight = tl.load(c_of + i)
             x = load_factor(values, i * field(table, row, NUMEL), position, inside, VALUES_IN).to(tl.float64)
             update += (weight * x).to(tl.float32)
+        finish(table, numbers, row, position, inside, update, eps, OUTSIDE, MOMENT, METRIC, COUPLED)
     else:
-        height, width, right = small(table, row, HEIGHT), small(table, row, WIDTH), field(table, row, RIGHT)
+        height, width, right = small(table, row, HEIGHT), width_of(table, row, EVEN), field(table, row, RIGHT)
         r = top + r
         position = r[:, None] * width + c[None, :]
         inside = (r < height)[:, None] & (c < width)[None, :]
         for first in range(0, held * RANK, INNER):
             k = tl.arange(0, INNER)
             real = k < held * RANK - first
-            above, beside = first * field(table, row, HEIGHT), first * field(table, row, WIDTH)
+            above, beside = first * field(table, row, HEIGHT), first * width.to(tl.int64)
             p = load_factor(
                 left, above, k[None, :] * height + r[:, None], real[None, :] & (r < height)[:, None], VALUES_IN
             )
@@ -102,7 +126,5 @@ def move(
             )
             weight = tl.load(c_of + (first + k) // RANK, mask=real, other=0.0)
             q = (weight[:, None] * q.to(tl.float64)).to(tl.float32)
-            update = tl.dot(p, q, update, input_precision="ieee")
-    if OUTSIDE:
-        update += dense_vector(table, numbers, row, position, inside, eps, MOMENT, METRIC, COUPLED)
-    apply(table, numbers, row, position, inside, update, eps, METRIC)
+            update = tl.dot(p, q, update, input_precision=PRECISION)
+        finish(table, numbers, row, position, inside, update, eps, OUTSIDE, MOMENT, METRIC, COUPLED)

@@ -9,6 +9,11 @@ import torch
 
 from . import shared
 
+_PLACES = {name: place for place, name in enumerate(shared.COLUMNS)}
+_GRADIENT, _GRADIENT_CODE, _THETA, _THETA_CODE = (
+    _PLACES[name] for name in ("gradient", "gradient_code", "theta", "theta_code")
+)
+
 
 @dataclass
 class Row:
@@ -30,11 +35,14 @@ class Row:
 
     def integers(self) -> list[int]:
         """The row."""
-        found = dict.fromkeys(shared.COLUMNS, 0) | self.places
-        found |= {name: tensor.data_ptr() for name, tensor in self.state.items()}
-        for name, tensor in (("gradient", self.gradient), ("theta", self.theta)):
-            found |= {name: tensor.data_ptr(), f"{name}_code": shared.CODES[tensor.dtype]}
-        return [found[name] for name in shared.COLUMNS]
+        found = [0] * len(_PLACES)  # and no dictionaries: the device waits while hundreds of rows are made
+        for name, place in self.places.items():
+            found[_PLACES[name]] = place
+        for name, tensor in self.state.items():
+            found[_PLACES[name]] = tensor.data_ptr()
+        found[_GRADIENT], found[_GRADIENT_CODE] = self.gradient.data_ptr(), shared.CODES[self.gradient.dtype]
+        found[_THETA], found[_THETA_CODE] = self.theta.data_ptr(), shared.CODES[self.theta.dtype]
+        return found
 
 
 @dataclass(frozen=True)

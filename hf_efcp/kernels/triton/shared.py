@@ -70,21 +70,43 @@ def number(numbers, row, which: tl.constexpr):
     return tl.load(numbers + row * WIDE + which)
 
 
+# Most tensors begin at a multiple of 16 bytes, and with that hint 16 of them are read at a time. The hint has to be
+# given to the pointer, and in the function that makes it: Triton loses it on a number, and on what a function returns.
+
+
 @triton.jit
 def floats(address):
     """A pointer to float32."""
-    return address.to(tl.pointer_type(tl.float32))
+    return tl.multiple_of(address.to(tl.pointer_type(tl.float32)), 16)
 
 
 @triton.jit
 def halves(address):
     """A pointer to the bits of bfloat16."""
-    return address.to(tl.pointer_type(tl.int16))
+    return tl.multiple_of(address.to(tl.pointer_type(tl.int16)), 16)
 
 
 @triton.jit
 def bytes_at(address):
     """A pointer to int8."""
+    return tl.multiple_of(address.to(tl.pointer_type(tl.int8)), 16)
+
+
+@triton.jit
+def floats_inside(address):
+    """A pointer to float32, anywhere in a tensor."""
+    return address.to(tl.pointer_type(tl.float32))
+
+
+@triton.jit
+def halves_inside(address):
+    """A pointer to 16 bits, anywhere in a tensor."""
+    return address.to(tl.pointer_type(tl.int16))
+
+
+@triton.jit
+def bytes_inside(address):
+    """A pointer to int8, anywhere in a tensor."""
     return address.to(tl.pointer_type(tl.int8))
 
 
@@ -120,7 +142,9 @@ def load_vector(address, code, position, inside):
     elif code == BFLOAT16:
         x = widened(tl.load(halves(address) + position, mask=inside, other=0))
     else:
-        x = tl.load(address.to(tl.pointer_type(tl.float16)) + position, mask=inside, other=0.0).to(tl.float32)
+        x = tl.load(tl.multiple_of(address.to(tl.pointer_type(tl.float16)), 16) + position, mask=inside, other=0.0).to(
+            tl.float32
+        )
     return x
 
 
@@ -132,7 +156,7 @@ def store_vector(address, code, position, inside, x):
     elif code == BFLOAT16:
         tl.store(halves(address) + position, nearest(x), mask=inside)
     else:
-        tl.store(address.to(tl.pointer_type(tl.float16)) + position, x.to(tl.float16), mask=inside)
+        tl.store(tl.multiple_of(address.to(tl.pointer_type(tl.float16)), 16) + position, x.to(tl.float16), mask=inside)
 
 
 @triton.jit
@@ -194,6 +218,15 @@ def store_buckets(address, scale, bucket, position, inside, numel, key, x, STORE
             place = bucket[:, None] * (ENTRIES // 2) + tl.arange(0, ENTRIES // 2)[None, :]
             pair = ((low & 15) | ((high & 15) << 4)).to(tl.int8)
             tl.store(bytes_at(address) + place, pair, mask=2 * place < numel)
+
+
+@triton.jit
+def width_of(table, row, EVEN: tl.constexpr):
+    """The width of a matrix; of those of `EVEN` models it is a multiple of a bucket."""
+    width = tl.load(table + row * FIELDS + WIDTH).to(tl.int32)
+    if EVEN:
+        width = tl.multiple_of(width, 64)
+    return width
 
 
 @triton.jit

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .shared import HEIGHT, IMAGE, START, WIDTH, accumulator, field, floats, small
+from .shared import HEIGHT, IMAGE, START, WIDTH, accumulator, field, floats, small, width_of
 
 
 @triton.jit
@@ -35,13 +35,15 @@ def sketch(
     STORED: tl.constexpr,
     METRIC: tl.constexpr,
     COUPLED: tl.constexpr,
+    EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
     """Some rows of `A Q`, transposed: `(rank, height)` from the tensor's place in the scratch memory on."""
     task = tl.program_id(0)
     row, first = tl.load(tasks + 2 * task), tl.load(tasks + 2 * task + 1).to(tl.int32)
-    height, width = small(table, row, HEIGHT), small(table, row, WIDTH)
+    height, width = small(table, row, HEIGHT), width_of(table, row, EVEN)
     start = floats(field(table, row, START))
     r, k = first + tl.arange(0, ROWS), tl.arange(0, PADDED)
     unit = tl.load(peak + row * RANK + k, mask=k < RANK, other=1.0)
@@ -52,6 +54,6 @@ def sketch(
         a = accumulator(table, numbers, row, r[:, None] * width + c[None, :], inside, eps, STORED, METRIC, COUPLED)
         q = tl.load(start + k[None, :] * width + c[:, None], mask=(c < width)[:, None] & (k < RANK)[None, :], other=0.0)
         q = tl.div_rn(q, tl.broadcast_to(unit[None, :], q.shape))
-        image = tl.dot(a, q, image, input_precision="ieee")
+        image = tl.dot(a, q, image, input_precision=PRECISION)
     place = scratch + field(table, row, IMAGE) + k[None, :] * height + r[:, None]
     tl.store(place, image, mask=(r < height)[:, None] & (k < RANK)[None, :])

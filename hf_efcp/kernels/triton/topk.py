@@ -28,10 +28,10 @@ from .shared import (
     VALUES,
     WIDTH,
     accumulator,
-    bytes_at,
+    bytes_inside,
     field,
-    floats,
-    halves,
+    floats_inside,
+    halves_inside,
     nearest,
     small,
     store_buckets,
@@ -82,11 +82,11 @@ def select(
     values = field(table, row, VALUES)
     if VALUES_IN == FLOAT32:
         taken = a
-        tl.store(floats(values) + place, a, mask=chosen)
+        tl.store(floats_inside(values) + place, a, mask=chosen)
     elif VALUES_IN == BFLOAT16:
         bits = nearest(a)
         taken = widened(bits)
-        tl.store(halves(values) + place, bits, mask=chosen)
+        tl.store(halves_inside(values) + place, bits, mask=chosen)
     else:
         largest = tl.max(tl.max(tl.where(inside, tl.abs(a), 0.0), axis=1), axis=0)
         unit = tl.maximum(tl.div_rn(largest, 127.0), _SMALLEST)
@@ -96,14 +96,14 @@ def select(
         # To nearest, ties to even: adding and taking away 1.5 2^23 leaves no bits behind the point.
         level = (quotient + 12582912.0) - 12582912.0
         taken = level * unit
-        tl.store(bytes_at(values) + place, level.to(tl.int8), mask=chosen)
-        scale = halves(field(table, row, SCALES)) + group * field(table, row, SCALE_STRIDE)
+        tl.store(bytes_inside(values) + place, level.to(tl.int8), mask=chosen)
+        scale = halves_inside(field(table, row, SCALES)) + group * field(table, row, SCALE_STRIDE)
         tl.store(scale + field(table, row, NEWEST), bits)
     indices = field(table, row, INDICES)
     if WIDE_INDEX:
-        tl.store(halves(indices) + place, tl.broadcast_to(c[None, :], place.shape).to(tl.int16), mask=chosen)
+        tl.store(halves_inside(indices) + place, tl.broadcast_to(c[None, :], place.shape).to(tl.int16), mask=chosen)
     else:
-        tl.store(bytes_at(indices) + place, tl.broadcast_to(c[None, :], place.shape).to(tl.int8), mask=chosen)
+        tl.store(bytes_inside(indices) + place, tl.broadcast_to(c[None, :], place.shape).to(tl.int8), mask=chosen)
     a = tl.where(chosen, a - taken, a)
     tl.debug_barrier()  # scales are overwritten that other threads of the program read
     address, scale, key = field(table, row, ERROR), field(table, row, ERROR_SCALE), field(table, row, ERROR_KEY)
@@ -126,9 +126,9 @@ def select(
 def load_index(address, place, inside, WIDE_INDEX: tl.constexpr):
     """Indices of entries inside their blocks."""
     if WIDE_INDEX:
-        index = tl.load(halves(address) + place, mask=inside, other=0).to(tl.int32) & 0xFFFF
+        index = tl.load(halves_inside(address) + place, mask=inside, other=0).to(tl.int32) & 0xFFFF
     else:
-        index = tl.load(bytes_at(address) + place, mask=inside, other=0).to(tl.int32) & 0xFF
+        index = tl.load(bytes_inside(address) + place, mask=inside, other=0).to(tl.int32) & 0xFF
     return index
 
 
@@ -136,11 +136,11 @@ def load_index(address, place, inside, WIDE_INDEX: tl.constexpr):
 def load_value(address, place, inside, unit, VALUES_IN: tl.constexpr):
     """Values of entries, float64; `unit` is the scale of levels."""
     if VALUES_IN == FLOAT32:
-        x = tl.load(floats(address) + place, mask=inside, other=0.0).to(tl.float64)
+        x = tl.load(floats_inside(address) + place, mask=inside, other=0.0).to(tl.float64)
     elif VALUES_IN == BFLOAT16:
-        x = widened(tl.load(halves(address) + place, mask=inside, other=0)).to(tl.float64)
+        x = widened(tl.load(halves_inside(address) + place, mask=inside, other=0)).to(tl.float64)
     else:
-        x = tl.load(bytes_at(address) + place, mask=inside, other=0).to(tl.float64) * unit
+        x = tl.load(bytes_inside(address) + place, mask=inside, other=0).to(tl.float64) * unit
     return x
 
 
@@ -150,5 +150,5 @@ def scale_of(table, row, block, i, VALUES_IN: tl.constexpr):
     unit = tl.full((), 1.0, tl.float64)
     if VALUES_IN == INT8:
         place = block // field(table, row, HEIGHT) * field(table, row, SCALE_STRIDE) + i
-        unit = widened(tl.load(halves(field(table, row, SCALES)) + place)).to(tl.float64)
+        unit = widened(tl.load(halves_inside(field(table, row, SCALES)) + place)).to(tl.float64)
     return unit
