@@ -4,7 +4,7 @@ M-FAC: the model cards huggingface.co/M-FAC/bert-{tiny,mini}-finetuned-{task}, m
 percent, on the validation split. Their Adam was not tuned ("default Adam baseline"; the cards do not say its learning
 rate, and `adam` here takes 5e-5, Trainer's default): Google reports 70.2 on MNLI and 81.5 on QNLI for BERT-tiny with a
 tuned Adam, on the test sets. EFCP (arXiv 2306.06098) and MicroAdam (arXiv 2405.15593): the settings are those of their
-repositories; their papers' numbers are not written down here.
+repositories; their papers' tables could not be looked up, and no number of theirs is written down.
 """
 
 from __future__ import annotations

@@ -8,7 +8,13 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parents[2] / "notebooks"
-FIGURES = {"01_quickstart": 1, "02_inside_efcp": 4, "03_memory_and_speed": 2, "04_own_training_loop": 1}
+FIGURES = {
+    "01_quickstart": 1,
+    "02_inside_efcp": 4,
+    "03_memory_and_speed": 2,
+    "04_own_training_loop": 1,
+    "05_learning_rates": 1,
+}
 MACHINE = re.compile(r"(?<![\w.])/(tmp|root|home|work|Users|opt|var|mnt)/")
 MIME_TEXT = ("text/plain", "text/html", "text/markdown")
 
