@@ -77,10 +77,10 @@ class GroupedOptimizer(torch.optim.Optimizer):
             The closure's loss, or None without a closure.
 
         Raises:
-            ValueError: A gradient has NaN or infinity, parameters are on several devices or, with a projected
-                optimizer, sharded, or a group's settings are out of range or differ where they may not. Also if an
-                update of `EFCP` would overflow, for want of dampening: then no parameter has moved, but the window has
-                the gradient.
+            ValueError: A gradient has NaN or infinity, parameters are on several devices, or a group's settings are
+                out of range or differ where they may not. With a projected optimizer also if a gradient's norm is
+                above 1e18, or parameters are sharded. With `EFCP` also if the update would overflow, for want of
+                dampening: then no parameter has moved, but the window has the gradient.
             TypeError: A gradient is sparse, or a parameter's dtype is not supported.
         """
         loss = None

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
 
 import torch
 
@@ -110,7 +109,7 @@ class Buffer:
 
     def _draw(self, step: int) -> int:
         """What stands for the step, so that no two buffers of a parameter are rounded with the same noise."""
-        return _draw(step, self.channel)
+        return noise.mix(step * _CHANNELS + self.channel & noise.MASK)
 
     def _stored(self, state: State) -> State:
         """The tensors, by the names that an error has."""
@@ -156,11 +155,11 @@ class Metric:
             if dtype not in dtypes:
                 raise ValueError(f"{name} must be one of {', '.join(map(str, dtypes))}, got {dtype}")
 
-    @cached_property
+    @property
     def _second(self) -> Buffer:
         return Buffer("second_moment", self.dtype, 1)
 
-    @cached_property
+    @property
     def _first(self) -> Buffer:
         return Buffer("first_moment", self.momentum_dtype, 2)
 
@@ -350,8 +349,3 @@ class Metric:
 
 def _matrix(shape: torch.Size) -> tuple[int, int]:
     return shape[0], shape[1:].numel()
-
-
-@lru_cache(maxsize=16)  # a step has many parameters
-def _draw(step: int, channel: int) -> int:
-    return noise.mix(step * _CHANNELS + channel & noise.MASK)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import TypeVar
 
 import torch
@@ -39,9 +38,4 @@ def key(step: int, position: int) -> int:
     Returns:
         0 to 2^32 - 1.
     """
-    return mix(_mixed(step & MASK) ^ (position & MASK))
-
-
-@lru_cache(maxsize=16)  # a step has many parameters
-def _mixed(step: int) -> int:
-    return mix(step)
+    return mix(mix(step & MASK) ^ (position & MASK))

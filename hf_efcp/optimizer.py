@@ -353,9 +353,5 @@ class EFCP(GroupedOptimizer):
         return next((self.state[m.param] for m in refs if "pushed" in self.state.get(m.param, ())), {})
 
     def _leaves(self, unit: list[ParamRef]) -> list[Leaf]:
-        return [
-            Leaf(shards.view(self.state[m.param], m.param, self._layout.maker(m)), local(m.param).shape, m)
-            if is_sharded(m.param)
-            else Leaf(self.state[m.param], m.param.shape, m)
-            for m in unit
-        ]
+        views = ((m, shards.view(self.state[m.param], m.param, self._layout.maker(m))) for m in unit)
+        return [Leaf(state, local(m.param).shape, m) for m, state in views]

@@ -110,15 +110,15 @@ class Whole:
             for key, value in states.get(ref.param, {}).items():
                 if not isinstance(value, torch.Tensor) or key in ("gram", "step"):
                     continue
-                if value.data_ptr() % _ALIGNED and value.device == self.device:
-                    raise ValueError(
-                        f"{key} of the state of {name(ref.param)} begins inside other memory, at an address that is no "
-                        f"multiple of {_ALIGNED} bytes: load the state again with load_state_dict, which copies it"
-                    )
                 if value.device != self.device:
                     raise ValueError(
                         f"{name(ref.param)} is on {self.device}, but {key} of its state on {value.device}: load the "
                         "state again with load_state_dict, which puts it there, or move it back"
+                    )
+                if value.data_ptr() % _ALIGNED:
+                    raise ValueError(
+                        f"{key} of the state of {name(ref.param)} begins inside other memory, at an address that is no "
+                        f"multiple of {_ALIGNED} bytes: load the state again with load_state_dict, which copies it"
                     )
         if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(

@@ -14,10 +14,22 @@ def test_a_state_inside_other_memory_is_named():
         run.step()
 
 
+def shifted(tensor):
+    """The same, at an address that is no multiple of 16 bytes."""
+    memory = torch.cat([torch.zeros(1), tensor.flatten()])
+    return memory[1:].view(tensor.shape)
+
+
 def test_parameters_and_gradients_anywhere_in_memory():
     mine, expected = Run("exact", "triton"), Run("exact", "reference")
     for param in mine.params:
-        param.data = torch.zeros(param.numel() + 1)[1:].view(param.shape)
+        param.data = shifted(param.data)
+
+    def shift_gradients(*_):
+        for param in mine.params:
+            param.grad = shifted(param.grad)
+
+    mine.optimizer.register_step_pre_hook(shift_gradients)
     for _ in range(3):
         found = mine.step()
         assert_close(found, expected.step(), 2e-5)

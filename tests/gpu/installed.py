@@ -4,10 +4,12 @@ from importlib.metadata import PackageNotFoundError, version
 
 import pytest
 
+from hf_efcp.kernels import _TRITON
+
 try:
     found = version("triton")
 except PackageNotFoundError:
     found = "0.0"
 needs_triton = pytest.mark.skipif(
-    tuple(map(int, found.split(".")[:2])) < (3, 4), reason=f"needs Triton 3.4 or later (torch 2.8), found {found}"
+    tuple(map(int, found.split(".")[:2])) < _TRITON, reason=f"needs Triton {_TRITON} or later, found {found}"
 )

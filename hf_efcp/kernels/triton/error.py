@@ -18,6 +18,7 @@ from .shared import (
     RIGHT,
     VALUES,
     accumulator,
+    buckets_of,
     field,
     floats,
     halves,
@@ -54,11 +55,8 @@ def keep_error(
     ROWS: tl.constexpr,
 ):
     """Some buckets of a tensor. The row of one that is kept whole is written here as well."""
-    task = tl.program_id(0)
-    row, first = tl.load(tasks + 2 * task), tl.load(tasks + 2 * task + 1).to(tl.int32)
+    row, first, bucket, position = buckets_of(tasks, ROWS)
     numel = small(table, row, NUMEL)
-    bucket = first + tl.arange(0, ROWS)
-    position = bucket[:, None] * ENTRIES + tl.arange(0, ENTRIES)[None, :]
     if (first + ROWS) * ENTRIES <= numel:  # without a mask, several entries are read at a time
         inside = tl.full((ROWS, ENTRIES), True, tl.int1)
         keep_buckets(

@@ -30,7 +30,7 @@ _SUMS = 2048  # float64 that a program adds at a time
 _BLOCKS = 64  # blocks whose products one program takes
 _CHUNK = 128  # entries of a block or a row that one warp takes
 _PROGRAMS = 4096  # that have sums of their own
-# Three products of 10 bits and more, on units for matrices, are as exact as one of float32. AMD's have no such mode.
+# Three products of TF32, on units for matrices, are about as exact as one of float32. AMD's have no such mode.
 _PRECISION = "ieee" if torch.version.hip else "tf32x3"
 
 
@@ -142,8 +142,8 @@ class Model:
         kept = {"RANK": rank, "VALUES_IN": settings.values}
         launch(factors.keep_factors, (len(vectors),), self.table, vectors, scratch, **kept, LENGTH=_FACTORS)
         buckets = self._plan("observe", lambda: _buckets(rows))
-        sizes_known = {"EVEN": self.even, "ROWS": _ROWS}
-        launch(error.keep_error, (len(buckets),), *given, buckets, eps, **kept, **settings.reading, **sizes_known)
+        kept |= {"EVEN": self.even, "ROWS": _ROWS}
+        launch(error.keep_error, (len(buckets),), *given, buckets, eps, **kept, **settings.reading)
 
     def push_top_k(self, rows: Sequence[Row], settings: Settings) -> None:
         """Top-k of every block: the newest rows of the windows, and the errors.

@@ -16,6 +16,7 @@ from .shared import (
     SECOND,
     SECOND_KEY,
     SECOND_SCALE,
+    buckets_of,
     field,
     gradient_of,
     load_stored,
@@ -38,11 +39,8 @@ def observe(
     ROWS: tl.constexpr,
 ):
     """Some buckets of a tensor; `rest2` is `1 - beta2`, `rest1` `1 - beta1`. Levels are those of the root of `v`."""
-    task = tl.program_id(0)
-    row, first = tl.load(tasks + 2 * task), tl.load(tasks + 2 * task + 1).to(tl.int32)
+    row, first, bucket, position = buckets_of(tasks, ROWS)
     numel = small(table, row, NUMEL)
-    bucket = first + tl.arange(0, ROWS)
-    position = bucket[:, None] * ENTRIES + tl.arange(0, ENTRIES)[None, :]
     if (first + ROWS) * ENTRIES <= numel:  # without a mask, several entries are read at a time
         inside = tl.full((ROWS, ENTRIES), True, tl.int1)
         observe_buckets(

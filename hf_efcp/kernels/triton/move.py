@@ -60,7 +60,7 @@ def finish(
     METRIC: tl.constexpr,
     COUPLED: tl.constexpr,
 ):
-    """Add the dense vector, if it is wanted, and apply. Called where positions are made, and runs in them known."""
+    """Add the dense vector, if it is wanted, and apply. Called where positions are made: Triton sees runs there."""
     if OUTSIDE:
         update += dense_vector(table, numbers, row, position, inside, eps, MOMENT, METRIC, COUPLED)
     apply(table, numbers, row, position, inside, update, eps, METRIC)

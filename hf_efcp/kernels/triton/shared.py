@@ -87,6 +87,12 @@ def halves(address):
 
 
 @triton.jit
+def float16s(address):
+    """A pointer to float16."""
+    return tl.multiple_of(address.to(tl.pointer_type(tl.float16)), 16)
+
+
+@triton.jit
 def bytes_at(address):
     """A pointer to int8."""
     return tl.multiple_of(address.to(tl.pointer_type(tl.int8)), 16)
@@ -142,9 +148,7 @@ def load_vector(address, code, position, inside):
     elif code == BFLOAT16:
         x = widened(tl.load(halves(address) + position, mask=inside, other=0))
     else:
-        x = tl.load(tl.multiple_of(address.to(tl.pointer_type(tl.float16)), 16) + position, mask=inside, other=0.0).to(
-            tl.float32
-        )
+        x = tl.load(float16s(address) + position, mask=inside, other=0.0).to(tl.float32)
     return x
 
 
@@ -156,7 +160,7 @@ def store_vector(address, code, position, inside, x):
     elif code == BFLOAT16:
         tl.store(halves(address) + position, nearest(x), mask=inside)
     else:
-        tl.store(tl.multiple_of(address.to(tl.pointer_type(tl.float16)), 16) + position, x.to(tl.float16), mask=inside)
+        tl.store(float16s(address) + position, x.to(tl.float16), mask=inside)
 
 
 @triton.jit
@@ -221,11 +225,20 @@ def store_buckets(address, scale, bucket, position, inside, numel, key, x, STORE
 
 
 @triton.jit
+def buckets_of(tasks, ROWS: tl.constexpr):
+    """A program's tensor, the first of its `ROWS` buckets, their numbers, and the positions of their entries."""
+    task = tl.program_id(0)
+    row, first = tl.load(tasks + 2 * task), tl.load(tasks + 2 * task + 1).to(tl.int32)
+    bucket = first + tl.arange(0, ROWS)
+    return row, first, bucket, bucket[:, None] * ENTRIES + tl.arange(0, ENTRIES)[None, :]
+
+
+@triton.jit
 def width_of(table, row, EVEN: tl.constexpr):
     """The width of a matrix; of those of `EVEN` models it is a multiple of a bucket."""
     width = tl.load(table + row * FIELDS + WIDTH).to(tl.int32)
     if EVEN:
-        width = tl.multiple_of(width, 64)
+        width = tl.multiple_of(width, ENTRIES)
     return width
 
 
