@@ -26,7 +26,8 @@ MOMENTUM_DTYPES = (torch.float32, torch.bfloat16)
 
 _SLAB = 1 << 17  # entries of squares that exist at a time
 _LARGEST = torch.finfo(torch.float32).max
-_CHANNELS = 4  # buffers of a parameter whose noise has to differ
+CHANNELS = 4  # buffers of a parameter whose noise has to differ
+SECOND_CHANNEL, FIRST_CHANNEL = 1, 2
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ class Buffer:
 
     def _draw(self, step: int) -> int:
         """What stands for the step, so that no two buffers of a parameter are rounded with the same noise."""
-        return noise.mix(step * _CHANNELS + self.channel & noise.MASK)
+        return noise.mix(step * CHANNELS + self.channel & noise.MASK)
 
     def _stored(self, state: State) -> State:
         """The tensors, by the names that an error has."""
@@ -157,11 +158,11 @@ class Metric:
 
     @property
     def _second(self) -> Buffer:
-        return Buffer("second_moment", self.dtype, 1)
+        return Buffer("second_moment", self.dtype, SECOND_CHANNEL)
 
     @property
     def _first(self) -> Buffer:
-        return Buffer("first_moment", self.momentum_dtype, 2)
+        return Buffer("first_moment", self.momentum_dtype, FIRST_CHANNEL)
 
     def allocate(self, shape: torch.Size, device: torch.device | str) -> State:
         """Moments of zeros.

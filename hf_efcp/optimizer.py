@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.optim.optimizer import ParamsT
 
-from . import adamw, budget, checks, finite, groups, layout, loading, shards
+from . import adamw, budget, checks, finite, graphs, groups, layout, loading, shards
 from .accounting import count_bytes
 from .base import FORMAT, GroupedOptimizer
 from .compressors import Compressor
@@ -96,6 +96,11 @@ class EFCP(GroupedOptimizer):
         nonfinite: What to do about a gradient with NaN or infinity, on any rank: "raise" an error, or "skip" the step
             and count it in `skipped_steps`; nothing changes either way. "ignore" does not look, for those who do so
             themselves (a GradScaler does): the only time a step on a GPU waits for the device is for this.
+        capturable: True lets a CUDA graph take a step, as in `torch.optim`: from then on the device counts steps. Takes
+            the Triton kernels, AdamW's metric (`metric="adam"`), M-FAC without absolute dampening, at most 64
+            gradients, `nonfinite="ignore"`, and groups that are all preconditioned; make a step before the capture,
+            and give `lr` as a tensor on the device if a schedule is to change it. After `load_state_dict` and
+            `add_param_group` a graph has to be captured anew.
         backend: "auto" (numba on the CPU, Triton on CUDA and ROCm, plain torch elsewhere), "reference" (plain torch),
             "numba" or "triton".
         memory_budget: Instead of `num_grads`: what all state may take, in bytes per parameter ("8B/param"), as text
@@ -146,6 +151,7 @@ class EFCP(GroupedOptimizer):
         momentum_dtype: torch.dtype = torch.float32,
         error_dtype: torch.dtype = torch.float32,
         nonfinite: str = "raise",
+        capturable: bool = False,
         backend: str = "auto",
         memory_budget: int | str | None = None,
     ) -> None:
@@ -169,7 +175,10 @@ class EFCP(GroupedOptimizer):
         self._layout = Layout(compressor, error_store(error_dtype), preconditioner, num_grads, made)
         self._precondition = precondition
         self._nonfinite = nonfinite
+        self._capturable = capturable
         self._backend = backend
+        if capturable:
+            graphs.check(self._layout, preconditioner, nonfinite)
         # What decides the shapes of the state, and so can neither change nor differ in a checkpoint.
         structure: Group = {
             "num_grads": num_grads,
@@ -219,6 +228,29 @@ class EFCP(GroupedOptimizer):
         """
         return count_bytes(self.state[ref.param] for ref in self._refs() if ref.param in self.state)
 
+    def state_dict(self) -> dict[str, Any]:
+        """As of any `torch.optim.Optimizer`; after capturable steps it waits for the device, which counted them.
+
+        Returns:
+            State and parameter groups.
+        """
+        self._read_counters()
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As of `GroupedOptimizer`; a CUDA graph of a step has to be captured anew.
+
+        Args:
+            state_dict: A checkpoint of the same optimizer over the same groups.
+        """
+        super().load_state_dict(state_dict)
+        self._whole = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies count for themselves."""
+        self._read_counters()
+        return super().__getstate__()
+
     def planned_memory(self, num_grads: int | None = None) -> dict[str, int]:
         """Bytes of the state once every parameter that requires a gradient has been stepped.
 
@@ -233,7 +265,12 @@ class EFCP(GroupedOptimizer):
         return count_bytes(plan.fresh_states(trainable, self._structure["scope"] == "layer"))
 
     def _check_group(self, group: Group, shared: Group) -> None:
-        checks.check_group(group, shared)
+        checks.check_group(graphs.check_group(group) if self._capturable else group, shared)
+
+    def _read_counters(self) -> None:
+        """Let the states have what the device has counted."""
+        if self._whole is not None:
+            self._whole.read_counters()
 
     def _check_states(self, saved: list[tuple[ParamRef, State]]) -> None:
         loading.check(saved, self._layout, self._structure["scope"] == "layer", self._name)
@@ -254,7 +291,7 @@ class EFCP(GroupedOptimizer):
         device = checks.check_one_device(ref.param for ref in active)
         shared = self._shared()
         for group in self.param_groups:
-            checks.check_group(group, shared)
+            self._check_group(group, shared)
         for ref in active:
             checks.check_parameter(ref.param, self._name)
             checks.check_gradient(ref.param, self._name)
@@ -277,26 +314,37 @@ class EFCP(GroupedOptimizer):
         preconditioner = replace(self._preconditioner, **{name: shared[name] for name in self._tunable})
         preconditioner.check(self._precondition, self._structure["metric"])
 
-        self._allocate(active)
+        if whole is None or not whole.is_placed:
+            self._allocate(active)
         vectors = Vectors(self._layout.metric, self.state, kernels)
         beta1 = self._structure.get("metric_beta1", 0.0)
         step = Step(
             self._layout, preconditioner, self._precondition, beta1, kernels, vectors, processes, device, self._name
         )
-        units = [step.unit(self._leaves(refs), self._gram_state(refs)) for refs in self._units()]
+        if whole is not None and whole.is_placed:
+            step.run_whole(whole)
+            return True
+        units = [(self._leaves(refs), self._gram_state(refs)) for refs in self._units()]
         if whole is None:
-            step.run(units)
+            step.run([step.unit(leaves, gram_state) for leaves, gram_state in units])
         else:
-            step.run_whole(units, whole)
+            whole.place(active, self.state, units)
+            step.run_whole(whole)
         return True
 
     def _whole_steps(self, kernels: Kernels, active: list[ParamRef], device: torch.device) -> Whole | None:
         """What steps the whole model in a few launches; None where the backend, or the optimizer, has no such step."""
         if kernels.NAME != "triton":
+            if self._capturable:
+                graphs.check_kernels(f'backend="{kernels.NAME}"')
+            self._whole = None  # and if it is wanted again, it has to count anew
             return None
-        from .whole import Whole, refusal  # Triton is imported where it is used
+        from .described import refusal  # Triton is imported where it is used
+        from .whole import Whole
 
         reason = refusal(self._layout, self._preconditioner, self._precondition, active)
+        if self._capturable:
+            graphs.check_kernels(reason)
         if reason is not None:
             if not self._warned:
                 self._warned = True
@@ -307,7 +355,7 @@ class EFCP(GroupedOptimizer):
                 )
             return None
         if self._whole is None or self._whole.device != device:
-            self._whole = Whole(self._layout, self._precondition, device)
+            self._whole = Whole(self._layout, self._precondition, device, self._capturable)
         return self._whole
 
     def _fit(self, memory_budget: int | str) -> None:

@@ -108,29 +108,32 @@ class Step:
         present = [leaf for leaf in leaves if leaf.ref.param.grad is not None]
         return Unit(gram_state, present, now, _NOTHING, _NOTHING)
 
-    def run_whole(self, units: list[Unit], whole: Whole) -> None:
+    def run_whole(self, whole: Whole) -> None:
         """The same in a few launches.
 
         Args:
-            units: From `unit`.
             whole: What steps the whole model.
         """
-        if not units:
+        if not whole.units:
             return
+        in_one_launch = whole.solves(self.preconditioner)
+        units = [] if in_one_launch and whole.is_complete else [self.unit(*unit) for unit in whole.units]
         with record_function(SPANS["compress"]):  # and the columns, in the same launches
-            self.vectors.begin([leaf for unit in units for leaf in unit.leaves])
-            columns = whole.push([(unit.leaves, unit.now) for unit in units])
-            for unit in units:
-                unit.gram_state["pushed"] = unit.now.steps
+            whole.begin(self.preconditioner, self.beta1)
+            whole.push()
         with record_function(SPANS["products"]):
-            products = whole.outside()
+            whole.multiply()
         with record_function(SPANS["solve"]):
-            states, positions = [unit.gram_state for unit in units], [unit.now for unit in units]
-            coefficients = whole.solve(states, positions, columns, products, self.preconditioner, self.beta1)
-            if coefficients is None:
-                coefficients = self._solved_on_the_cpu(units, columns, products)
+            coefficients = whole.solve() if in_one_launch else self._solved(units, whole)
         with record_function(SPANS["update"]):
             whole.move(coefficients)
+
+    def _solved(self, units: list[Unit], whole: Whole) -> torch.Tensor:
+        """The coefficients of large windows, and of preconditioners that have to see numbers, on the device."""
+        columns, products = whole.summed()
+        positions = [unit.now for unit in units]
+        coefficients = whole.solve_large(positions, columns, products, self.preconditioner, self.beta1)
+        return self._solved_on_the_cpu(units, columns, products) if coefficients is None else coefficients
 
     def _solved_on_the_cpu(
         self, units: list[Unit], columns: torch.Tensor, products: torch.Tensor | None

@@ -1,7 +1,9 @@
 """A step of the whole model in a few launches, for backends that can (Triton): the same step as `optimizer.py`'s.
 
-What a launch needs to know of all tensors stands in one table. The Gram matrices of all units are one tensor on the
-device, where they are damped and solved as well, so that nothing waits for the device but the check of the gradients.
+What a launch needs to know of all tensors stands in one table on the device, where it stays from step to step. The Gram
+matrices of all units are one tensor on the device, where they are damped and solved as well, so that nothing waits for
+the device but the check of the gradients. Python for hundreds of tensors takes longer than the device: what is the
+same as in the last step is not looked at again, but for the addresses of the tensors.
 """
 
 from __future__ import annotations
@@ -11,66 +13,24 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 
-from . import checks, noise
-from .blocks import sharing
-from .compressors import LowRank, TopK
-from .errors import BucketErrors
-from .kernels import BUCKET
+from . import checks, graphs
+from .described import rows_of, settings_of
+from .kernels.triton.changing import Changing, logarithm
+from .kernels.triton.cuts import place_scratch
+from .kernels.triton.finite import FiniteCheck
 from .kernels.triton.launch import upload
-from .kernels.triton.model import Model, place_scratch
-from .kernels.triton.rows import Row, Settings
+from .kernels.triton.model import Model
+from .kernels.triton.rows import Row, Settings, Sums
 from .layout import Layout
-from .leaves import Leaf, ParamRef
-from .preconditioners import MFAC, GramPreconditioner, Preconditioner, WindowPosition
-from .shards import is_sharded
+from .leaves import Group, Leaf, ParamRef
+from .preconditioners import MFAC, Preconditioner, WindowPosition
 
-_LONGEST = 2**31  # entries of a tensor: positions in it are 32 bits
-_CODES = {"float32": 0, "bfloat16": 1, "int8": 3, "uint4": 4}
-_NONE = 5
 _ALIGNED = 16  # bytes: what kernels read at a time
-# Columns of the table, and what the state calls the tensors.
-_TENSORS = {
-    **{name: name for name in ("error", "error_scale", "left", "right", "start")},
-    **{"velocity": "momentum", "second": "second_moment", "second_scale": "second_moment_scale"},
-    "first": "first_moment",
-}
 
-Unit = tuple[list[Leaf], WindowPosition]  # parameters that share a matrix, all with a gradient
-
-
-def refusal(layout: Layout, preconditioner: Preconditioner, precondition: str, refs: Sequence[ParamRef]) -> str | None:
-    """Why the kernels cannot step an optimizer.
-
-    Args:
-        layout: What its state is made of.
-        preconditioner: What is made of the window.
-        precondition: What is preconditioned.
-        refs: Its parameters.
-
-    Returns:
-        The reason; None if they can.
-    """
-    compressor, metric = layout.compressor, layout.metric
-    if not isinstance(compressor, LowRank | TopK):
-        return f"{type(compressor).__name__} rows"
-    if not isinstance(preconditioner, GramPreconditioner):
-        return f"{type(preconditioner).__name__}"
-    if precondition != "row" and metric is None:
-        return f'precondition="{precondition}" with metric="none"'
-    if metric is not None and metric.kind != "adam":
-        return f'metric="{metric.kind}"'
-    if isinstance(compressor, LowRank) and metric is None:
-        return 'low-rank rows with metric="none", whose sums need float64'
-    if any(is_sharded(ref.param) for ref in refs):
-        return "sharded parameters"
-    if any(ref.param.numel() >= _LONGEST for ref in refs):
-        return f"a parameter of {_LONGEST} entries or more"
-    buckets = isinstance(layout.errors, BucketErrors)
-    if isinstance(compressor, TopK) and buckets and compressor.block_size % BUCKET:
-        return f"block_size={compressor.block_size}, no multiple of {BUCKET}, with errors in 4 or 8 bits"
-    return None
+Unit = tuple[list[Leaf], dict[str, Any]]  # parameters that share a matrix, and the state that holds it
 
 
 class Whole:
@@ -80,22 +40,31 @@ class Whole:
         layout: What its state is made of.
         precondition: What is preconditioned.
         device: Where its parameters are.
+        capturable: Whether steps may go into a CUDA graph. The host does not see a replay, and so what counts steps is
+            on the device alone, until `read_counters`.
     """
 
-    def __init__(self, layout: Layout, precondition: str, device: torch.device) -> None:
+    units: list[Unit]
+
+    def __init__(self, layout: Layout, precondition: str, device: torch.device, capturable: bool) -> None:
         self._layout, self._precondition, self.device = layout, precondition, device
-        self._model = Model(device)
+        self._capturable = capturable
+        self._model, self._finite = Model(device), FiniteCheck(device)
         self._grams = torch.empty(0, dtype=torch.float64, device=device)
         self._homes: list[torch.Tensor] = []  # views of it, one for each unit
-        self._rows: list[Row] = []
-        self._settings: Settings | None = None
-        self._units = 0
+        self._key: list[Any] | None = None  # what the table was made of
+        self.units = []
+        self._leaves: list[Leaf] = []  # those with a gradient
+        self._groups: list[Group] = []
+        self._sums: Sums | None = None
+        self._outside: Sums | None = None
         self._moved: list[tuple[torch.Tensor, torch.Tensor]] = []  # parameters that are not contiguous, and copies
+        self._kept: list[torch.Tensor] = []  # copies of gradients that are not
 
     def check(
         self, refs: Sequence[ParamRef], states: Mapping[Any, Mapping[str, Any]], name: Callable[[torch.Tensor], str]
     ) -> None:
-        """Refuse what has addresses that are not the device's, and what would repeat those of one step.
+        """Refuse what has addresses that are not the device's, and what a CUDA graph cannot have.
 
         Args:
             refs: Parameters.
@@ -103,11 +72,33 @@ class Whole:
             name: Tells what to call a parameter, when it comes to that.
 
         Raises:
-            ValueError: A tensor of a state is on another device than its parameter.
-            RuntimeError: A CUDA graph is captured.
+            ValueError: A tensor of a state is on another device than its parameter, or begins inside other memory. Of
+                a capturable step also: a parameter that had gradients has none.
+            RuntimeError: A CUDA graph is captured, without `capturable` or before the first step.
         """
+        captured = graphs.is_captured(self.device)
+        if captured and not self._capturable:
+            raise RuntimeError(
+                "a step cannot be captured in a CUDA graph unless the optimizer is given capturable=True: the host "
+                "counts steps, and would not see a replay. Or capture forward and backward, and step outside"
+            )
+        if self.is_placed and self._signature(refs, states) == self._key:
+            return
+        if captured:
+            raise RuntimeError(
+                "what this step would allocate and compile cannot be captured in a CUDA graph: make a step with the "
+                "same parameters and gradients before the capture, on a side stream, as torch's notes on CUDA graphs do"
+            )
+        self.read_counters()
+        self._key = None
         for ref in refs:
-            for key, value in states.get(ref.param, {}).items():
+            state = states.get(ref.param, {})
+            if self._capturable and ref.param.grad is None and state.get("gradients"):
+                raise ValueError(
+                    f"{name(ref.param)} had gradients and has none now, which capturable=True does not allow: a graph "
+                    "would go on with its last one. Use zero_grad(set_to_none=False), or capturable=False"
+                )
+            for key, value in state.items():
                 if not isinstance(value, torch.Tensor) or key in ("gram", "step"):
                     continue
                 if value.device != self.device:
@@ -120,11 +111,16 @@ class Whole:
                         f"{key} of the state of {name(ref.param)} begins inside other memory, at an address that is no "
                         f"multiple of {_ALIGNED} bytes: load the state again with load_state_dict, which copies it"
                     )
-        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                "a step cannot be captured in a CUDA graph: what differs between steps (the noise, the place in the "
-                "window, addresses of gradients) is sent from the host. Capture forward and backward, and step outside"
-            )
+
+    @property
+    def is_placed(self) -> bool:
+        """Whether the table is that of the parameters that `check` has seen."""
+        return self._key is not None
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether no row of a window has to be cleared: every parameter has a gradient, or none had one before."""
+        return self._capturable or len(self._leaves) == sum(len(leaves) for leaves, _ in self.units)
 
     def squares(self, refs: Sequence[ParamRef]) -> dict[int, float]:
         """What stands for `|g|^2` in the check of the gradients: 0, or infinity where an entry is not finite.
@@ -135,75 +131,173 @@ class Whole:
         Returns:
             By position.
         """
-        given = [(ref.position, ref.param.grad) for ref in refs if ref.param.grad is not None]
+        given = [(ref.position, _plain(ref.param.grad)) for ref in refs if ref.param.grad is not None]
         with self._on_device():
-            bad = self._model.find_nonfinite([_flat(gradient) for _, gradient in given])
+            bad = self._finite.find([gradient for _, gradient in given])
         return {position: math.inf if found else 0.0 for (position, _), found in zip(given, bad, strict=True)}
 
-    def push(self, units: Sequence[Unit]) -> torch.Tensor:
-        """Take the gradients into second moments, windows and errors.
+    def place(self, refs: Sequence[ParamRef], states: Mapping[Any, Mapping[str, Any]], units: list[Unit]) -> None:
+        """Make the table of what has a gradient.
 
         Args:
-            units: Those that have gradients.
+            refs: What `check` has seen.
+            states: Their states, by parameter, allocated since.
+            units: Those that are stepped, with all their parameters.
+        """
+        self.units = units
+        present = [[leaf for leaf in leaves if leaf.ref.param.grad is not None] for leaves, _ in units]
+        self._leaves = [leaf for leaves in present for leaf in leaves]
+        self._groups = list({id(ref.group): ref.group for ref in refs}.values())
+        numbers = {id(group): number for number, group in enumerate(self._groups)}
+        counters = [gram_state["pushed"] for _, gram_state in units]
+        self._settings: Settings = settings_of(self._layout, self._precondition, self._leaves)
+        self._rows: list[Row] = []
+        self._owners: list[int] = []  # of each row, the place of its parameter
+        told = []
+        for unit, leaves in enumerate(present):
+            for leaf in leaves:
+                rows = rows_of(self._layout, leaf, unit)
+                counter = unit
+                if self._layout.metric is not None:
+                    counter = len(counters)
+                told += [(unit, counter, leaf.ref.position, numbers[id(leaf.ref.group)])] * len(rows)
+                self._owners += [len(counters) - len(units)] * len(rows)
+                self._rows += rows
+                counters.append(leaf.state.get("gradients", 0))
+        shared = [[int(any(leaf.ref.group is group for leaf in own)) for group in self._groups] for own in present]
+        self._changing = Changing(counters, shared, self.device)
+        self._told = upload(np.array(told, np.int64).reshape(-1, 4), self.device)
+        if self._settings.rank:
+            place_scratch(self._rows, self._settings.rank)
+        self._model.begin(self._rows, len(units))
+        for row in self._rows:
+            row.release()
+        self._key = self._signature(refs, states)
+
+    def read_counters(self) -> None:
+        """Bring the numbers in the states up to date, which capturable steps leave to the device."""
+        if self._capturable and self.is_placed:
+            found = self._changing.counters.tolist()
+            for (_, gram_state), pushed in zip(self.units, found, strict=False):
+                gram_state["pushed"] = pushed
+            for leaf, gradients in zip(self._leaves, found[len(self.units) :], strict=True):
+                leaf.state["gradients"] = gradients
+
+    def solves(self, preconditioner: Preconditioner) -> bool:
+        """Whether the coefficients are found in one launch.
+
+        Args:
+            preconditioner: With its hyperparameters as they are.
 
         Returns:
-            The new column of each unit's Gram matrix, `(units, capacity)`, float64, on the device.
+            Whether they are: the matrix is definite by its dampening, and small.
+
+        Raises:
+            ValueError: They are not, and a step has to be capturable.
         """
-        metric, model = self._layout.metric, self._model
-        self._moved, self._units = [], len(units)
-        self._settings = settings = self._compiled([leaf for leaves, _ in units for leaf in leaves])
-        self._rows = rows = [
-            row
-            for number, (leaves, now) in enumerate(units)
-            for leaf in leaves
-            for row in self._describe(leaf, now, number)
-        ]
+        if self._layout.metric is None or not isinstance(preconditioner, MFAC):
+            return False
+        capacity = self._layout.num_grads
+        rates = [lr for lr in (self._hyperparameters(group)[0] for group in self._groups) if isinstance(lr, float)]
+        now = WindowPosition(0, capacity, capacity, capacity, max(rates, default=0.0))
+        solved = capacity <= graphs.LARGEST_SOLVED and preconditioner.is_definite(now)
+        if self._capturable and not solved:
+            raise ValueError(
+                "capturable=True needs dampening that rounding does not lose: relative_damp of at least 1e-06 or a "
+                f"trust_lr, without damp; got {preconditioner}"
+            )
+        return solved
+
+    def begin(self, preconditioner: Preconditioner, beta1: float) -> None:
+        """Count the step, and bring the table to it.
+
+        Args:
+            preconditioner: With its hyperparameters as they are.
+            beta1: Decay of the first moment over the window's rows.
+        """
+        self._moved, self._kept = [], []
+        pairs = []
+        for leaf in self._leaves:
+            gradient, param = leaf.ref.param.grad, leaf.ref.param
+            assert gradient is not None  # else it is not placed
+            plain, theta = _plain(gradient), _plain(param)
+            if plain is not gradient:
+                self._kept.append(plain)
+            if theta is not param:
+                self._moved.append((param, theta))
+            pairs.append((plain.data_ptr(), theta.data_ptr()))
+        metric = self._layout.metric
+        betas = (metric.beta2, metric.beta1) if metric is not None else (0.0, 0.0)
+        damp, trust = (getattr(preconditioner, name, 0.0) for name in ("relative_damp", "trust_lr"))
+        optimizer = [*(logarithm(beta) for beta in (*betas, beta1)), damp, trust]
+        with self._on_device():
+            addresses = [address for owner in self._owners for address in pairs[owner]]
+            self._changing.advance(addresses, optimizer, [self._hyperparameters(group) for group in self._groups])
+            if self._rows:
+                self._model.advance(self._told, self._changing, self._settings)
+        if not self._capturable:
+            for _, gram_state in self.units:
+                gram_state["pushed"] += 1
+            for leaf in self._leaves if metric is not None else ():
+                leaf.state["gradients"] += 1
+
+    def push(self) -> None:
+        """Take the gradients into second moments, windows and errors, and multiply the new rows with all rows."""
+        settings, model, rows = self._settings, self._model, self._rows
         if not rows:
-            return torch.zeros(len(units), settings.capacity, dtype=torch.float64, device=self.device)
+            return
         with self._on_device():
-            if settings.rank:
-                place_scratch(rows, settings.rank)
-            model.begin(rows, len(units))
-            if metric is not None:
+            if self._layout.metric is not None:
                 model.observe(rows, settings)
-            if settings.rank:
-                model.push_low_rank(rows, settings)
-                return model.dots_low_rank(rows, settings)
-            model.push_top_k(rows, settings)
-            return model.dots_sparse(rows, settings)
+            (model.push_low_rank if settings.rank else model.push_top_k)(rows, settings)
+            self._sums = (model.dots_low_rank if settings.rank else model.dots_sparse)(rows, settings)
 
-    def outside(self) -> torch.Tensor | None:
-        """Products of the dense vector that is preconditioned with the rows of its window.
+    def multiply(self) -> None:
+        """Multiply the dense vector that is preconditioned, if one is, with the rows of its window."""
+        if self._settings.outside and self._rows:
+            products = self._model.outside_low_rank if self._settings.rank else self._model.outside_sparse
+            with self._on_device():
+                self._outside = products(self._rows, self._settings)
+
+    def solve(self) -> torch.Tensor | None:
+        """Coefficients, where `solves` says so; the new columns go into the Gram matrices.
 
         Returns:
-            `(units, capacity)`, float64, on the device; None where a row is preconditioned.
+            `(units, capacity)`, float64, on the device; None where there is nothing to move.
         """
-        settings = self._settings
-        assert settings is not None  # push comes first
-        if not settings.outside:
+        if self._sums is None:
             return None
-        if not self._rows:
-            return torch.zeros(self._units, settings.capacity, dtype=torch.float64, device=self.device)
-        products = self._model.outside_low_rank if settings.rank else self._model.outside_sparse
+        grams = self._gather([gram_state for _, gram_state in self.units])
         with self._on_device():
-            return products(self._rows, settings)
+            return self._model.solve(grams, self._sums, self._outside, self._changing, self._settings)
 
-    def solve(
+    def summed(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The new columns of the Gram matrices, and the products of a dense vector.
+
+        Returns:
+            Both `(units, capacity)`, float64, on the device; None for products where a row is preconditioned.
+        """
+        sums, outside = self._sums, self._outside
+        if sums is None:
+            zeros = torch.zeros(len(self.units), self._settings.capacity, dtype=torch.float64, device=self.device)
+            return zeros, zeros if self._settings.outside else None
+        with self._on_device():
+            return self._model.add_up(sums), None if outside is None else self._model.add_up(outside)
+
+    def solve_large(
         self,
-        states: Sequence[dict[str, Any]],
         positions: Sequence[WindowPosition],
         columns: torch.Tensor,
         products: torch.Tensor | None,
         preconditioner: Preconditioner,
         beta1: float,
     ) -> torch.Tensor | None:
-        """Coefficients in AdamW's metric, on the device; the columns go into the Gram matrices.
+        """The same as `solve` for windows of any size, by torch's routines.
 
         Args:
-            states: What holds the Gram matrix of each unit; from now on a view of one tensor for all.
-            positions: Where their windows stand.
-            columns: From `push`.
-            products: From `outside`.
+            positions: Where the windows stand.
+            columns: From `summed`.
+            products: From `summed`.
             preconditioner: With its hyperparameters as they are.
             beta1: Decay of the first moment over the window's rows.
 
@@ -214,7 +308,7 @@ class Whole:
             return None
         if not all(preconditioner.is_definite(now) for now in set(positions)):
             return None
-        grams = self._gather(states)
+        grams = self._gather([gram_state for _, gram_state in self.units])
         coefficients = torch.zeros_like(columns)
         for now in dict.fromkeys(positions):
             places = [place for place, other in enumerate(positions) if other == now]
@@ -231,20 +325,19 @@ class Whole:
                 coefficients[some, :rows] = preconditioner.shorten(own, products[some, :rows], now)
         return coefficients
 
-    def move(self, coefficients: torch.Tensor) -> None:
-        """`theta <- keep theta - lr D^-1/2 G^T c` for the units of the last `push`.
+    def move(self, coefficients: torch.Tensor | None) -> None:
+        """`theta <- keep theta - lr D^-1/2 G^T c`.
 
         Args:
             coefficients: `(units, capacity)`, float64, on the device.
         """
-        assert self._settings is not None  # push comes first
         move = self._model.move_low_rank if self._settings.rank else self._model.move_sparse
-        if self._rows:
+        if self._rows and coefficients is not None:
             with self._on_device():
                 move(self._rows, self._settings, coefficients)
         for param, copy in self._moved:
-            param.copy_(copy.view(param.shape))
-        self._rows, self._moved = [], []
+            param.copy_(copy)
+        self._moved, self._kept, self._sums, self._outside = [], [], None, None
 
     def _gather(self, states: Sequence[dict[str, Any]]) -> torch.Tensor:
         """The Gram matrices of units as one tensor, `(units, capacity, capacity)`; the states have views of it."""
@@ -256,94 +349,35 @@ class Whole:
                 state["gram"] = home
         return self._grams
 
-    def _compiled(self, leaves: Sequence[Leaf]) -> Settings:
-        compressor, metric = self._layout.compressor, self._layout.metric
-        assert isinstance(compressor, LowRank | TopK)  # else refused
-        errors = getattr(self._layout.errors, "dtype", None) or _whole_dtype(self._layout)
-        groups = [leaf.ref.group for leaf in leaves]
-        return Settings(
-            stored=_code(errors),
-            values=_code(compressor.value_dtype),
-            metric=_NONE if metric is None else _code(metric.dtype),
-            coupled=any(group["weight_decay"] and not group["decoupled_weight_decay"] for group in groups),
-            beta2=0.0 if metric is None else metric.beta2,
-            eps=0.0 if metric is None else metric.eps,
-            capacity=self._layout.num_grads,
-            rank=compressor.rank if isinstance(compressor, LowRank) else 0,
-            block_size=compressor.block_size if isinstance(compressor, TopK) else 0,
-            outside=self._precondition != "row",
-            moment=_code(metric.momentum_dtype) if metric is not None and metric.beta1 else _NONE,
-            beta1=0.0 if metric is None else metric.beta1,
-        )
-
-    def _describe(self, leaf: Leaf, now: WindowPosition, unit: int) -> list[Row]:
-        """The rows of a parameter."""
-        state, shape, (position, group, param) = leaf.state, leaf.shape, leaf.ref
-        if not shape.numel():
-            return []
-        assert param.grad is not None  # a unit's leaves have one
-        metric = self._layout.metric
-        theta = param.detach()
-        if not theta.is_contiguous() or theta.data_ptr() % _ALIGNED:
-            theta = theta.clone(memory_format=torch.contiguous_format)
-            self._moved.append((param, theta))
-        tensors = {column: state[name] for column, name in _TENSORS.items() if name in state}
-        if not group[checks.HEAVY_BALL]:
-            tensors.pop("velocity", None)
-        places = {
-            "numel": shape.numel(),
-            "newest": now.newest,
-            "held": now.rows,
-            "unit": unit,
-            "error_key": noise.key(now.steps, position),
-        }
-        lr, decoupled = float(group["lr"]), group["decoupled_weight_decay"]
-        numbers = {
-            "correction": 1.0,
-            "factor": 1.0,
-            "lr": lr,
-            "keep": 1.0 - lr * group["weight_decay"] if decoupled else 1.0,
-            "momentum": group[checks.HEAVY_BALL],
-            "decay": 0.0 if decoupled else group["weight_decay"],
-        }
-        if metric is not None:
-            steps = state["gradients"]
-            places["second_key"] = metric.key(steps, position)
-            if metric.beta1:
-                places["first_key"] = metric.first_key(steps, position)
-            numbers |= {"correction": metric.correction(steps), "factor": 1.0 / (1.0 - metric.beta1**steps)}
-        gradient = _flat(param.grad)
-        if isinstance(self._layout.compressor, LowRank):
-            places |= {"height": 0, "width": 0}
-            if "left" in state:
-                places |= {"height": state["left"].shape[-1], "width": state["right"].shape[-1]}
-            else:
-                tensors["values"] = state["values"]
-            return [Row(gradient, theta, tensors, places, numbers)]
-        found = []
-        for piece, indices, values, scales in self._layout.window.parts(state, shape):  # type: ignore[attr-defined]
-            own = {"begin": piece.start, "blocks": piece.blocks, "kept": piece.kept, "stride": indices.stride(0)}
-            own |= {"width": piece.length, "height": min(sharing(piece.length), piece.blocks)}
-            window = {"indices": indices, "values": values}
-            if scales is not None:
-                window["scales"], own["scale_stride"] = scales, scales.stride(0)
-            found.append(Row(gradient, theta, tensors | window, places | own, numbers))
+    def _signature(self, refs: Sequence[ParamRef], states: Mapping[Any, Mapping[str, Any]]) -> list[Any]:
+        """All that the table is made of: it is as it was if this is."""
+        found: list[Any] = []
+        for ref in refs:
+            param, gradient = ref.param, ref.param.grad
+            found += (ref.position, param.dtype, None if gradient is None else gradient.dtype)
+            for key, value in states.get(param, {}).items():
+                if isinstance(value, torch.Tensor) and key not in ("gram", "step"):
+                    found.append(value.data_ptr())
+        for group in {id(ref.group): ref.group for ref in refs}.values():
+            switched = (group[name] for name in (checks.HEAVY_BALL, "weight_decay"))
+            found += (id(group), group["decoupled_weight_decay"], *(bool(value) for value in switched))
         return found
+
+    def _hyperparameters(self, group: Group) -> tuple[float | torch.Tensor, float, float, float]:
+        """Learning rate, weight decay, whether it is decoupled, and momentum."""
+        lr = group["lr"]
+        if not (self._capturable and isinstance(lr, torch.Tensor) and lr.device == self.device):
+            lr = float(lr)
+        decoupled = float(group["decoupled_weight_decay"])
+        return lr, float(group["weight_decay"]), decoupled, float(group[checks.HEAVY_BALL])
 
     def _on_device(self) -> AbstractContextManager[Any]:
         """Kernels are launched on the current device."""
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
 
-def _flat(gradient: torch.Tensor) -> torch.Tensor:
-    flat = gradient.detach().contiguous().view(-1)
-    return flat.clone() if flat.data_ptr() % _ALIGNED else flat
-
-
-def _code(dtype: torch.dtype) -> int:
-    return _CODES[str(dtype).removeprefix("torch.")]
-
-
-def _whole_dtype(layout: Layout) -> torch.dtype:
-    """The dtype of errors without scales."""
-    return layout.errors.allocate(torch.Size((0,)), "meta")["error"].dtype
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor as kernels take it: contiguous, from a multiple of 16 bytes on; a copy if it is not."""
+    if tensor.is_contiguous() and tensor.data_ptr() % _ALIGNED == 0:
+        return tensor
+    return tensor.detach().clone(memory_format=torch.contiguous_format)

@@ -31,6 +31,7 @@ class Options(TypedDict, total=False):
     momentum_dtype: torch.dtype
     error_dtype: torch.dtype
     nonfinite: str
+    capturable: bool
     backend: str
     memory_budget: int | str | None
 

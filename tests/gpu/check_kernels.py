@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import settings as effort
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
-from rig import Model, error_of, place_scratch, row, settings, sparse_rows
+from rig import FiniteCheck, Model, error_of, place_scratch, row, settings, sparse_rows
 
 from hf_efcp import noise
 from hf_efcp.compressors import SparseWindow
@@ -138,19 +138,19 @@ def test_what_is_not_finite_is_found(dtype, bad):
     gradients = [
         torch.full((length,), 1e-40 if dtype == torch.float32 else 1.0, dtype=dtype) for length in (1, 4097, 5)
     ]
-    model = Model(CPU)
-    assert model.find_nonfinite(gradients) == [False] * 3
+    check = FiniteCheck(CPU)
+    assert check.find(gradients) == [False] * 3
     gradients[0][0] = torch.finfo(dtype).max
     gradients[1][4096] = bad
-    assert model.find_nonfinite(gradients) == [False, True, False]
+    assert check.find(gradients) == [False, True, False]
 
 
 def test_ten_million_entries_in_three_tensors():
     gradients = [torch.zeros(length) for length in (1, 9_999_998, 1)]
-    model = Model(CPU)
-    assert model.find_nonfinite(gradients) == [False] * 3
+    check = FiniteCheck(CPU)
+    assert check.find(gradients) == [False] * 3
     gradients[1][-1] = math.nan
-    assert model.find_nonfinite(gradients) == [False, True, False]
+    assert check.find(gradients) == [False, True, False]
 
 
 @pytest.mark.parametrize(("height", "rank"), [(9, 1), (40, 4), (600, 3), (70, 16)])
@@ -214,7 +214,7 @@ def test_sparse_products_and_combinations(value_dtype, numel, density, newest, h
     rows[0].theta.fill_(2.0)
     model, compiled = Model(CPU), settings(values=value_dtype, block_size=128)
     model.begin(rows, 1)
-    (column,) = model.dots_sparse(rows, compiled)
+    (column,) = model.add_up(model.dots_sparse(rows, compiled))
     exact = dense @ dense[newest]
     assert torch.allclose(column[:held], exact[:held], rtol=1e-6, atol=1e-6 * float(exact[newest]))
     assert not column[held:].any()
@@ -250,7 +250,7 @@ def test_low_rank_products_and_combinations(value_dtype, height, width, rank, he
         own.theta.fill_(2.0)
     model, compiled = Model(CPU), settings(values=value_dtype, rank=rank)
     model.begin(rows, 2)
-    columns = model.dots_low_rank(rows, compiled)
+    columns = model.add_up(model.dots_low_rank(rows, compiled))
     c = torch.randn(2, 3, generator=generator, dtype=torch.float64)
     model.move_low_rank(rows, compiled, c)
     for own, column, line, weights in zip(rows, columns, lines, c, strict=True):

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_efcp import DenseMFAC, LowRankGGT, LowRankMFAC, MicroAdam, SparseGGT, SparseMFAC
 from hf_efcp.errors import UINT4
-from hf_efcp.kernels.triton import model
+from hf_efcp.kernels.triton import finite, model
 
 EXACT = {"error_dtype": torch.float32, "metric_dtype": torch.float32, "value_dtype": torch.float32}
 SHAPES = [(12, 9), (10,), (0,), (24, 17)]
@@ -197,9 +197,10 @@ def test_gradients_of_zeros_move_nothing(case):
 def launched(monkeypatch):
     """Names of the kernels that would have been launched; none is."""
     names = []
-    monkeypatch.setattr(
-        model, "launch", lambda kernel, grid, *_, **__: names.append(kernel.fn.__name__) if all(grid) else None
-    )
+    for module in (model, finite):
+        monkeypatch.setattr(
+            module, "launch", lambda kernel, grid, *_, **__: names.append(kernel.fn.__name__) if all(grid) else None
+        )
     return names
 
 
@@ -218,16 +219,15 @@ class Operations(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-LOW_RANK = ["find_nonfinite", "observe", "peaks", "sketch", "orthonormalise", "project", "keep_factors", "keep_error"]
+BEGIN = ["find_nonfinite", "advance"]
+LOW_RANK = [*BEGIN, "observe", "sketch", "orthonormalise", "project", "keep_factors", "keep_error"]
 LAUNCHES = {
-    "default": [*LOW_RANK, "dots", "move"],
-    "one matrix": [*LOW_RANK, "dots", "add_up", "move"],
-    "both moments": [*LOW_RANK, "dots", "outside_low_rank", "add_up", "move"],
-    "sparse, both moments": [
-        *("find_nonfinite", "observe", "select", "sparse_dots", "add_up", "outside_sparse", "add_up", "sparse_move"),
-    ],
-    "sparse": ["find_nonfinite", "observe", "select", "sparse_dots", "add_up", "sparse_move"],
-    "sparse, the paper's": ["find_nonfinite", "select", "sparse_dots", "add_up", "sparse_move"],
+    "default": [*LOW_RANK, "dots", "solve", "move"],
+    "one matrix": [*LOW_RANK, "dots", "solve", "move"],
+    "both moments": [*LOW_RANK, "dots", "outside_low_rank", "solve", "move"],
+    "sparse, both moments": [*BEGIN, "observe", "select", "sparse_dots", "outside_sparse", "solve", "sparse_move"],
+    "sparse": [*BEGIN, "observe", "select", "sparse_dots", "solve", "sparse_move"],
+    "sparse, the paper's": [*BEGIN, "select", "sparse_dots", "add_up", "sparse_move"],
 }
 
 

@@ -5,7 +5,9 @@ import torch
 from hf_efcp.blocks import cut, index_dtype, sharing
 from hf_efcp.compressors import SparseWindow
 from hf_efcp.errors import UINT4, error_store
-from hf_efcp.kernels.triton.model import Model, place_scratch
+from hf_efcp.kernels.triton.cuts import place_scratch
+from hf_efcp.kernels.triton.finite import FiniteCheck
+from hf_efcp.kernels.triton.model import Model
 from hf_efcp.kernels.triton.rows import Row, Settings
 
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 3, UINT4: 4}
@@ -64,6 +66,7 @@ def sparse_rows(gradient, error, state, window, key, newest=1):
 
 
 __all__ = [
+    "FiniteCheck",
     "Model",
     "SparseWindow",
     "cut",

@@ -20,6 +20,7 @@ STEPS = {
     "both moments": lambda params: LowRankMFAC(params, backend="triton", precondition="momentum"),
     "sparse_mfac, gradient": lambda params: SparseMFAC(params, backend="triton", precondition="gradient"),
     "sparse_mfac": lambda params: SparseMFAC(params, backend="triton"),
+    "largest solved": lambda params: LowRankMFAC(params, backend="triton", num_grads=64),
     "sparse_mfac 256": lambda params: SparseMFAC(
         params, backend="triton", num_grads=256, value_dtype=torch.int8, error_dtype=torch.float32
     ),
@@ -30,7 +31,7 @@ STEPS = {
 def launches(request):
     """What one step launches: kernel, arguments, constants and warps. Nothing is computed, so no GPU is wanted."""
     from hf_efcp import kernels
-    from hf_efcp.kernels.triton import model
+    from hf_efcp.kernels.triton import finite, model
 
     found = []
 
@@ -38,7 +39,8 @@ def launches(request):
         found.append((kernel, arguments, constants, warps))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model, "launch", noted)
+        for module in (finite, model):
+            patch.setattr(module, "launch", noted)
         patch.setattr(kernels, "_check_triton", lambda device: None)
         params = [torch.nn.Parameter(torch.zeros(*shape)) for shape in ((768, 3072), (768,), (2, 768))]
         for param in params:

@@ -1,17 +1,14 @@
-"""How kernels are launched, and the tables that they read. Everything that is started on a device, starts here."""
+"""How kernels are launched, and what is sent to a device. Everything that is started on a device, starts here."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 
-# A tensor, and ranges of two of its dimensions.
-Shape = tuple[int, int, int, int]  # numel, height, width, splits; height 0 for what is kept whole
+from ... import graphs
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int = 4, **constants: Any) -> None:
@@ -41,43 +38,15 @@ def upload(array: NDArray[Any], device: torch.device) -> torch.Tensor:
         The tensor.
     """
     tensor = torch.from_numpy(array)
+    if graphs.is_captured(device):
+        # A graph would copy from memory of the host that may have other content, or be gone, when it is replayed.
+        # The numbers of a `foreach` are arguments of its kernels, and in the graph.
+        found = torch.zeros(tensor.shape, dtype=tensor.dtype, device=device)
+        torch._foreach_add_(list(found.view(-1)), array.ravel().tolist())
+        return found
     if device.type == "cpu":
         return tensor
     return tensor.pin_memory().to(device, non_blocking=True)
-
-
-def cut(sizes: Sequence[int], step: int) -> NDArray[np.int64]:
-    """Ranges of a length.
-
-    Args:
-        sizes: Of each tensor.
-        step: Of a range.
-
-    Returns:
-        Tensor and begin of each, `(tasks, 2)`.
-    """
-    pairs = [(row, begin) for row, size in enumerate(sizes) for begin in range(0, size, step)]
-    return np.array(pairs, np.int64).reshape(-1, 2)
-
-
-def tiles(sizes: Sequence[tuple[int, int]], rows: int, cols: int) -> NDArray[np.int64]:
-    """Tiles of matrices.
-
-    Args:
-        sizes: Height and width of each tensor; 0 and 0 for none.
-        rows: Of a tile.
-        cols: Of a tile.
-
-    Returns:
-        Tensor, first row and first column of each, `(tasks, 3)`.
-    """
-    found = [
-        (number, top, left)
-        for number, (height, width) in enumerate(sizes)
-        for top in range(0, height, rows)
-        for left in range(0, width, cols)
-    ]
-    return np.array(found, np.int64).reshape(-1, 3)
 
 
 @lru_cache(maxsize=64)

@@ -1,7 +1,7 @@
 """A model as the kernels see it: a row for each tensor, the launches of a step, and the memory that they share.
 
-The rows hold addresses, which change with every gradient: they are made anew in every step, and sent in one copy that
-nobody waits for. What they are cut into depends on shapes only, and is kept.
+The table of rows stays on the device. From step to step counters, addresses and hyperparameters change, and a kernel
+writes into it what follows from them. What tensors are cut into depends on shapes only, and is kept as well.
 """
 
 from __future__ import annotations
@@ -14,22 +14,37 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ...metric import CHANNELS, FIRST_CHANNEL, SECOND_CHANNEL
 from .. import BUCKET
-from . import columns, error, factors, finite, moments, move, orthonormal, outside, shared, sketch, sparse, topk
-from .launch import cut, launch, padded, tiles, upload
-from .rows import Row, Settings
+from . import (
+    advance,
+    columns,
+    cuts,
+    error,
+    factors,
+    moments,
+    move,
+    orthonormal,
+    outside,
+    shared,
+    sketch,
+    solve,
+    sparse,
+    topk,
+)
+from .changing import Changing
+from .cuts import ROWS, SPLIT, TILE
+from .launch import launch, padded, upload
+from .rows import Row, Settings, Sums
 
-_RANGE = 4096  # entries of a program that goes through a tensor
-_ROWS = 2048 // BUCKET
-_TILE = 32, 64  # rows and columns of a tile of a matrix
-_SPLIT = 2048  # rows of a matrix over which one program sums
 _PANEL = 1024  # rows of a tile over which one program adds products
 _INNER = 32  # vectors of the window that are multiplied at a time
 _FACTORS = 1024  # entries of a factor
 _SUMS = 2048  # float64 that a program adds at a time
-_BLOCKS = 64  # blocks whose products one program takes
 _CHUNK = 128  # entries of a block or a row that one warp takes
 _PROGRAMS = 4096  # that have sums of their own
+_ADVANCED = 128  # rows of the table that a program brings to the next step
+_LINES = 16  # whose sums a program adds at a time
 # Three products of TF32, on units for matrices, are about as exact as one of float32. AMD's have no such mode.
 _PRECISION = "ieee" if torch.version.hip else "tf32x3"
 
@@ -45,33 +60,13 @@ class Model:
     device: torch.device
     _plans: dict[Any, torch.Tensor] = field(default_factory=dict)
     _shapes: Any = None
-    _checked: tuple[list[int], torch.Tensor] = field(default_factory=lambda: ([], torch.empty(0, device="cpu")))
     table: torch.Tensor = field(init=False)
     numbers: torch.Tensor = field(init=False)
     units: int = field(init=False)
     even: bool = field(init=False)
 
-    def find_nonfinite(self, gradients: Sequence[torch.Tensor]) -> list[bool]:
-        """Which gradients have NaN or infinity. The only copy from the device that a step waits for.
-
-        Args:
-            gradients: Flat and contiguous.
-
-        Returns:
-            True for those that have.
-        """
-        rows = [Row(g, g, {}, {"numel": g.numel()}, {}) for g in gradients]
-        table = upload(np.array([row.integers() for row in rows], np.int64), self.device)
-        flags = torch.zeros(len(rows), dtype=torch.int32, device=self.device)
-        sizes = [g.numel() for g in gradients]
-        if sizes != self._checked[0]:
-            self._checked = sizes, upload(cut(sizes, _RANGE), self.device)
-        tasks = self._checked[1]
-        launch(finite.find_nonfinite, (len(tasks),), table, tasks, flags, LENGTH=_RANGE)
-        return [bool(flag) for flag in flags.tolist()]
-
     def begin(self, rows: Sequence[Row], units: int) -> None:
-        """Take the tensors of this step.
+        """Take the tensors of this step and those that follow.
 
         Args:
             rows: In an order that is the same in every step, those of a unit together.
@@ -84,11 +79,30 @@ class Model:
             self._plans, self._shapes = {}, shapes
             self.even = all(row.places.get("width", 0) % BUCKET == 0 for row in rows)
         integers = np.array([row.integers() for row in rows], np.int64)
-        numbers = np.array([[row.numbers[name] for name in shared.NUMBERS] for row in rows], np.float32)
-        packed = np.concatenate([integers.view(np.uint8).ravel(), numbers.view(np.uint8).ravel()])
-        sent = upload(packed, self.device)
-        self.table = sent[: integers.nbytes].view(torch.int64)
-        self.numbers = sent[integers.nbytes :].view(torch.float32)
+        numbers = np.array([[row.numbers.get(name, 0.0) for name in shared.NUMBERS] for row in rows], np.float32)
+        self.table = upload(integers.ravel(), self.device)
+        self.numbers = upload(numbers.ravel(), self.device)
+
+    def advance(self, told: torch.Tensor, changing: Changing, settings: Settings) -> None:
+        """Bring the table to the step that the counters stand at.
+
+        Args:
+            told: Counters, position and group of each row, `(rows, 4)`.
+            changing: Counters, addresses and hyperparameters.
+            settings: What is compiled.
+        """
+        count = len(told)
+        launch(
+            advance.advance,
+            (-(-count // _ADVANCED),),
+            *(self.table, self.numbers, told, count, changing.counters, changing.addresses, changing.hyper),
+            settings.capacity,
+            METRIC=settings.metric != shared.NONE.value,
+            CHANNELS=CHANNELS,
+            SECOND_CHANNEL=SECOND_CHANNEL,
+            FIRST_CHANNEL=FIRST_CHANNEL,
+            LENGTH=_ADVANCED,
+        )
 
     def observe(self, rows: Sequence[Row], settings: Settings) -> None:
         """Take the gradients into the second moments.
@@ -97,8 +111,8 @@ class Model:
             rows: As in `begin`.
             settings: What is compiled.
         """
-        tasks = self._plan("observe", lambda: _buckets(rows))
-        constants = {"MOMENT": settings.moment, "METRIC": settings.metric, "COUPLED": settings.coupled, "ROWS": _ROWS}
+        tasks = self._plan("observe", lambda: cuts.buckets(rows))
+        constants = {"MOMENT": settings.moment, "METRIC": settings.metric, "COUPLED": settings.coupled, "ROWS": ROWS}
         launch(
             moments.observe,
             (len(tasks),),
@@ -117,18 +131,18 @@ class Model:
         sizes = [(row.places["height"], row.places["width"]) for row in rows]
         matrices = [number for number, (height, _) in enumerate(sizes) if height]
         vectors = self._plan("vectors", lambda: np.array([(i, k) for i in matrices for k in range(rank)], np.int64))
-        peak = torch.empty(len(rows) * rank, dtype=torch.float32, device=self.device)
-        scratch = torch.empty(sum(_scratch(*size, rank) for size in sizes), dtype=torch.float32, device=self.device)
-        common = {"RANK": rank, "PADDED": padded(rank, 16), "ROWS": _TILE[0], "COLS": _TILE[1], **settings.reading}
+        scratch = torch.empty(
+            sum(cuts.scratch_size(*size, rank) for size in sizes), dtype=torch.float32, device=self.device
+        )
+        common = {"RANK": rank, "PADDED": padded(rank, 16), "ROWS": TILE[0], "COLS": TILE[1], **settings.reading}
         common |= {"EVEN": self.even, "PRECISION": _PRECISION}
-        launch(sketch.peaks, (len(vectors),), self.table, vectors, peak, RANK=rank, LENGTH=_FACTORS)
-        bands = self._plan("bands", lambda: cut([height for height, _ in sizes], _TILE[0]))
+        bands = self._plan("bands", lambda: cuts.cut([height for height, _ in sizes], TILE[0]))
         given = self.table, self.numbers
-        launch(sketch.sketch, (len(bands),), *given, bands, peak, scratch, eps, **common)
+        launch(sketch.sketch, (len(bands),), *given, bands, scratch, eps, **common)
         which = self._plan("matrices", lambda: np.array(matrices, np.int64))
         many = {"RANK": rank, "PADDED": padded(rank), "ROWS": max(16, 4096 // padded(rank))}
         launch(orthonormal.orthonormalise, (len(which),), self.table, which, scratch, **many, warps=8)
-        splits = self._plan("splits", lambda: _splits(sizes))
+        splits = self._plan("splits", lambda: cuts.splits(sizes))
         launch(
             factors.project,
             (len(splits),),
@@ -136,13 +150,13 @@ class Model:
             splits,
             scratch,
             eps,
-            **{**common, "ROWS": _TILE[0] // 2},
-            SPLIT=_SPLIT,
+            **{**common, "ROWS": TILE[0] // 2},
+            SPLIT=SPLIT,
         )
         kept = {"RANK": rank, "VALUES_IN": settings.values}
         launch(factors.keep_factors, (len(vectors),), self.table, vectors, scratch, **kept, LENGTH=_FACTORS)
-        buckets = self._plan("observe", lambda: _buckets(rows))
-        kept |= {"EVEN": self.even, "ROWS": _ROWS}
+        buckets = self._plan("observe", lambda: cuts.buckets(rows))
+        kept |= {"EVEN": self.even, "ROWS": ROWS}
         launch(error.keep_error, (len(buckets),), *given, buckets, eps, **kept, **settings.reading)
 
     def push_top_k(self, rows: Sequence[Row], settings: Settings) -> None:
@@ -153,7 +167,7 @@ class Model:
             settings: What is compiled.
         """
         groups = [-(-row.places["blocks"] // row.places["height"]) for row in rows]
-        tasks = self._plan("groups", lambda: cut(groups, 1))
+        tasks = self._plan("groups", lambda: cuts.cut(groups, 1))
         # A group of short blocks is one tile; its sides are powers of two, of the largest, so that one launch does all.
         share = padded(max(row.places["height"] for row in rows))
         length = padded(max(row.places["width"] for row in rows), BUCKET)
@@ -168,7 +182,7 @@ class Model:
             warps=min(32, max(4, share * length // 512)),
         )
 
-    def dots_low_rank(self, rows: Sequence[Row], settings: Settings) -> torch.Tensor:
+    def dots_low_rank(self, rows: Sequence[Row], settings: Settings) -> Sums:
         """The new columns of the Gram matrices.
 
         Args:
@@ -176,7 +190,7 @@ class Model:
             settings: What is compiled.
 
         Returns:
-            `(units, capacity)`, float64; 0 for rows of the window that were not written.
+            Sums over each row of the table; 0 for rows of the window that were not written.
         """
         rank, capacity = settings.rank, settings.capacity
         found = torch.empty(len(rows), capacity, dtype=torch.float64, device=self.device)
@@ -189,11 +203,9 @@ class Model:
             LENGTH=max(1, _SUMS // (wide * wide)),
             WHOLE=_FACTORS,
         )
-        if [row.places["unit"] for row in rows] == list(range(self.units)):
-            return found
-        return self._add_up("rows", lambda: [row.places["unit"] for row in rows], found)
+        return Sums(found, self._bounds("rows", lambda: [row.places["unit"] for row in rows]))
 
-    def dots_sparse(self, rows: Sequence[Row], settings: Settings) -> torch.Tensor:
+    def dots_sparse(self, rows: Sequence[Row], settings: Settings) -> Sums:
         """The same for sparse windows.
 
         Args:
@@ -201,25 +213,24 @@ class Model:
             settings: What is compiled.
 
         Returns:
-            `(units, capacity)`, float64.
+            Sums over some blocks.
         """
         capacity = settings.capacity
-        ranges = _ranges(rows)
-        tasks = self._plan("products", lambda: np.array([task[:3] for task in ranges], np.int64))
-        partial = torch.empty(len(ranges), capacity, dtype=torch.float64, device=self.device)
+        tasks = self._products(rows)
+        partial = torch.empty(len(tasks), capacity, dtype=torch.float64, device=self.device)
         steps = max(row.places["kept"] for row in rows).bit_length() + 1
         launch(
             sparse.sparse_dots,
-            (len(ranges), capacity),
+            (len(tasks), capacity),
             *(self.table, tasks, partial, capacity),
             **self._sparse(settings),
             STEPS=steps,
             LENGTH=_CHUNK,
             warps=1,
         )
-        return self._add_up("products", lambda: [task[3] for task in ranges], partial)
+        return Sums(partial, self._bounds("products", lambda: [task[3] for task in cuts.ranges(rows)]))
 
-    def outside_low_rank(self, rows: Sequence[Row], settings: Settings) -> torch.Tensor:
+    def outside_low_rank(self, rows: Sequence[Row], settings: Settings) -> Sums:
         """Inner products of the dense vector with the rows of low-rank windows.
 
         Args:
@@ -227,23 +238,23 @@ class Model:
             settings: What is compiled.
 
         Returns:
-            `(units, capacity)`, float64.
+            Sums over a panel, for every vector of every row.
         """
-        tasks = self._plan("panels", lambda: _tiles(rows, _PANEL))
+        tasks = self._plan("panels", lambda: cuts.tiles_of(rows, _PANEL))
         partial = torch.zeros(len(tasks), settings.capacity * settings.rank, dtype=torch.float64, device=self.device)
         launch(
             outside.outside_low_rank,
             (len(tasks),),
             *(self.table, self.numbers, tasks, partial, settings.capacity, settings.eps),
             **{"RANK": settings.rank, "VALUES_IN": settings.values, **settings.vector},
-            **{"ROWS": _TILE[0] // 2, "COLS": _TILE[1], "INNER": _INNER, "PANEL": _PANEL},
+            **{"ROWS": TILE[0] // 2, "COLS": TILE[1], "INNER": _INNER, "PANEL": _PANEL},
         )
-        found = self._add_up(
-            "panels", lambda: [rows[number].places["unit"] for number in _tiles(rows, _PANEL)[:, 0]], partial
+        units = self._bounds(
+            "panels", lambda: [rows[number].places["unit"] for number in cuts.tiles_of(rows, _PANEL)[:, 0]]
         )
-        return found.view(self.units, settings.capacity, settings.rank).sum(dim=2)
+        return Sums(partial, units, settings.rank)
 
-    def outside_sparse(self, rows: Sequence[Row], settings: Settings) -> torch.Tensor:
+    def outside_sparse(self, rows: Sequence[Row], settings: Settings) -> Sums:
         """The same for sparse windows.
 
         Args:
@@ -251,21 +262,67 @@ class Model:
             settings: What is compiled.
 
         Returns:
-            `(units, capacity)`, float64.
+            Sums over some blocks.
         """
-        ranges = _ranges(rows)
-        tasks = self._plan("products", lambda: np.array([task[:3] for task in ranges], np.int64))
-        partial = torch.empty(len(ranges), settings.capacity, dtype=torch.float64, device=self.device)
+        tasks = self._products(rows)
+        partial = torch.empty(len(tasks), settings.capacity, dtype=torch.float64, device=self.device)
         launch(
             outside.outside_sparse,
-            (len(ranges), settings.capacity),
+            (len(tasks), settings.capacity),
             *(self.table, self.numbers, tasks, partial, settings.capacity, settings.eps),
             **self._sparse(settings),
             **settings.vector,
             LENGTH=_CHUNK,
             warps=1,
         )
-        return self._add_up("products", lambda: [task[3] for task in ranges], partial)
+        return Sums(partial, self._bounds("products", lambda: [task[3] for task in cuts.ranges(rows)]))
+
+    def add_up(self, sums: Sums) -> torch.Tensor:
+        """Sums over whole units.
+
+        Args:
+            sums: Of their parts.
+
+        Returns:
+            `(units, capacity)`, float64.
+        """
+        wide = sums.partial.shape[1]
+        found = torch.empty(self.units, wide, dtype=torch.float64, device=self.device)
+        launch(sparse.add_up, (wide, self.units), sums.bounds, sums.partial, found, wide, LENGTH=_CHUNK, warps=1)
+        return found.view(self.units, -1, sums.parts).sum(dim=2)
+
+    def solve(
+        self,
+        grams: torch.Tensor,
+        sums: Sums,
+        outside: Sums | None,
+        changing: Changing,
+        settings: Settings,
+    ) -> torch.Tensor:
+        """Coefficients in AdamW's metric, for windows of at most `LARGEST_SOLVED` gradients.
+
+        Args:
+            grams: Gram matrices, `(units, capacity, capacity)`, float64; they get their new columns.
+            sums: Of the new columns.
+            outside: Products of a dense vector; None for a first moment over the window's rows.
+            changing: Counters and hyperparameters.
+            settings: What is compiled.
+
+        Returns:
+            `(units, capacity)`, float64; 0 for rows of the window that were not written.
+        """
+        wide = padded(settings.capacity, 2)
+        found = torch.empty(self.units, settings.capacity, dtype=torch.float64, device=self.device)
+        other = sums if outside is None else outside
+        launch(
+            solve.solve,
+            (self.units,),
+            *(grams, changing.counters, sums.partial, sums.bounds, other.partial, other.bounds),
+            *(changing.hyper, changing.unit_groups, found, settings.capacity, changing.unit_groups.shape[1]),
+            **{"OUTSIDE": outside is not None, "PARTS": other.parts, "PADDED": wide, "LINES": _LINES},
+            warps=min(8, max(1, wide * wide // 256)),
+        )
+        return found
 
     def move_low_rank(self, rows: Sequence[Row], settings: Settings, coefficients: torch.Tensor) -> None:
         """`theta <- keep theta - lr D^-1/2 G^T c`.
@@ -275,13 +332,13 @@ class Model:
             settings: What is compiled.
             coefficients: `c`, `(units, capacity)`, float64.
         """
-        tasks = self._plan("tiles", lambda: _tiles(rows, _TILE[0]))
+        tasks = self._plan("tiles", lambda: cuts.tiles_of(rows, TILE[0]))
         launch(
             move.move,
             (len(tasks),),
             *(self.table, self.numbers, tasks, coefficients, settings.capacity, settings.eps),
             **{"RANK": settings.rank, "VALUES_IN": settings.values, "OUTSIDE": settings.outside, **settings.vector},
-            **{"ROWS": _TILE[0], "COLS": _TILE[1], "INNER": _INNER},
+            **{"ROWS": TILE[0], "COLS": TILE[1], "INNER": _INNER},
             EVEN=self.even,
             PRECISION=_PRECISION,
         )
@@ -294,7 +351,7 @@ class Model:
             settings: What is compiled.
             coefficients: `c`, `(units, capacity)`, float64.
         """
-        tasks = self._plan("blocks", lambda: cut([row.places["blocks"] for row in rows], 1))
+        tasks = self._plan("blocks", lambda: cuts.cut([row.places["blocks"] for row in rows], 1))
         programs = min(len(tasks), _PROGRAMS)
         length = padded(max(row.places["width"] for row in rows), _CHUNK)
         sums = torch.empty(programs * length, dtype=torch.float64, device=self.device)
@@ -314,65 +371,16 @@ class Model:
     def _sparse(self, settings: Settings) -> dict[str, Any]:
         return {"VALUES_IN": settings.values, "WIDE_INDEX": settings.block_size > 256}
 
-    def _add_up(self, name: str, units: Callable[[], Sequence[int]], partial: torch.Tensor) -> torch.Tensor:
-        """Sums over what belongs to each unit; the units of the lines of `partial` ascend."""
-        count, wide = self.units, partial.shape[1]
-        edges = np.arange(count + 1)
-        bounds = self._plan(f"bounds of {name}", lambda: np.searchsorted(np.array(units()), edges).astype(np.int64))
-        found = torch.empty(count, wide, dtype=torch.float64, device=self.device)
-        launch(sparse.add_up, (wide, count), bounds, partial, found, wide, LENGTH=_CHUNK, warps=1)
-        return found
+    def _products(self, rows: Sequence[Row]) -> torch.Tensor:
+        return self._plan("products", lambda: np.array([task[:3] for task in cuts.ranges(rows)], np.int64))
+
+    def _bounds(self, name: str, units: Callable[[], Sequence[int]]) -> torch.Tensor:
+        """Where the tasks of each unit begin, and where the last ends; the units of the tasks ascend."""
+        edges = np.arange(self.units + 1)
+        return self._plan(f"bounds of {name}", lambda: np.searchsorted(np.array(units()), edges).astype(np.int64))
 
     def _plan(self, name: Any, make: Callable[[], NDArray[np.int64]]) -> torch.Tensor:
         """A table that depends on shapes only."""
         if name not in self._plans:
             self._plans[name] = upload(make(), self.device)
         return self._plans[name]
-
-
-def place_scratch(rows: Sequence[Row], rank: int) -> None:
-    """Give every matrix its place in the memory that the kernels of `push_low_rank` share.
-
-    Args:
-        rows: Of low-rank windows; "image", "partial" and "splits" are written.
-        rank: Of a row.
-    """
-    begin = 0
-    for row in rows:
-        height, width = row.places["height"], row.places["width"]
-        row.places |= {"image": begin, "partial": begin + height * rank, "splits": -(-height // _SPLIT)}
-        begin += _scratch(height, width, rank)
-
-
-def _scratch(height: int, width: int, rank: int) -> int:
-    return rank * (height + -(-height // _SPLIT) * width)
-
-
-def _buckets(rows: Sequence[Row]) -> NDArray[np.int64]:
-    """Ranges of buckets, of every tensor once, however many rows it has."""
-    sizes = [0 if row.places.get("begin", 0) else -(-row.places["numel"] // BUCKET) for row in rows]
-    return cut(sizes, _ROWS)
-
-
-def _splits(sizes: Sequence[tuple[int, int]]) -> NDArray[np.int64]:
-    found = tiles(sizes, _SPLIT, _TILE[1])
-    found[:, 1] //= _SPLIT
-    return found
-
-
-def _tiles(rows: Sequence[Row], height: int) -> NDArray[np.int64]:
-    """Tiles of matrices, and of what is kept whole ranges that are as long as a tile is large; in the rows' order."""
-    sizes = [(row.places["height"], row.places["width"]) for row in rows]
-    whole = cut([0 if row.places["height"] else row.places["numel"] for row in rows], height * _TILE[1])
-    ranges = np.stack([whole[:, 0], np.zeros_like(whole[:, 0]), whole[:, 1]], axis=1)
-    found = np.concatenate([tiles(sizes, height, _TILE[1]), ranges])
-    return found[np.argsort(found[:, 0], kind="stable")]
-
-
-def _ranges(rows: Sequence[Row]) -> list[tuple[int, int, int, int]]:
-    """Runs of blocks: row, begin, end and unit of each."""
-    return [
-        (number, begin, min(begin + _BLOCKS, row.places["blocks"]), row.places["unit"])
-        for number, row in enumerate(rows)
-        for begin in range(0, row.places["blocks"], _BLOCKS)
-    ]

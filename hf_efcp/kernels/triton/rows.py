@@ -13,18 +13,19 @@ _PLACES = {name: place for place, name in enumerate(shared.COLUMNS)}
 _GRADIENT, _GRADIENT_CODE, _THETA, _THETA_CODE = (
     _PLACES[name] for name in ("gradient", "gradient_code", "theta", "theta_code")
 )
+_NOTHING = torch.empty(0, device="cpu")
 
 
 @dataclass
 class Row:
-    """A tensor, or a run of equal blocks of one: what stands in its row of the table. Tensors that are absent are None.
+    """A tensor, or a run of equal blocks of one: what stands in its row of the table.
 
     Args:
-        gradient: Flat and contiguous.
-        theta: Flat and contiguous.
+        gradient: Contiguous.
+        theta: Contiguous.
         state: Tensors by their column: "error", "second", "left", and so on; those of a run begin where it does.
         places: Numbers by their column.
-        numbers: By their column.
+        numbers: By their column; 0 where `advance` writes them.
     """
 
     gradient: torch.Tensor
@@ -35,7 +36,7 @@ class Row:
 
     def integers(self) -> list[int]:
         """The row."""
-        found = [0] * len(_PLACES)  # and no dictionaries: the device waits while hundreds of rows are made
+        found = [0] * len(_PLACES)
         for name, place in self.places.items():
             found[_PLACES[name]] = place
         for name, tensor in self.state.items():
@@ -43,6 +44,11 @@ class Row:
         found[_GRADIENT], found[_GRADIENT_CODE] = self.gradient.data_ptr(), shared.CODES[self.gradient.dtype]
         found[_THETA], found[_THETA_CODE] = self.theta.data_ptr(), shared.CODES[self.theta.dtype]
         return found
+
+    def release(self) -> None:
+        """Keep numbers only: a row outlives the step that it was made in, and its tensors need not."""
+        self.gradient = self.theta = _NOTHING
+        self.state = {}
 
 
 @dataclass(frozen=True)
@@ -86,3 +92,18 @@ class Settings:
     def reading(self) -> dict[str, Any]:
         """What a kernel has to know that makes an accumulator."""
         return {"STORED": self.stored, "METRIC": self.metric, "COUPLED": self.coupled}
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Sums that a launch has made of parts of units.
+
+    Args:
+        partial: `(tasks, capacity * parts)`, float64.
+        bounds: Where the tasks of each unit begin, and where the last ends, `(units + 1,)`.
+        parts: How many stand side by side for a row of the window.
+    """
+
+    partial: torch.Tensor
+    bounds: torch.Tensor
+    parts: int = 1

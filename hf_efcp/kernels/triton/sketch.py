@@ -5,21 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .shared import HEIGHT, IMAGE, START, WIDTH, accumulator, field, floats, small, width_of
-
-
-@triton.jit
-def peaks(table, tasks, peak, RANK: tl.constexpr, LENGTH: tl.constexpr):
-    """The largest magnitude of a vector that the iteration starts from: `(tensors, rank)`."""
-    task = tl.program_id(0)
-    row, k = tl.load(tasks + 2 * task), tl.load(tasks + 2 * task + 1)
-    width = small(table, row, WIDTH)
-    start = floats(field(table, row, START)) + k * width
-    largest = tl.zeros((LENGTH,), tl.float32)
-    for first in range(0, width, LENGTH):
-        place = first + tl.arange(0, LENGTH)
-        largest = tl.maximum(largest, tl.abs(tl.load(start + place, mask=place < width, other=0.0)))
-    tl.store(peak + row * RANK + k, tl.max(largest, axis=0))
+from .shared import HEIGHT, IMAGE, START, accumulator, field, floats, small, width_of
 
 
 @triton.jit
@@ -27,7 +13,6 @@ def sketch(
     table,
     numbers,
     tasks,
-    peak,
     scratch,
     eps,
     RANK: tl.constexpr,
@@ -40,13 +25,21 @@ def sketch(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """Some rows of `A Q`, transposed: `(rank, height)` from the tensor's place in the scratch memory on."""
+    """Some rows of `A Q`, transposed: `(rank, height)` from the tensor's place in the scratch memory on.
+
+    The vectors of `Q` are divided by their largest entry, so that products neither overflow nor vanish.
+    """
     task = tl.program_id(0)
     row, first = tl.load(tasks + 2 * task), tl.load(tasks + 2 * task + 1).to(tl.int32)
     height, width = small(table, row, HEIGHT), width_of(table, row, EVEN)
     start = floats(field(table, row, START))
     r, k = first + tl.arange(0, ROWS), tl.arange(0, PADDED)
-    unit = tl.load(peak + row * RANK + k, mask=k < RANK, other=1.0)
+    largest = tl.zeros((COLS, PADDED), tl.float32)
+    for begin in range(0, width, COLS):
+        c = begin + tl.arange(0, COLS)
+        inside = (c < width)[:, None] & (k < RANK)[None, :]
+        largest = tl.maximum(largest, tl.abs(tl.load(start + k[None, :] * width + c[:, None], mask=inside, other=0.0)))
+    unit = tl.where(k < RANK, tl.max(largest, axis=0), 1.0)
     image = tl.zeros((ROWS, PADDED), tl.float32)
     for begin in range(0, width, COLS):
         c = begin + tl.arange(0, COLS)
