@@ -96,11 +96,9 @@ class EFCP(GroupedOptimizer):
         nonfinite: What to do about a gradient with NaN or infinity, on any rank: "raise" an error, or "skip" the step
             and count it in `skipped_steps`; nothing changes either way. "ignore" does not look, for those who do so
             themselves (a GradScaler does): the only time a step on a GPU waits for the device is for this.
-        capturable: True lets a CUDA graph take a step, as in `torch.optim`: from then on the device counts steps. Takes
-            the Triton kernels, AdamW's metric (`metric="adam"`), M-FAC without absolute dampening, at most 64
-            gradients, `nonfinite="ignore"`, and groups that are all preconditioned; make a step before the capture,
-            and give `lr` as a tensor on the device if a schedule is to change it. After `load_state_dict` and
-            `add_param_group` a graph has to be captured anew.
+        capturable: True lets a CUDA graph take a step, as in `torch.optim`: the device counts steps. It wants
+            `metric="adam"`, M-FAC without `damp`, at most 64 gradients, `nonfinite="ignore"`, no group that is not
+            preconditioned, and a step before the capture; a schedule works on an `lr` that is a tensor on the device.
         backend: "auto" (numba on the CPU, Triton on CUDA and ROCm, plain torch elsewhere), "reference" (plain torch),
             "numba" or "triton".
         memory_budget: Instead of `num_grads`: what all state may take, in bytes per parameter ("8B/param"), as text
@@ -229,7 +227,7 @@ class EFCP(GroupedOptimizer):
         return count_bytes(self.state[ref.param] for ref in self._refs() if ref.param in self.state)
 
     def state_dict(self) -> dict[str, Any]:
-        """As of any `torch.optim.Optimizer`; after capturable steps it waits for the device, which counted them.
+        """As of any `torch.optim.Optimizer`.
 
         Returns:
             State and parameter groups.
@@ -314,21 +312,20 @@ class EFCP(GroupedOptimizer):
         preconditioner = replace(self._preconditioner, **{name: shared[name] for name in self._tunable})
         preconditioner.check(self._precondition, self._structure["metric"])
 
-        if whole is None or not whole.is_placed:
+        placed = whole is not None and whole.is_placed
+        if not placed:
             self._allocate(active)
+        units = [] if placed else [(self._leaves(refs), self._gram_state(refs)) for refs in self._units()]
         vectors = Vectors(self._layout.metric, self.state, kernels)
         beta1 = self._structure.get("metric_beta1", 0.0)
         step = Step(
             self._layout, preconditioner, self._precondition, beta1, kernels, vectors, processes, device, self._name
         )
-        if whole is not None and whole.is_placed:
-            step.run_whole(whole)
-            return True
-        units = [(self._leaves(refs), self._gram_state(refs)) for refs in self._units()]
         if whole is None:
             step.run([step.unit(leaves, gram_state) for leaves, gram_state in units])
         else:
-            whole.place(active, self.state, units)
+            if not placed:
+                whole.place(active, self.state, units)
             step.run_whole(whole)
         return True
 

@@ -1,4 +1,4 @@
-"""On a CUDA or ROCm device: steps against plain torch, bits after a resume and on replicas, waits, and memory."""
+"""On a CUDA or ROCm device: steps against plain torch, bits after a resume and on replicas, waits, graphs, memory."""
 
 import copy
 import os
@@ -36,7 +36,7 @@ class Run:
     def __init__(self, case, backend="triton", **changes):
         cls, options, _ = CASES[case]
         self.params = [torch.nn.Parameter(torch.zeros(shape, device="cuda")) for shape in SHAPES]
-        self.optimizer = cls(self.params, lr=0.01, backend=backend, num_grads=3, **{**options, **changes})
+        self.optimizer = cls(self.params, **{"lr": 0.01, "backend": backend, "num_grads": 3, **options, **changes})
         self.steps = 0
 
     def draw(self):
@@ -45,10 +45,21 @@ class Run:
             param.grad = (torch.randn(param.shape, generator=generator) * (1 + number)).cuda()
         self.steps += 1
 
-    def step(self):
+    def fill(self):
+        """New gradients in the memory of the old, as a captured backward leaves them."""
+        generator = torch.Generator().manual_seed(self.steps)
+        for number, param in enumerate(self.params):
+            param.grad.copy_(torch.randn(param.shape, generator=generator) * (1 + number))
+        self.steps += 1
+
+    def step(self, step=None):
         before = [param.detach().clone() for param in self.params]
-        self.draw()
-        self.optimizer.step()
+        if step is None:
+            self.draw()
+            self.optimizer.step()
+        else:
+            self.fill()
+            step()
         return [param.detach() - old for param, old in zip(self.params, before, strict=True)]
 
 
@@ -130,15 +141,40 @@ def test_a_step_needs_little_memory_beside_its_state():
     assert torch.cuda.max_memory_allocated() - before < 0.1 * param.numel()
 
 
-def test_a_graph_is_refused():
+def test_a_graph_is_refused_without_capturable():
     run = Run("default")
     run.step()
     run.draw()
     with (
-        pytest.raises(RuntimeError, match="cannot be captured in a CUDA graph"),
+        pytest.raises(RuntimeError, match="given capturable=True"),
         torch.cuda.graph(torch.cuda.CUDAGraph()),
     ):
         run.optimizer.step()
+
+
+@pytest.mark.parametrize("case", ["default", "exact", "one matrix", "sparse", "sparse, small"])
+def test_replays_of_a_graph_are_steps(case):
+    lr = torch.tensor(0.01, device="cuda")
+    eager, mine = (Run(case, lr=rate, capturable=True, nonfinite="ignore") for rate in (lr.clone(), lr))
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        assert_same(mine.step(), eager.step())
+    torch.cuda.current_stream().wait_stream(side)
+    for param in mine.params:
+        param.grad = torch.zeros_like(param)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        mine.optimizer.step()
+    for rate in (0.01, 0.01, 0.002, 0.002):  # the window wraps
+        for given in (lr, eager.optimizer.param_groups[0]["lr"]):
+            given.fill_(rate)
+        found = mine.step(graph.replay)
+        assert any(update.any() for update in found)
+        assert_same(found, eager.step())
+    saved, expected = mine.optimizer.state_dict(), eager.optimizer.state_dict()
+    assert saved["state"][0]["pushed"] == expected["state"][0]["pushed"] == 5
+    assert_same(mine.step(), eager.step())  # counts what was replayed
 
 
 def replica(rank, port, results):
