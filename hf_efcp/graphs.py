@@ -69,17 +69,16 @@ def check_group(group: dict[str, Any]) -> dict[str, Any]:
     return group
 
 
-def check_kernels(reason: str | None) -> None:
+def refuse_kernels(reason: str) -> None:
     """Refuse to step without the kernels that a graph can take.
 
     Args:
-        reason: Why there are none; None if there are.
+        reason: Why there are none.
 
     Raises:
-        ValueError: There are none.
+        ValueError: Always.
     """
-    if reason is not None:
-        raise ValueError(f"capturable=True needs the Triton kernels, which have no step for {reason}")
+    raise ValueError(f"capturable=True needs the Triton kernels, which have no step for {reason}")
 
 
 def _and(parts: list[str]) -> str:

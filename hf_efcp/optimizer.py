@@ -60,10 +60,10 @@ class EFCP(GroupedOptimizer):
     or betas there, up to 0.95, which for this update is a step 20 times as long. They need `cycle_momentum=False`.
 
     Arithmetic is float32, the Gram matrix and every sum over rows float64 (in a metric, low-rank and dense rows are
-    summed in float32). A parameter without a gradient is neither
-    decayed nor moved, its row is zero and its error kept; a step in which no parameter has a gradient does nothing.
-    Parameters may be float32, bfloat16 or float16, contiguous or not, and all on one device. State is allocated at the
-    first step; parameters that are added or unfrozen later have zeros in the rows that were pushed without them.
+    summed in float32). A parameter without a gradient is neither decayed nor moved, its row is zero and its error kept;
+    a step in which no parameter has a gradient does nothing. Parameters may be float32, bfloat16 or float16, contiguous
+    or not, and all on one device. State is allocated at the first step; parameters that are added or unfrozen later
+    have zeros in the rows that were pushed without them.
 
     Parameters that FSDP2 has sharded (`fully_shard`) are stepped where they are: every rank keeps the window and the
     error of its shards, and the new Gram column is summed over the ranks. Top-k then equals that of one process whose
@@ -175,8 +175,6 @@ class EFCP(GroupedOptimizer):
         self._nonfinite = nonfinite
         self._capturable = capturable
         self._backend = backend
-        if capturable:
-            graphs.check(self._layout, preconditioner, nonfinite)
         # What decides the shapes of the state, and so can neither change nor differ in a checkpoint.
         structure: Group = {
             "num_grads": num_grads,
@@ -211,6 +209,8 @@ class EFCP(GroupedOptimizer):
         super().__init__(params, defaults)
         if memory_budget is not None:
             self._fit(memory_budget)
+        if capturable:
+            graphs.check(self._layout, preconditioner, nonfinite)
 
     @property
     def backend(self) -> str:
@@ -236,7 +236,7 @@ class EFCP(GroupedOptimizer):
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As of `GroupedOptimizer`; a CUDA graph of a step has to be captured anew.
+        """As of the base class; a CUDA graph of a step has to be captured anew.
 
         Args:
             state_dict: A checkpoint of the same optimizer over the same groups.
@@ -331,28 +331,25 @@ class EFCP(GroupedOptimizer):
 
     def _whole_steps(self, kernels: Kernels, active: list[ParamRef], device: torch.device) -> Whole | None:
         """What steps the whole model in a few launches; None where the backend, or the optimizer, has no such step."""
-        if kernels.NAME != "triton":
-            if self._capturable:
-                graphs.check_kernels(f'backend="{kernels.NAME}"')
-            self._whole = None  # and if it is wanted again, it has to count anew
-            return None
-        from .described import refusal  # Triton is imported where it is used
-        from .whole import Whole
+        reason: str | None = f'backend="{kernels.NAME}"'
+        if kernels.NAME == "triton":
+            from .described import refusal  # Triton is imported where it is used
+            from .whole import Whole
 
-        reason = refusal(self._layout, self._preconditioner, self._precondition, active)
-        if self._capturable:
-            graphs.check_kernels(reason)
+            reason = refusal(self._layout, self._preconditioner, self._precondition, active)
+            if reason is None and (self._whole is None or self._whole.device != device):
+                self._whole = Whole(self._layout, self._precondition, device, self._capturable)
         if reason is not None:
-            if not self._warned:
+            self._whole = None  # and if it is wanted again, it has to count anew
+            if self._capturable:
+                graphs.refuse_kernels(reason)
+            if kernels.NAME == "triton" and not self._warned:
                 self._warned = True
                 warnings.warn(
                     f"the Triton kernels have no step for {reason}: this optimizer runs plain torch kernels, tensor by "
                     'tensor, which are many times slower on a GPU. backend="reference" silences this',
                     stacklevel=2,
                 )
-            return None
-        if self._whole is None or self._whole.device != device:
-            self._whole = Whole(self._layout, self._precondition, device, self._capturable)
         return self._whole
 
     def _fit(self, memory_budget: int | str) -> None:

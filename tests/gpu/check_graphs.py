@@ -200,6 +200,7 @@ def test_a_gradient_that_is_missing():
         ({"metric": "factored"}, 'metric="adam"'),
         ({"damp": 0.1}, "without absolute dampening"),
         ({"num_grads": 65}, "num_grads of at most 64"),
+        ({"num_grads": None, "memory_budget": "1GB"}, "num_grads of at most 64"),
         ({"nonfinite": "skip", "num_grads": 65}, 'nonfinite="ignore" and num_grads of at most 64'),
     ],
 )
