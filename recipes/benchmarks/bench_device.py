@@ -25,6 +25,10 @@ CASES = (
     Case(ADAMW, "adamw"),
     *(Case(f"low-rank M-FAC, m = {m}", "lowrank_mfac", f"num_grads={m}") for m in CAPACITIES),
     *(Case(f"sparse M-FAC, m = {m}", "sparse_mfac", f"num_grads={m}") for m in CAPACITIES),
+    *(
+        Case(f"{name} M-FAC, m = 16, in a CUDA graph", f"{key}_mfac", "num_grads=16,nonfinite=ignore,capturable=true")
+        for name, key in (("low-rank", "lowrank"), ("sparse", "sparse"))
+    ),
 )
 _COPIED = 1 << 30  # bytes of the copy that is the floor
 _WARM_UP = 3
@@ -40,6 +44,9 @@ class Clock(Protocol):
 
     def peak(self, work: Callable[[], Any]) -> int:
         """By how many bytes memory rises above what it is now, while something runs."""
+
+    def captured(self, work: Callable[[], Any]) -> Callable[[], Any]:
+        """The same work as one graph."""
 
     def describe(self) -> dict[str, str]:
         """The card and its software."""
@@ -83,6 +90,21 @@ class CudaClock:
         work()
         torch.cuda.synchronize(self.device)
         return torch.cuda.max_memory_allocated(self.device) - before
+
+    def captured(self, work: Callable[[], Any]) -> Callable[[], Any]:
+        """Capture some work.
+
+        Args:
+            work: What launches it; it has run before.
+
+        Returns:
+            What replays it.
+        """
+        torch.cuda.synchronize(self.device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            work()
+        return graph.replay
 
     def describe(self) -> dict[str, str]:
         """Name of the card, and versions.
@@ -147,20 +169,22 @@ def measure_device(
         optimizer = _build(case, model)
         _fill(optimizer, model)
         peak = clock.peak(optimizer.step)
+        in_graph = "capturable=true" in case.options
+        step = clock.captured(optimizer.step) if in_graph else optimizer.step
         for _ in range(_WARM_UP):
-            optimizer.step()
-        steps = [clock.seconds(optimizer.step) for _ in range(repeats)]
+            step()
+        steps = [clock.seconds(step) for _ in range(repeats)]
 
-        def train(optimizer: torch.optim.Optimizer = optimizer) -> None:
-            _pass(model, inputs)
-            optimizer.step()
+        def train(step: Callable[[], Any] = step, stay: bool = in_graph) -> None:
+            _pass(model, inputs, stay=stay)
+            step()
 
         whole = [clock.seconds(train) for _ in range(repeats)]
         state, size = state_bytes(optimizer), sum(p.numel() * p.element_size() for p in model.parameters())
         backend = optimizer.backend if isinstance(optimizer, EFCP) else "torch"
         lines.append(Line(case.label, backend, steps, whole, state, state + 3 * size, peak))
         print(f"{case.label}: {1000 * statistics.median(steps):.3f} ms", flush=True)
-        del optimizer, train
+        del optimizer, step, train
     return {
         "machine": {**clock.describe(), **_versions(), "parameters": sum(p.numel() for p in model.parameters())},
         "bandwidth": _bandwidth(clock, repeats),
@@ -208,9 +232,9 @@ def _inputs(model: Any, batch: int, length: int, device: torch.device) -> dict[s
     return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": labels}
 
 
-def _pass(model: Any, inputs: dict[str, torch.Tensor]) -> None:
-    """Forward and backward in bfloat16 autocast."""
-    model.zero_grad()
+def _pass(model: Any, inputs: dict[str, torch.Tensor], *, stay: bool = False) -> None:
+    """Forward and backward in bfloat16 autocast; gradients `stay` where a graph has their addresses."""
+    model.zero_grad(set_to_none=not stay)
     with torch.autocast(inputs["labels"].device.type, torch.bfloat16):
         loss = model(**inputs).loss
     loss.backward()
@@ -220,7 +244,7 @@ def _build(case: Case, model: torch.nn.Module) -> torch.optim.Optimizer:
     if case.optimizer == "adamw":
         return torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
     arguments = parse_optim_args(case.optimizer, case.options)
-    # The check of the gradients is left in: it is what a user has.
+    # The check of the gradients is left in, but in graphs, which cannot have it: it is what a user has.
     optimizer = create_optimizer(case.optimizer, model, lr=0.0, **arguments)
     for group in optimizer.param_groups:
         group["lr"] = 0.0

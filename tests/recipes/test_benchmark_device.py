@@ -20,6 +20,10 @@ class FakeClock:
         work()
         return 5_000_000
 
+    def captured(self, work):
+        work()
+        return work
+
     def describe(self):
         return {"card": "none", "cuda": "none"}
 
@@ -89,3 +93,28 @@ def test_windows_of_16_to_1024_gradients_are_cases(recipe):
 def test_without_a_gpu_it_says_so(recipe, tmp_path):
     with pytest.raises(SystemExit, match="needs a GPU that torch can use"):
         recipe.benchmark_step.main(["--device", "cuda", "--output_dir", str(tmp_path)])
+
+
+def test_steps_in_a_graph_keep_the_gradients_in_their_place(recipe, model, monkeypatch):
+    bench, built, seen = recipe.bench_device, recipe.bench_device._build, set()
+    case = next(case for case in bench.CASES if case.label == "low-rank M-FAC, m = 16, in a CUDA graph")
+    assert case.options == "num_grads=16,nonfinite=ignore,capturable=true"
+
+    def without(case, model):
+        """A CPU has no graphs."""
+        optimizer = built(recipe.bench_cases.Case(case.label, case.optimizer, "num_grads=16"), model)
+        stepped = optimizer.step
+
+        def step():
+            seen.add(tuple(param.grad.data_ptr() for param in model.parameters()))
+            stepped()
+
+        monkeypatch.setattr(optimizer, "step", step)
+        monkeypatch.setattr(bench, "_fill", lambda *_: (fill(optimizer, model), seen.clear()))
+        return optimizer
+
+    fill = bench._fill
+    monkeypatch.setattr(bench, "_build", without)
+    report = bench.measure_device(FakeClock(), model, [case], repeats=3, batch=2, length=8, seed=0)
+    assert len(seen) == 1
+    assert len(report["lines"][0]["steps"]) == len(report["lines"][0]["whole"]) == 3
