@@ -55,7 +55,8 @@ def select(
 ):
     """A group of blocks that share a scale. `LENGTH` is a power of two, at least the blocks' own length.
 
-    The smallest kept magnitude is found bit by bit; among its equals the lowest indices are kept.
+    A threshold is found bit by bit, until as many entries as are kept are not below it; among entries that equal it
+    the lowest indices are kept.
     """
     task = tl.program_id(0)
     row, group = tl.load(tasks + 2 * task), tl.load(tasks + 2 * task + 1).to(tl.int32)
@@ -69,10 +70,14 @@ def select(
     a = tl.minimum(tl.maximum(a, -_LARGEST), _LARGEST)
     keys = tl.where(inside, tl.abs(a).to(tl.int32, bitcast=True), -1)
     threshold = tl.zeros((SHARE,), tl.int32)
-    for bit in range(30, -1, -1):
+    count = tl.sum(inside.to(tl.int32), axis=1)  # of entries that are not below the threshold
+    bit = 30
+    while (bit >= 0) & (tl.max((real & (count > kept)).to(tl.int32), axis=0) > 0):
         candidate = threshold | (1 << bit)
-        enough = tl.sum((keys >= candidate[:, None]).to(tl.int32), axis=1) >= kept
-        threshold = tl.where(enough, candidate, threshold)
+        found = tl.sum((keys >= candidate[:, None]).to(tl.int32), axis=1)
+        threshold = tl.where(found >= kept, candidate, threshold)
+        count = tl.where(found >= kept, found, count)
+        bit -= 1
     above = keys > threshold[:, None]
     equal = keys == threshold[:, None]
     missing = kept - tl.sum(above.to(tl.int32), axis=1)
