@@ -19,7 +19,7 @@ from .shards import is_sharded
 
 _LONGEST = 2**31  # entries of a tensor: positions in it are 32 bits
 _CODES = {"float32": 0, "bfloat16": 1, "int8": 3, "uint4": 4}
-_NONE = 5
+_NONE, _FACTORED = 5, 8
 # Columns of the table, and what the state calls the tensors.
 _TENSORS = {
     **{name: name for name in ("error", "error_scale", "left", "right", "start")},
@@ -47,8 +47,6 @@ def refusal(layout: Layout, preconditioner: Preconditioner, precondition: str, r
         return f"{type(preconditioner).__name__}"
     if precondition != "row" and metric is None:
         return f'precondition="{precondition}" with metric="none"'
-    if metric is not None and metric.kind != "adam":
-        return f'metric="{metric.kind}"'
     if isinstance(compressor, LowRank) and metric is None:
         return 'low-rank rows with metric="none", whose sums need float64'
     if any(is_sharded(ref.param) for ref in refs):
@@ -79,7 +77,7 @@ def settings_of(layout: Layout, precondition: str, leaves: Sequence[Leaf]) -> Se
     return Settings(
         stored=_code(errors),
         values=_code(compressor.value_dtype),
-        metric=_NONE if metric is None else _code(metric.dtype),
+        metric=_NONE if metric is None else _code(metric.dtype) + _FACTORED * (metric.kind == "factored"),
         coupled=any(group["weight_decay"] and not group["decoupled_weight_decay"] for group in groups),
         beta2=0.0 if metric is None else metric.beta2,
         eps=0.0 if metric is None else metric.eps,
@@ -111,6 +109,9 @@ def rows_of(layout: Layout, leaf: Leaf, unit: int) -> list[Row]:
     if not group[checks.HEAVY_BALL]:
         tensors.pop("velocity", None)
     places = {"numel": shape.numel(), "unit": unit}
+    if "second_moment_rows" in state:
+        tensors |= {"second": state["second_moment_rows"], "second_scale": state["second_moment_columns"]}
+        places["second_width"] = state["second_moment_columns"].numel()
     if isinstance(layout.compressor, LowRank):
         places |= {"height": 0, "width": 0}
         if "left" in state:

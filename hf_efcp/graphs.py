@@ -37,7 +37,7 @@ def check(layout: Layout, preconditioner: Preconditioner, nonfinite: str) -> Non
     """
     wants = {
         'nonfinite="ignore"': nonfinite == "ignore",
-        'metric="adam"': layout.metric is not None and layout.metric.kind == "adam",
+        'metric="adam" or "factored"': layout.metric is not None,
         "M-FAC without absolute dampening (damp)": isinstance(preconditioner, MFAC) and preconditioner.damp == 0.0,
         f"num_grads of at most {LARGEST_SOLVED}": layout.num_grads <= LARGEST_SOLVED,
     }

@@ -97,7 +97,7 @@ class EFCP(GroupedOptimizer):
             and count it in `skipped_steps`; nothing changes either way. "ignore" does not look, for those who do so
             themselves (a GradScaler does): the only time a step on a GPU waits for the device is for this.
         capturable: True lets a CUDA graph take a step, as in `torch.optim`: the device counts steps. It wants
-            `metric="adam"`, M-FAC without `damp`, at most 64 gradients, `nonfinite="ignore"`, no group that is not
+            a metric, M-FAC without `damp`, at most 64 gradients, `nonfinite="ignore"`, no group that is not
             preconditioned, and a step before the capture; a schedule works on an `lr` that is a tensor on the device.
         backend: "auto" (numba on the CPU, Triton on CUDA and ROCm, plain torch elsewhere), "reference" (plain torch),
             "numba" or "triton".

@@ -25,6 +25,10 @@ CASES = {
     "heavy ball": (LowRankMFAC, {**EXACT, "momentum": 0.5, "weight_decay": 0.1}, 2e-5),
     "L2": (LowRankMFAC, {**EXACT, "weight_decay": 0.1, "decoupled_weight_decay": False}, 2e-5),
     "GGT": (LowRankGGT, EXACT, 2e-5),
+    "factored": (LowRankMFAC, {**EXACT, "rank": 2, "metric": "factored"}, 2e-5),
+    "lean": (LowRankMFAC, {"metric": "factored"}, 5e-2),
+    "factored, both moments": (LowRankMFAC, {**EXACT, "metric": "factored", "precondition": "momentum"}, 2e-5),
+    "sparse, factored": (SparseMFAC, {"density": 0.1, "block_size": 64, "metric": "factored"}, 1e-4),
     "hardly damped": (LowRankMFAC, {**EXACT, "relative_damp": 1e-7}, 1e-3),
     "absolute dampening": (LowRankMFAC, {**EXACT, "damp": 0.1}, 2e-5),
     "gradient": (LowRankMFAC, {**EXACT, "rank": 2, "precondition": "gradient"}, 2e-5),
@@ -225,6 +229,8 @@ LAUNCHES = {
     "default": [*LOW_RANK, "dots", "solve", "move"],
     "one matrix": [*LOW_RANK, "dots", "solve", "move"],
     "both moments": [*LOW_RANK, "dots", "outside_low_rank", "solve", "move"],
+    "lean": [*BEGIN, "observe_factored", "keep_means", *LOW_RANK[3:], "dots", "solve", "move"],
+    "sparse, factored": [*BEGIN, "observe_factored", "keep_means", "select", "sparse_dots", "solve", "sparse_move"],
     "sparse, both moments": [*BEGIN, "observe", "select", "sparse_dots", "outside_sparse", "solve", "sparse_move"],
     "sparse": [*BEGIN, "observe", "select", "sparse_dots", "solve", "sparse_move"],
     "sparse, the paper's": [*BEGIN, "select", "sparse_dots", "add_up", "sparse_move"],
@@ -274,7 +280,6 @@ def test_a_step_waits_for_the_device_once(case, nonfinite, copies, launched, mon
 def test_what_the_kernels_have_no_step_for_is_said_once():
     for cls, options, reason in (
         (SparseMFAC, {"precondition": "gradient", "metric": "none", "damp": 1.0}, 'precondition="gradient"'),
-        (LowRankMFAC, {"metric": "factored"}, 'metric="factored"'),
         (LowRankMFAC, {"metric": "none", "damp": 1e-3}, "low-rank rows"),
         (SparseMFAC, {"block_size": 100}, "block_size=100"),
         (DenseMFAC, {}, "Identity rows"),

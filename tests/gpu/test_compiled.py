@@ -21,6 +21,10 @@ STEPS = {
     "sparse_mfac, gradient": lambda params: SparseMFAC(params, backend="triton", precondition="gradient"),
     "sparse_mfac": lambda params: SparseMFAC(params, backend="triton"),
     "largest solved": lambda params: LowRankMFAC(params, backend="triton", num_grads=64),
+    "lean": lambda params: LowRankMFAC(params, backend="triton", metric="factored"),
+    "sparse, factored": lambda params: SparseMFAC(
+        params, backend="triton", metric="factored", precondition="momentum", num_grads=16
+    ),
     "sparse_mfac 256": lambda params: SparseMFAC(
         params, backend="triton", num_grads=256, value_dtype=torch.int8, error_dtype=torch.float32
     ),

@@ -22,7 +22,9 @@ CASES = {
     "exact": (LowRankMFAC, {**EXACT, "rank": 2}, 1e-3),
     "one matrix": (LowRankMFAC, {**EXACT, "rank": 2, "scope": "model"}, 1e-3),
     "bfloat16": (LowRankMFAC, {"error_dtype": torch.bfloat16, "metric_dtype": torch.bfloat16, "rank": 3}, 5e-2),
+    "lean": (LowRankMFAC, {"metric": "factored"}, 5e-2),
     "sparse": (SparseMFAC, {}, 1e-2),
+    "sparse, factored": (SparseMFAC, {"metric": "factored"}, 1e-2),
     "sparse, exact": (SparseMFAC, {**EXACT, "density": 0.05}, 1e-2),
     "sparse, small": (SparseMFAC, {"block_size": 256, "value_dtype": torch.int8, "error_dtype": UINT4}, 1e-2),
     "sparse, the paper's": (SparseMFAC, {"metric": "none", "damp": 1e-3}, 1e-2),
@@ -152,7 +154,7 @@ def test_a_graph_is_refused_without_capturable():
         run.optimizer.step()
 
 
-@pytest.mark.parametrize("case", ["default", "exact", "one matrix", "sparse", "sparse, small"])
+@pytest.mark.parametrize("case", ["default", "exact", "one matrix", "lean", "sparse", "sparse, small"])
 def test_replays_of_a_graph_are_steps(case):
     lr = torch.tensor(0.01, device="cuda")
     eager, mine = (Run(case, lr=rate, capturable=True, nonfinite="ignore") for rate in (lr.clone(), lr))

@@ -14,6 +14,7 @@ ROWS = 2048 // BUCKET  # buckets of a program
 TILE = 32, 64  # rows and columns of a tile of a matrix
 SPLIT = 2048  # rows of a matrix over which one program sums
 BLOCKS = 64  # blocks whose products one program takes
+SQUARES = 256, 128  # rows and columns over which one program sums squares
 
 
 def cut(sizes: Sequence[int], step: int) -> NDArray[np.int64]:
@@ -69,10 +70,40 @@ def scratch_size(height: int, width: int, rank: int) -> int:
     return rank * (height + -(-height // SPLIT) * width)
 
 
-def buckets(rows: Sequence[Row]) -> NDArray[np.int64]:
-    """Ranges of buckets, of every tensor once, however many rows it has."""
-    sizes = [0 if row.places.get("begin", 0) else -(-row.places["numel"] // BUCKET) for row in rows]
-    return cut(sizes, ROWS)
+def place_squares(rows: Sequence[Row]) -> int:
+    """Give every matrix whose second moment is factored its place in the memory of sums of squares.
+
+    Args:
+        rows: "squares" is written.
+
+    Returns:
+        Entries of that memory.
+    """
+    begin = 0
+    for row, (height, width) in zip(rows, factored(rows), strict=True):
+        row.places["squares"] = begin
+        begin += -(-width // SQUARES[1]) * height + -(-height // SQUARES[0]) * width
+    return begin
+
+
+def factored(rows: Sequence[Row]) -> list[tuple[int, int]]:
+    """Heights and widths of the matrices whose second moments are factored, of every tensor once; 0 and 0 for none."""
+    widths = [0 if row.places.get("begin", 0) else row.places.get("second_width", 0) for row in rows]
+    return [(row.places["numel"] // width, width) if width else (0, 0) for row, width in zip(rows, widths, strict=True)]
+
+
+def runs(rows: Sequence[Row]) -> NDArray[np.int64]:
+    """The first row of each of these, and how many rows the tensor has, `(tensors, 2)`."""
+    firsts = [number for number, row in enumerate(rows) if not row.places.get("begin", 0)]
+    pairs = zip(firsts, [*firsts[1:], len(rows)], strict=True)
+    found = [(first, last - first) for first, last in pairs if rows[first].places.get("second_width", 0)]
+    return np.array(found, np.int64).reshape(-1, 2)
+
+
+def buckets(rows: Sequence[Row], *, factored: bool = True) -> NDArray[np.int64]:
+    """Ranges of buckets, of every tensor once, however many rows it has; or without those that are factored."""
+    left_out = [row.places.get("begin", 0) or (not factored and row.places.get("second_width", 0)) for row in rows]
+    return cut([0 if out else -(-row.places["numel"] // BUCKET) for row, out in zip(rows, left_out, strict=True)], ROWS)
 
 
 def splits(sizes: Sequence[tuple[int, int]]) -> NDArray[np.int64]:

@@ -55,7 +55,7 @@ def keep_error(
     ROWS: tl.constexpr,
 ):
     """Some buckets of a tensor. The row of one that is kept whole is written here as well."""
-    row, first, bucket, position = buckets_of(tasks, ROWS)
+    row, first, bucket, position = buckets_of(tasks, tl.program_id(0), ROWS)
     numel = small(table, row, NUMEL)
     if (first + ROWS) * ENTRIES <= numel:  # without a mask, several entries are read at a time
         inside = tl.full((ROWS, ENTRIES), True, tl.int1)

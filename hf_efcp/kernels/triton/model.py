@@ -22,6 +22,7 @@ from . import (
     cuts,
     error,
     factors,
+    means,
     moments,
     move,
     orthonormal,
@@ -33,7 +34,7 @@ from . import (
     topk,
 )
 from .changing import Changing
-from .cuts import ROWS, SPLIT, TILE
+from .cuts import ROWS, SPLIT, SQUARES, TILE
 from .launch import launch, padded, upload
 from .rows import Row, Settings, Sums
 
@@ -44,6 +45,7 @@ _SUMS = 2048  # float64 that a program adds at a time
 _CHUNK = 128  # entries of a block or a row that one warp takes
 _PROGRAMS = 4096  # that have sums of their own
 _ADVANCED = 128  # rows of the table that a program brings to the next step
+_SQUARED = 16  # rows of a tile whose squares are added at a time
 _LINES = 16  # whose sums a program adds at a time
 # Three products of TF32, on units for matrices, are about as exact as one of float32. AMD's have no such mode.
 _PRECISION = "ieee" if torch.version.hip else "tf32x3"
@@ -64,6 +66,7 @@ class Model:
     numbers: torch.Tensor = field(init=False)
     units: int = field(init=False)
     even: bool = field(init=False)
+    squares: int = field(init=False)  # entries of the memory for sums of squares
 
     def begin(self, rows: Sequence[Row], units: int) -> None:
         """Take the tensors of this step and those that follow.
@@ -72,8 +75,8 @@ class Model:
             rows: In an order that is the same in every step, those of a unit together.
             units: How many units there are; one may have no rows.
         """
-        names = ("numel", "height", "width", "blocks", "kept", "unit", "begin")
-        self.units = units
+        names = ("numel", "height", "width", "blocks", "kept", "unit", "begin", "second_width")
+        self.units, self.squares = units, cuts.place_squares(rows)
         shapes: Any = units, tuple(tuple(row.places.get(name, 0) for name in names) for row in rows)
         if shapes != self._shapes:
             self._plans, self._shapes = {}, shapes
@@ -111,14 +114,24 @@ class Model:
             rows: As in `begin`.
             settings: What is compiled.
         """
-        tasks = self._plan("observe", lambda: cuts.buckets(rows))
+        given, betas = (self.table, self.numbers), (settings.beta2, 1.0 - settings.beta2, 1.0 - settings.beta1)
         constants = {"MOMENT": settings.moment, "METRIC": settings.metric, "COUPLED": settings.coupled, "ROWS": ROWS}
+        moment = settings.moment != shared.NONE.value
+        tasks = self._plan("observed", lambda: cuts.buckets(rows, factored=moment))
+        if not self.squares:
+            launch(moments.observe, (len(tasks),), *given, tasks, *betas, **constants)
+            return
+        sums = torch.empty(self.squares, dtype=torch.float64, device=self.device)
+        cut = {"PANEL": SQUARES[0], "COLS": SQUARES[1]}
+        tiles = self._plan("squares", lambda: cuts.tiles(cuts.factored(rows), *SQUARES))
         launch(
-            moments.observe,
-            (len(tasks),),
-            *(self.table, self.numbers, tasks, settings.beta2, 1.0 - settings.beta2, 1.0 - settings.beta1),
-            **constants,
+            means.observe_factored,
+            (len(tiles) + len(tasks),),
+            *(*given, tiles, len(tiles), sums, tasks, *betas),
+            **{**constants, **cut, "SQUARED": _SQUARED},
         )
+        tasks = self._plan("runs", lambda: cuts.runs(rows))
+        launch(means.keep_means, (len(tasks),), *given, tasks, sums, *betas[:2], **cut, LENGTH=_FACTORS)
 
     def push_low_rank(self, rows: Sequence[Row], settings: Settings) -> None:
         """One power iteration of every matrix: the newest rows of the windows, and the errors.
@@ -155,7 +168,7 @@ class Model:
         )
         kept = {"RANK": rank, "VALUES_IN": settings.values}
         launch(factors.keep_factors, (len(vectors),), self.table, vectors, scratch, **kept, LENGTH=_FACTORS)
-        buckets = self._plan("observe", lambda: cuts.buckets(rows))
+        buckets = self._plan("buckets", lambda: cuts.buckets(rows))
         kept |= {"EVEN": self.even, "ROWS": ROWS}
         launch(error.keep_error, (len(buckets),), *given, buckets, eps, **kept, **settings.reading)
 

@@ -23,10 +23,10 @@ COLUMNS = (
     *("left", "right", "start", "values", "indices", "scales"),
     *("numel", "height", "width", "begin", "blocks", "kept", "stride", "scale_stride"),
     *("newest", "held", "unit", "image", "partial", "splits"),
-    *("first", "first_key"),
+    *("first", "first_key", "second_width", "squares"),
 )
 # Columns of the numbers, float32.
-NUMBERS = ("correction", "lr", "keep", "momentum", "decay", "factor")
+NUMBERS = ("correction", "lr", "keep", "momentum", "decay", "factor", "mean")
 
 FIELDS = tl.constexpr(len(COLUMNS))
 GRADIENT, GRADIENT_CODE, THETA, THETA_CODE, VELOCITY = (tl.constexpr(place) for place in range(5))
@@ -34,13 +34,16 @@ ERROR, ERROR_SCALE, ERROR_KEY, SECOND, SECOND_SCALE, SECOND_KEY = (tl.constexpr(
 LEFT, RIGHT, START, VALUES, INDICES, SCALES = (tl.constexpr(place) for place in range(11, 17))
 NUMEL, HEIGHT, WIDTH, BEGIN, BLOCKS, KEPT, STRIDE, SCALE_STRIDE = (tl.constexpr(place) for place in range(17, 25))
 NEWEST, HELD, UNIT, IMAGE, PARTIAL, SPLITS = (tl.constexpr(place) for place in range(25, 31))
-FIRST, FIRST_KEY = (tl.constexpr(place) for place in range(31, 33))
+FIRST, FIRST_KEY, SECOND_WIDTH, SQUARES = (tl.constexpr(place) for place in range(31, 35))
 
 WIDE = tl.constexpr(len(NUMBERS))
-CORRECTION, LR, KEEP, MOMENTUM, DECAY, FACTOR = (tl.constexpr(place) for place in range(6))
+CORRECTION, LR, KEEP, MOMENTUM, DECAY, FACTOR, MEAN = (tl.constexpr(place) for place in range(7))
 
 # How a vector is kept. Of errors and second moments all but float16, of window's values none below 8 bits.
 FLOAT32, BFLOAT16, FLOAT16, INT8, INT4, NONE = (tl.constexpr(code) for code in range(6))
+# Added to the code of a second moment: it is that of vectors then, and matrices have means over rows and columns, which
+# stand where a second moment and its scales would. "second_width" is the matrix's, and 0 for what is kept whole.
+FACTORED = tl.constexpr(8)
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 
 ENTRIES = tl.constexpr(BUCKET)
@@ -225,9 +228,8 @@ def store_buckets(address, scale, bucket, position, inside, numel, key, x, STORE
 
 
 @triton.jit
-def buckets_of(tasks, ROWS: tl.constexpr):
-    """A program's tensor, the first of its `ROWS` buckets, their numbers, and the positions of their entries."""
-    task = tl.program_id(0)
+def buckets_of(tasks, task, ROWS: tl.constexpr):
+    """A task's tensor, the first of its `ROWS` buckets, their numbers, and the positions of their entries."""
     row, first = tl.load(tasks + 2 * task), tl.load(tasks + 2 * task + 1).to(tl.int32)
     bucket = first + tl.arange(0, ROWS)
     return row, first, bucket, bucket[:, None] * ENTRIES + tl.arange(0, ENTRIES)[None, :]
@@ -265,11 +267,27 @@ def into_metric(table, numbers, row, position, inside, x, eps, METRIC: tl.conste
     """`D^-1/2 x` by the second moment that is stored."""
     if METRIC == NONE:
         y = x
+    elif METRIC < FACTORED:
+        y = by_entries(table, numbers, row, position, inside, x, eps, METRIC)
     else:
-        address, scale = field(table, row, SECOND), field(table, row, SECOND_SCALE)
-        stored = load_stored(address, scale, position, inside, METRIC)
-        y = whitened(x, stored, number(numbers, row, CORRECTION), eps, METRIC)
+        width = small(table, row, SECOND_WIDTH)
+        if width == 0:
+            y = by_entries(table, numbers, row, position, inside, x, eps, METRIC - FACTORED)
+        else:
+            r = tl.load(floats(field(table, row, SECOND)) + position // width, mask=inside, other=0.0)
+            c = tl.load(floats(field(table, row, SECOND_SCALE)) + position % width, mask=inside, other=0.0)
+            # Multiplied so that neither product leaves float32.
+            v = r * (c / number(numbers, row, MEAN))
+            y = whitened(x, v, number(numbers, row, CORRECTION), eps, FLOAT32)
     return y
+
+
+@triton.jit
+def by_entries(table, numbers, row, position, inside, x, eps, METRIC: tl.constexpr):
+    """The same where every entry has a second moment."""
+    address, scale = field(table, row, SECOND), field(table, row, SECOND_SCALE)
+    stored = load_stored(address, scale, position, inside, METRIC)
+    return whitened(x, stored, number(numbers, row, CORRECTION), eps, METRIC)
 
 
 @triton.jit
