@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -17,6 +18,7 @@ from .leaves import Leaf, ParamRef
 from .preconditioners import GramPreconditioner, Preconditioner
 from .shards import is_sharded
 
+ALIGNED = 16  # bytes: what kernels read at a time
 _LONGEST = 2**31  # entries of a tensor: positions in it are 32 bits
 _CODES = {"float32": 0, "bfloat16": 1, "int8": 3, "uint4": 4}
 _NONE, _FACTORED = 5, 8
@@ -57,6 +59,35 @@ def refusal(layout: Layout, preconditioner: Preconditioner, precondition: str, r
     if isinstance(compressor, TopK) and buckets and compressor.block_size % BUCKET:
         return f"block_size={compressor.block_size}, no multiple of {BUCKET}, with errors in 4 or 8 bits"
     return None
+
+
+def check_state(
+    param: torch.Tensor, state: Mapping[str, Any], device: torch.device, name: Callable[[torch.Tensor], str]
+) -> None:
+    """Refuse tensors whose addresses kernels cannot take.
+
+    Args:
+        param: A parameter.
+        state: Its state.
+        device: Where it is.
+        name: Tells what to call it, when it comes to that.
+
+    Raises:
+        ValueError: One is on another device, or begins inside other memory.
+    """
+    for key, value in state.items():
+        if not isinstance(value, torch.Tensor) or key in ("gram", "step"):
+            continue
+        if value.device != device:
+            raise ValueError(
+                f"{name(param)} is on {device}, but {key} of its state on {value.device}: load the state again with "
+                "load_state_dict, which puts it there, or move it back"
+            )
+        if value.data_ptr() % ALIGNED:
+            raise ValueError(
+                f"{key} of the state of {name(param)} begins inside other memory, at an address that is no multiple of "
+                f"{ALIGNED} bytes: load the state again with load_state_dict, which copies it"
+            )
 
 
 def settings_of(layout: Layout, precondition: str, leaves: Sequence[Leaf]) -> Settings:

@@ -240,6 +240,7 @@ def _preconditioned(optimizer: AnyOptimizer) -> list[ParamRef]:
 
 def _units(optimizer: EFCP) -> list[list[ParamRef]]:
     """Parameters that share a preconditioner and have pushed a row, with gradients now or without."""
+    optimizer._read_counters()
     refs = [ref for ref in _preconditioned(optimizer) if optimizer.state.get(ref.param)]
     units = [[ref] for ref in refs] if optimizer._structure["scope"] == "layer" else [refs]
     return [unit for unit in units if optimizer._gram_state(unit).get("pushed")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -67,6 +68,25 @@ def check_group(group: dict[str, Any]) -> dict[str, Any]:
     if isinstance(lr, torch.Tensor) and (lr.device.type != "cpu" or is_captured(lr.device)):
         return {**group, "lr": 0.0}
     return group
+
+
+def check_rates(groups: Iterable[dict[str, Any]], device: torch.device) -> None:
+    """Refuse learning rates that a graph would take as they are now, though they are tensors.
+
+    Args:
+        groups: Parameter groups.
+        device: Where the parameters are.
+
+    Raises:
+        RuntimeError: One is a tensor elsewhere.
+    """
+    for group in groups:
+        lr = group["lr"]
+        if isinstance(lr, torch.Tensor) and lr.device != device:
+            raise RuntimeError(
+                f"lr is a tensor on {lr.device}, whose changes a CUDA graph on {device} would not see: move it, "
+                'group["lr"] = group["lr"].to(device), before the capture'
+            )
 
 
 def refuse_kernels(reason: str) -> None:

@@ -227,11 +227,7 @@ class EFCP(GroupedOptimizer):
         return count_bytes(self.state[ref.param] for ref in self._refs() if ref.param in self.state)
 
     def state_dict(self) -> dict[str, Any]:
-        """As of any `torch.optim.Optimizer`.
-
-        Returns:
-            State and parameter groups.
-        """
+        """State and parameter groups, as of any `torch.optim.Optimizer`."""
         self._read_counters()
         return super().state_dict()
 
@@ -338,9 +334,11 @@ class EFCP(GroupedOptimizer):
 
             reason = refusal(self._layout, self._preconditioner, self._precondition, active)
             if reason is None and (self._whole is None or self._whole.device != device):
+                self._read_counters()
                 self._whole = Whole(self._layout, self._precondition, device, self._capturable)
         if reason is not None:
-            self._whole = None  # and if it is wanted again, it has to count anew
+            self._read_counters()
+            self._whole = None  # if it is wanted again, it counts on from the states
             if self._capturable:
                 graphs.refuse_kernels(reason)
             if kernels.NAME == "triton" and not self._warned:

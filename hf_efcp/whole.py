@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from . import checks, graphs
-from .described import rows_of, settings_of
+from .described import ALIGNED, check_state, rows_of, settings_of
 from .kernels.triton.changing import Changing, logarithm
 from .kernels.triton.cuts import place_scratch
 from .kernels.triton.finite import FiniteCheck
@@ -27,8 +27,6 @@ from .kernels.triton.rows import Row, Settings, Sums
 from .layout import Layout
 from .leaves import Group, Leaf, ParamRef
 from .preconditioners import MFAC, Preconditioner, WindowPosition
-
-_ALIGNED = 16  # bytes: what kernels read at a time
 
 Unit = tuple[list[Leaf], dict[str, Any]]  # parameters that share a matrix, and the state that holds it
 
@@ -53,6 +51,11 @@ class Whole:
         self._grams = torch.empty(0, dtype=torch.float64, device=device)
         self._homes: list[torch.Tensor] = []  # views of it, one for each unit
         self._key: list[Any] | None = None  # what the table was made of
+        self._changing: Changing | None = None
+        self._told: torch.Tensor
+        self._counted = 0
+        self._captured = False
+        self._kept_for_graphs: list[Any] = []  # tables whose addresses they have
         self.units = []
         self._leaves: list[Leaf] = []  # those with a gradient
         self._groups: list[Group] = []
@@ -73,7 +76,7 @@ class Whole:
 
         Raises:
             ValueError: A tensor of a state is on another device than its parameter, or begins inside other memory. Of
-                a capturable step also: a parameter that had gradients has none.
+                a capturable step also: a parameter that had gradients has none, frozen or not.
             RuntimeError: A CUDA graph is captured, without `capturable` or before the first step.
         """
         captured = graphs.is_captured(self.device)
@@ -82,7 +85,10 @@ class Whole:
                 "a step cannot be captured in a CUDA graph unless the optimizer is given capturable=True: the host "
                 "counts steps, and would not see a replay. Or capture forward and backward, and step outside"
             )
-        if self.is_placed and self._signature(refs, states) == self._key:
+        if self.is_placed and self._counted == self._count() and self._signature(refs, states) == self._key:
+            if captured:
+                self._captured = True
+                graphs.check_rates(self._groups, self.device)
             return
         if captured:
             raise RuntimeError(
@@ -91,26 +97,15 @@ class Whole:
             )
         self.read_counters()
         self._key = None
+        if self._capturable:
+            for param, state in states.items():
+                if param.grad is None and state.get("gradients"):
+                    raise ValueError(
+                        f"{name(param)} had gradients and has none now, which capturable=True does not allow: a graph "
+                        "would go on with its last one. Use zero_grad(set_to_none=False), or capturable=False"
+                    )
         for ref in refs:
-            state = states.get(ref.param, {})
-            if self._capturable and ref.param.grad is None and state.get("gradients"):
-                raise ValueError(
-                    f"{name(ref.param)} had gradients and has none now, which capturable=True does not allow: a graph "
-                    "would go on with its last one. Use zero_grad(set_to_none=False), or capturable=False"
-                )
-            for key, value in state.items():
-                if not isinstance(value, torch.Tensor) or key in ("gram", "step"):
-                    continue
-                if value.device != self.device:
-                    raise ValueError(
-                        f"{name(ref.param)} is on {self.device}, but {key} of its state on {value.device}: load the "
-                        "state again with load_state_dict, which puts it there, or move it back"
-                    )
-                if value.data_ptr() % _ALIGNED:
-                    raise ValueError(
-                        f"{key} of the state of {name(ref.param)} begins inside other memory, at an address that is no "
-                        f"multiple of {_ALIGNED} bytes: load the state again with load_state_dict, which copies it"
-                    )
+            check_state(ref.param, states.get(ref.param, {}), self.device, name)
 
     @property
     def is_placed(self) -> bool:
@@ -144,10 +139,12 @@ class Whole:
             states: Their states, by parameter, allocated since.
             units: Those that are stepped, with all their parameters.
         """
+        last, self._changing = self._changing, None  # until all is made
         self.units = units
         present = [[leaf for leaf in leaves if leaf.ref.param.grad is not None] for leaves, _ in units]
         self._leaves = [leaf for leaves in present for leaf in leaves]
-        self._groups = list({id(ref.group): ref.group for ref in refs}.values())
+        known = [*refs, *(leaf.ref for leaves, _ in units for leaf in leaves)]  # those that are frozen are no refs
+        self._groups = list({id(ref.group): ref.group for ref in known}.values())
         numbers = {id(group): number for number, group in enumerate(self._groups)}
         counters = [gram_state["pushed"] for _, gram_state in units]
         self._settings: Settings = settings_of(self._layout, self._precondition, self._leaves)
@@ -164,19 +161,23 @@ class Whole:
                 self._owners += [len(counters) - len(units)] * len(rows)
                 self._rows += rows
                 counters.append(leaf.state.get("gradients", 0))
-        shared = [[int(any(leaf.ref.group is group for leaf in own)) for group in self._groups] for own in present]
-        self._changing = Changing(counters, shared, self.device)
+        shared = [[int(any(leaf.ref.group is group for leaf in own)) for group in self._groups] for own, _ in units]
+        if self._captured:
+            self._kept_for_graphs.append((self._model, self._told, last, self._grams))
+            self._model, self._captured = Model(self.device), False
+        changing = Changing(counters, shared, self.device, last)
         self._told = upload(np.array(told, np.int64).reshape(-1, 4), self.device)
         if self._settings.rank:
             place_scratch(self._rows, self._settings.rank)
         self._model.begin(self._rows, len(units))
         for row in self._rows:
             row.release()
+        self._changing, self._counted = changing, self._count()
         self._key = self._signature(refs, states)
 
     def read_counters(self) -> None:
         """Bring the numbers in the states up to date, which capturable steps leave to the device."""
-        if self._capturable and self.is_placed:
+        if self._capturable and self._changing is not None:
             found = self._changing.counters.tolist()
             for (_, gram_state), pushed in zip(self.units, found, strict=False):
                 gram_state["pushed"] = pushed
@@ -226,20 +227,22 @@ class Whole:
             if theta is not param:
                 self._moved.append((param, theta))
             pairs.append((plain.data_ptr(), theta.data_ptr()))
-        metric = self._layout.metric
+        metric, changing = self._layout.metric, self._changing
+        assert changing is not None  # as above
         betas = (metric.beta2, metric.beta1) if metric is not None else (0.0, 0.0)
         damp, trust = (getattr(preconditioner, name, 0.0) for name in ("relative_damp", "trust_lr"))
         optimizer = [*(logarithm(beta) for beta in (*betas, beta1)), damp, trust]
         with self._on_device():
             addresses = [address for owner in self._owners for address in pairs[owner]]
-            self._changing.advance(addresses, optimizer, [self._hyperparameters(group) for group in self._groups])
+            changing.advance(addresses, optimizer, [self._hyperparameters(group) for group in self._groups])
             if self._rows:
-                self._model.advance(self._told, self._changing, self._settings)
+                self._model.advance(self._told, changing, self._settings)
         if not self._capturable:
             for _, gram_state in self.units:
                 gram_state["pushed"] += 1
             for leaf in self._leaves if metric is not None else ():
                 leaf.state["gradients"] += 1
+            self._counted = self._count()
 
     def push(self) -> None:
         """Take the gradients into second moments, windows and errors, and multiply the new rows with all rows."""
@@ -265,7 +268,7 @@ class Whole:
         Returns:
             `(units, capacity)`, float64, on the device; None where there is nothing to move.
         """
-        if self._sums is None:
+        if self._sums is None or self._changing is None:
             return None
         grams = self._gather([gram_state for _, gram_state in self.units])
         with self._on_device():
@@ -349,18 +352,26 @@ class Whole:
                 state["gram"] = home
         return self._grams
 
+    def _count(self) -> int:
+        """What the host has counted; another backend's steps, or a state that was set back, are seen by it."""
+        if self._capturable:
+            return 0
+        pushed: int = sum(gram_state["pushed"] for _, gram_state in self.units)
+        gradients: int = sum(leaf.state.get("gradients", 0) for leaf in self._leaves)
+        return pushed + gradients
+
     def _signature(self, refs: Sequence[ParamRef], states: Mapping[Any, Mapping[str, Any]]) -> list[Any]:
         """All that the table is made of: it is as it was if this is."""
         found: list[Any] = []
         for ref in refs:
             param, gradient = ref.param, ref.param.grad
-            found += (ref.position, param.dtype, None if gradient is None else gradient.dtype)
+            found += (ref.position, id(param), id(ref.group), param.dtype, None if gradient is None else gradient.dtype)
             for key, value in states.get(param, {}).items():
                 if isinstance(value, torch.Tensor) and key not in ("gram", "step"):
                     found.append(value.data_ptr())
         for group in {id(ref.group): ref.group for ref in refs}.values():
-            switched = (group[name] for name in (checks.HEAVY_BALL, "weight_decay"))
-            found += (id(group), group["decoupled_weight_decay"], *(bool(value) for value in switched))
+            coupled = bool(group["weight_decay"]) and not group["decoupled_weight_decay"]
+            found += (id(group), coupled, bool(group[checks.HEAVY_BALL]))
         return found
 
     def _hyperparameters(self, group: Group) -> tuple[float | torch.Tensor, float, float, float]:
@@ -378,6 +389,6 @@ class Whole:
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor as kernels take it: contiguous, from a multiple of 16 bytes on; a copy if it is not."""
-    if tensor.is_contiguous() and tensor.data_ptr() % _ALIGNED == 0:
+    if tensor.is_contiguous() and tensor.data_ptr() % ALIGNED == 0:
         return tensor
     return tensor.detach().clone(memory_format=torch.contiguous_format)

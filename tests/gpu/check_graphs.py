@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_efcp import LowRankGGT, LowRankMFAC, SparseMFAC, graphs
+from hf_efcp import LowRankGGT, LowRankMFAC, SparseMFAC, diagnostics, graphs
 from hf_efcp.kernels.triton import launch, model
 
 SHAPES = [(12, 9), (10,), (0,), (24, 17)]
@@ -37,6 +37,7 @@ class Graph(TorchDispatchMode):
         )
         for name in READS:
             self.patch.setattr(torch.Tensor, name, refused)
+        self.patch.setattr(torch, "from_numpy", refused)  # a copy from memory that may be another by then
         return super().__enter__()
 
     def __exit__(self, *raised):
@@ -66,7 +67,7 @@ class Graph(TorchDispatchMode):
 
 
 def refused(*_, **__):
-    raise AssertionError("the host reads what only the device knows")
+    raise AssertionError("numbers go between the host and the device, which a replay does not see")
 
 
 class Run:
@@ -119,7 +120,11 @@ def test_replays_are_steps(case, monkeypatch):
             assert torch.equal(now, value) if isinstance(value, torch.Tensor) else now == value
     for _ in range(3):  # the window wraps
         assert_same(mine.updates(graph.replay), eager.step())
-    assert_same(mine.step(), eager.step())  # counts what was replayed
+    own = [param.grad for param in mine.params]
+    mine.renew()
+    assert_same(mine.step(), eager.step())  # counts what was replayed, with gradients elsewhere
+    for param, gradient in zip(mine.params, own, strict=True):
+        param.grad = gradient
     assert_same(mine.updates(graph.replay), eager.step())
     saved, expected = mine.optimizer.state_dict(), eager.optimizer.state_dict()
     assert saved["state"][0]["pushed"] == expected["state"][0]["pushed"] == mine.steps == 7
@@ -166,12 +171,57 @@ def test_it_resumes_and_is_copied_to_the_bit(monkeypatch):
     assert_same(copied.step(), expected)
 
 
+def test_a_table_that_is_made_anew_leaves_the_graph_its_own(monkeypatch):
+    """Switching heavy-ball momentum on is another table; the graph goes on without, and both count together."""
+    mine = Run("default")
+    mine.step()
+    mine.renew()
+    with Graph(monkeypatch) as graph:
+        mine.optimizer.step()
+    mine.updates(graph.replay)
+    table = mine.optimizer._whole._model.table
+    mine.optimizer.param_groups[0]["heavy_ball"] = 0.5
+    mine.step()
+    assert mine.optimizer._whole._model.table is not table
+    mine.optimizer.param_groups[0]["heavy_ball"] = 0.0
+    eager = copy.deepcopy(mine)
+    eager.renew()
+    assert_same(mine.updates(graph.replay), eager.step())
+    assert mine.optimizer.state_dict()["state"][0]["pushed"] == mine.steps == 4
+
+
+def test_a_number_in_the_place_of_a_tensor_is_sent():
+    run = Run("default", torch.tensor(0.01))
+    run.step()
+    run.optimizer.param_groups[0]["lr"] = 0.0
+    assert not any(update.any() for update in run.step())
+
+
+def test_diagnostics_see_what_was_replayed(monkeypatch):
+    run = Run("default")
+    run.step()
+    run.renew()
+    with Graph(monkeypatch) as graph:
+        run.optimizer.step()
+    before = diagnostics.snapshot(run.optimizer)
+    run.updates(graph.replay)
+    assert diagnostics.measure(run.optimizer, before)["update_norm"] > 0.0  # of a step that was not skipped
+
+
 # What is refused
 
 
 def test_a_capture_before_the_first_step(monkeypatch):
     run = Run("default")
     with pytest.raises(RuntimeError, match="make a step with the same parameters"), Graph(monkeypatch):
+        run.optimizer.step()
+
+
+def test_a_learning_rate_that_is_a_tensor_elsewhere(monkeypatch):
+    run = Run("default")
+    run.step()
+    run.optimizer.param_groups[0]["lr"] = torch.tensor(0.01, device="meta")
+    with pytest.raises(RuntimeError, match="lr is a tensor on meta"), Graph(monkeypatch):
         run.optimizer.step()
 
 
@@ -182,10 +232,12 @@ def test_a_capture_without_capturable(monkeypatch):
         run.optimizer.step()
 
 
-def test_a_gradient_that_is_missing():
-    run = Run("default")
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_gradient_that_is_missing(frozen):
+    run = Run("one matrix")
     run.step()
     run.params[1].grad = None
+    run.params[1].requires_grad = not frozen
     before = [param.detach().clone() for param in run.params]
     with pytest.raises(ValueError, match=r"parameter 1 of group 0 .* had gradients and has none now"):
         run.optimizer.step()

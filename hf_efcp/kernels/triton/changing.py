@@ -36,12 +36,21 @@ class Changing:
         counters: Rows pushed by each unit, behind them the gradients that each parameter has had.
         unit_groups: For each unit, which groups its parameters are in: 1 or 0.
         device: Where.
+        last: What was there before. Counters stay where they are if there are as many: a graph counts there.
     """
 
-    def __init__(self, counters: Sequence[int], unit_groups: Sequence[Sequence[int]], device: torch.device) -> None:
+    def __init__(
+        self,
+        counters: Sequence[int],
+        unit_groups: Sequence[Sequence[int]],
+        device: torch.device,
+        last: Changing | None = None,
+    ) -> None:
         self._device = device
         self._sent: dict[str, tuple[NDArray[Any], torch.Tensor]] = {}
         self.counters = upload(np.array(counters, np.int64), device)
+        if last is not None and len(last.counters) == len(counters):
+            self.counters = last.counters.copy_(self.counters)
         self.unit_groups = upload(np.array(unit_groups, np.int64), device)
         self.addresses = torch.empty(0, dtype=torch.int64, device=device)
         self.hyper = torch.empty(0, dtype=torch.float64, device=device)
@@ -56,14 +65,15 @@ class Changing:
             optimizer: Numbers of the whole optimizer, in the order that `advance.py` names them in.
             groups: Hyperparameters of each group; a tensor is read on the device, in every step anew.
         """
-        self.counters.add_(1)
         self.addresses = self._send("addresses", np.array(addresses, np.int64))
         given = [value for group in groups for value in group]
-        numbers = optimizer + [0.0 if isinstance(value, torch.Tensor) else float(value) for value in given]
+        # No hyperparameter is below 0: a number that takes the place of a tensor is another, and is sent.
+        numbers = optimizer + [-1.0 if isinstance(value, torch.Tensor) else float(value) for value in given]
         self.hyper = self._send("hyper", np.array(numbers, np.float64))
         for place, value in enumerate(given):
             if isinstance(value, torch.Tensor):
-                self.hyper[GROUPS.value + place].copy_(value)
+                self.hyper[GROUPS.value + place].copy_(value.reshape(()))
+        self.counters.add_(1)
 
     def _send(self, name: str, array: NDArray[Any]) -> torch.Tensor:
         if graphs.is_captured(self._device):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 
@@ -31,19 +32,20 @@ def upload(array: NDArray[Any], device: torch.device) -> torch.Tensor:
     """A small table on the device, without waiting for it.
 
     Args:
-        array: The table.
+        array: The table; in a CUDA graph int64 or float64.
         device: Where.
 
     Returns:
         The tensor.
     """
-    tensor = torch.from_numpy(array)
     if graphs.is_captured(device):
         # A graph would copy from memory of the host that may have other content, or be gone, when it is replayed.
         # The numbers of a `foreach` are arguments of its kernels, and in the graph.
-        found = torch.zeros(tensor.shape, dtype=tensor.dtype, device=device)
+        dtype = torch.int64 if array.dtype == np.int64 else torch.float64
+        found = torch.zeros(array.shape, dtype=dtype, device=device)
         torch._foreach_add_(list(found.view(-1)), array.ravel().tolist())
         return found
+    tensor = torch.from_numpy(array)
     if device.type == "cpu":
         return tensor
     return tensor.pin_memory().to(device, non_blocking=True)
