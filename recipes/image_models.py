@@ -10,7 +10,8 @@ from typing import Any
 import torch
 import transformers
 from data import NO_HUB
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, ResNetConfig, ViTConfig
+from transformers import AutoConfig, AutoModelForImageClassification, ResNetConfig, ViTConfig
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # 5.17 has it at the top with torchvision only
 from transformers.models.resnet.modeling_resnet import ResNetConvLayer, ResNetForImageClassification
 
 _MEAN, _STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # of ImageNet
