@@ -3,9 +3,12 @@
 import csv
 import json
 import random
+import runpy
+import sys
 
 import pytest
 from datasets import Dataset
+from glue_cases import ROOT
 from tiny import WORDS, save_tiny_bert
 
 pytestmark = pytest.mark.usefixtures("private_cache")
@@ -170,3 +173,9 @@ def test_a_mistake_ends_with_a_sentence_and_a_defect_with_its_traceback(recipe):
         float("x")
     with pytest.raises(KeyError), recipe.cli.explained():
         {}["absent"]
+
+
+def test_a_program_may_be_started_from_anywhere(recipe, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["run_glue.py"])
+    with pytest.raises(SystemExit, match="^error: give --task_name"):
+        runpy.run_path(str(ROOT / "docs" / ".." / "recipes" / "run_glue.py"), run_name="__main__")
