@@ -11,10 +11,10 @@ try:
     found = version("triton")
 except PackageNotFoundError:
     found = "0.0"
-_triton, _numpy = (tuple(map(int, text.split(".")[:2])) for text in (found, np.__version__))
+_triton = tuple(map(int, found.split(".")[:2]))
 needs_triton = pytest.mark.skipif(_triton < _TRITON, reason=f"needs Triton {_TRITON} or later, found {found}")
-# Before 3.7 it makes integers of arrays with one entry, which NumPy 2.4 and later refuse.
 needs_interpreter = pytest.mark.skipif(
-    _triton < (3, 7) and _numpy >= (2, 4),
-    reason=f"the interpreter needs Triton 3.7 or later, or NumPy before 2.4; found {found} and {np.__version__}",
+    _triton < (3, 7),
+    reason=f"before 3.7 Triton's interpreter makes integers of arrays of one entry, of which NumPy warns and which it "
+    f"refuses from 2.4; found Triton {found} and NumPy {np.__version__}",
 )
