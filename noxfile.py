@@ -56,14 +56,14 @@ LIBRARY = (
 
 @nox.session(venv_backend="venv", default=False)
 def oldest(session: nox.Session) -> None:
-    """The library's tests with the oldest versions that pyproject.toml admits, in an environment of their own."""
+    """The library's tests with the oldest versions that pyproject.toml admits; `-- tests/math` those of a folder."""
     session.install("-c", "constraints-oldest.txt", "-e", ".", "hypothesis", "peft", "pytest")
-    session.run("pytest", *(f"tests/{place}" for place in LIBRARY), *session.posargs)
+    session.run("pytest", *(session.posargs or (f"tests/{place}" for place in LIBRARY)))
 
 
 @nox.session(venv_backend="venv", default=False)
 def newest(session: nox.Session) -> None:
-    """All tests with the newest versions that there are, in an environment of their own."""
+    """All tests with the newest versions that there are; `-- tests/math` those of a folder."""
     session.install("-e", ".[dev]")
     session.run("pytest", *session.posargs)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,15 @@ def runs_of(args: Any, baseline: BaselineArguments) -> list[Any]:
 
     Returns:
         One or two of them.
+
+    Raises:
+        ValueError: if the folder for results cannot be written.
     """
+    path = Path(args.output_dir).absolute()
+    there = next(place for place in (path, *path.parents) if place.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        what = "cannot be written to" if there.is_dir() else "is not a folder"
+        raise ValueError(f"--output_dir {args.output_dir} is no place for results: {there} {what}")
     if baseline.baseline is None:
         return [args]
     other = dataclasses.replace(

@@ -53,8 +53,9 @@ def explained() -> Iterator[None]:
 def _explains_itself(error: Exception) -> bool:
     """Whether an error was raised by a `raise` of the recipes or of hf_efcp."""
     last = traceback.extract_tb(error.__traceback__)[-1]
-    folders = Path(__file__).parent, Path(hf_efcp.__file__).parent
-    own = any(Path(last.filename).is_relative_to(folder) for folder in folders)
+    folders = Path(__file__).resolve().parent, Path(hf_efcp.__file__).resolve().parent
+    place = Path(last.filename).resolve()  # a program that was started as ../recipes/run_glue.py has that name
+    own = any(place.is_relative_to(folder) for folder in folders)
     return own and (last.line or "").startswith("raise ")
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 import transformers
 from data import NO_HUB
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, ResNetConfig, ViTConfig
+from transformers import AutoConfig, AutoModelForImageClassification, ResNetConfig, ViTConfig
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.resnet.modeling_resnet import ResNetConvLayer, ResNetForImageClassification
 
 _MEAN, _STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # of ImageNet
@@ -114,6 +115,7 @@ def load_image_model(
         if arguments.from_scratch:
             make = auto if auto is CifarResNetForImageClassification else auto.from_config
             return _processor(size, cropped), make(config)
+        # Imported from its module: transformers 5.17 has it at the top only where there is torchvision.
         processor = AutoImageProcessor.from_pretrained(source)  # type: ignore[no-untyped-call]
         model = auto.from_pretrained(source, config=config, dtype=torch.float32, ignore_mismatched_sizes=True)
     except OSError as error:

@@ -19,7 +19,11 @@ from hf_efcp.factory import efcp_name
 from hf_efcp.glue import get_task
 
 # What an optimizer that is left out where it is not installed needs, by a part of its name.
-_NEEDS = {"galore": "galore_torch", "bnb": "bitsandbytes", **{name: peer.module for name, peer in PEERS.items()}}
+_NEEDS = {
+    "galore": ("galore_torch", "bitsandbytes"),  # which the first imports, whatever is asked of it
+    "bnb": ("bitsandbytes",),
+    **{name: (peer.module,) for name, peer in PEERS.items()},
+}
 COMMON_DEFAULTS = {**DEFAULTS, "save_strategy": "no", "disable_tqdm": True, "logging_steps": 10}
 ELSEWHERE = {
     "seed": "search_seed and seeds",
@@ -129,7 +133,7 @@ def _missing(entry: Any) -> str | None:
     optim = str(entry.get("optim")) if isinstance(entry, dict) else ""
     if efcp_name(optim) is not None:
         return None
-    needed = [module for name, module in _NEEDS.items() if name in optim]
+    needed = [module for name, modules in _NEEDS.items() if name in optim for module in modules]
     return next((module for module in needed if not _installed(module)), None)
 
 

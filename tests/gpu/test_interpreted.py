@@ -9,12 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from installed import needs_triton
+from installed import needs_interpreter, needs_triton
 
 HERE = Path(__file__).parent
 
 
 @needs_triton
+@needs_interpreter
 @pytest.mark.parametrize("name", sorted(path.name for path in HERE.glob("check_*.py")))
 def test_in_the_interpreter(name):
     # A warning of NumPy's about an overflow would be one of the kernels' own arithmetic, which wraps and saturates.

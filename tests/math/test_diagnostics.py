@@ -109,7 +109,7 @@ def test_a_parameter_that_is_not_contiguous():
     assert 0.1 < first["cosine"] < 0.999
 
 
-def test_more_entries_than_torch_has_quantiles_for():
+def test_more_entries_than_torch_had_quantiles_for():
     count = 2**24 + 3
     param = torch.nn.Parameter(torch.zeros(count))
     gradient = torch.full((count,), 1.0)
@@ -117,8 +117,9 @@ def test_more_entries_than_torch_has_quantiles_for():
     whole = EFCP([param], lr=1.0, compressor=Identity(), preconditioner=AdaGradSum(), num_grads=1)
     values = measured(whole, [param], [gradient])
     assert [values[f"scaling_{p}"] for p in ("p05", "p50", "p95")] == [0.25, 1.0, 1.0]  # the gradient's sign
-    with pytest.raises(RuntimeError, match="too large"):
-        gradient.quantile(0.5)
+    if torch.__version__ < (2, 14):
+        with pytest.raises(RuntimeError, match="too large"):
+            gradient.quantile(0.5)
 
 
 def test_a_step_that_is_skipped_has_no_gradient_and_no_update():

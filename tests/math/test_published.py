@@ -76,3 +76,27 @@ def test_the_ridge_makes_short_rows_longer():
 def test_a_ridge_that_means_nothing_is_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         LowRankGGT([torch.nn.Parameter(torch.zeros(4, 4))], **settings)
+
+
+def test_momentum_and_decay_of_published_programs_are_ours_by_other_numbers():
+    """`v = mu v + (1 - mu) u` and `p = (1 - wd) p - lr v`, as docs/images.md says what to give for them."""
+    lr, wd, mu = 1e-2, 1e-3, 0.9
+    generator = torch.Generator().manual_seed(7)
+    start, gradients = torch.randn(SIZE, generator=generator), torch.randn(30, SIZE, generator=generator)
+    published, velocity, theirs = PublishedMFAC(SIZE, 8, 1e-2), torch.zeros(SIZE).double(), start.double()
+    for gradient in gradients:
+        velocity = mu * velocity + (1 - mu) * published.update(gradient.double())
+        theirs = (1 - wd) * theirs - lr * velocity
+    ends = {}
+    for name, settings in {
+        "ours": {"lr": (1 - mu) * lr, "weight_decay": wd / ((1 - mu) * lr), "momentum": mu},
+        "as they stand": {"lr": lr, "weight_decay": wd / lr, "momentum": mu},
+    }.items():
+        param = torch.nn.Parameter(start.clone())
+        optimizer = DenseMFAC([param], num_grads=8, damp=1e-2, metric="none", **settings)
+        for gradient in gradients:
+            set_gradients([param], [gradient])
+            optimizer.step()
+        ends[name] = float((param.detach().double() - theirs).norm() / (theirs - start).norm())
+    assert ends["ours"] < 1e-4
+    assert ends["as they stand"] > 1

@@ -20,14 +20,8 @@ ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "recipes" / "configs"
 NAMES = sorted(str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.rglob("*.yaml"))
 BERT_BASE = {
-    "architectures": ["BertForMaskedLM"],
-    "model_type": "bert",
-    "vocab_size": 30522,
-    "hidden_size": 768,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "intermediate_size": 3072,
-    "max_position_embeddings": 512,
+    **{"architectures": ["BertForMaskedLM"], "model_type": "bert", "vocab_size": 30522, "hidden_size": 768},
+    **{"num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072, "max_position_embeddings": 512},
 }
 pytestmark = pytest.mark.usefixtures("recipe", "private_cache")
 
@@ -142,6 +136,7 @@ def test_help_lists_commands_and_configs(capsys):
         (["train"], "give --task_name with a task of GLUE, or --train_file"),
         (["train", "--train_file", "a.csv", "--validation_file", "a.csv"], "--train_file a.csv is not a file"),
         (["train", "quickstart", "--baseline", "adamv"], "unknown optimizer 'adamv'"),
+        (["train", "quickstart", "--output_dir", "config.json/out"], "--output_dir .*/config.json is not a folder"),
         (["plan", "./nowhere"], r"the model ./nowhere is not a folder"),
         (["plan", "config.json", "--memory-budget", "8b"], "memory_budget must be"),
         (["plan", "config.json", "--optim_args", "rank=8"], "name it with --optim"),
@@ -154,6 +149,12 @@ def test_what_is_wrong_is_one_sentence(argv, message, tmp_path):
         cli.main(argv)
     assert re.match(f"error: .*{message}", raised.value.code)
     assert "\n" not in raised.value.code
+
+
+def test_a_folder_that_is_not_this_users_is_told(monkeypatch, tmp_path):
+    monkeypatch.setattr(os, "access", lambda place, mode: False)
+    with pytest.raises(SystemExit, match=f"^error: --output_dir new/out is no place .*: {tmp_path} cannot be written"):
+        cli.main(["train", "quickstart", "--output_dir", "new/out"])
 
 
 @pytest.mark.parametrize("flags", [["--learning_rat", "1"], ["--help"]])
@@ -179,18 +180,23 @@ def run(code, folder):
 
 
 def test_wrong_data_are_told_before_what_is_slow_is_imported(tmp_path):
-    code = """
+    """Nothing but what the arguments of transformers import by themselves: 5.17 has sklearn among it."""
+    loaded = """
 import sys
+print(sorted({"numba", "datasets", "matplotlib", "sklearn", "transformers.trainer"} & set(sys.modules)))
+"""
+    wrong = """
 from hf_efcp.cli import main
 try:
     main(["train", "quickstart", "--task_name", "sst3"])
 except SystemExit as end:
     print(end.code)
-print(sorted({"numba", "datasets", "matplotlib", "sklearn", "transformers.trainer"} & set(sys.modules)))
 """
-    done = run(code, tmp_path)
+    stock = "from transformers import TrainingArguments; TrainingArguments('out')"
+    done, least = run(wrong + loaded, tmp_path), run(stock + loaded, tmp_path)
     assert done.stdout.splitlines()[0].startswith("error: unknown task 'sst3'"), done.stderr
-    assert done.stdout.splitlines()[1] == "[]"
+    assert done.stdout.splitlines()[1] == least.stdout.strip()
+    assert set(eval(least.stdout)) <= {"sklearn"}
 
 
 def test_the_programs_that_train_need_no_module_of_benchmarks(tmp_path):

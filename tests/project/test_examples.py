@@ -3,13 +3,15 @@
 import doctest
 
 import pytest
+from tiny import needs_transformers_5
 
 import hf_efcp
 
 NAMES = [name for name in hf_efcp.__all__ if callable(getattr(hf_efcp, name))]
+OF_NEWER = {"for_trainer": needs_transformers_5}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=OF_NEWER.get(name, ())) for name in NAMES])
 def test_an_example_runs(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = doctest.DocTestFinder(recurse=False).find(getattr(hf_efcp, name), name, globs={})

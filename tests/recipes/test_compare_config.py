@@ -134,6 +134,8 @@ def test_galore_is_left_out_visibly_when_it_is_not_installed(recipe, write_confi
     plan = recipe.plan.read_plan([path])
     assert [contender.label for contender in plan.contenders] == ["EFCP", "AdamW"]
     assert plan.skipped == ("GaLore is left out: galore_torch is not installed",)
+    monkeypatch.setattr(recipe.plan, "_installed", lambda module: module != "bitsandbytes")
+    assert recipe.plan.read_plan([path]).skipped == ("GaLore is left out: bitsandbytes is not installed",)
     monkeypatch.setattr(recipe.plan, "_installed", lambda module: True)
     assert recipe.plan.read_plan([path]).contenders[2].args.optim_target_modules == "all-linear"
 

@@ -3,9 +3,12 @@
 import csv
 import json
 import random
+import runpy
+import sys
 
 import pytest
 from datasets import Dataset
+from glue_cases import ROOT
 from tiny import WORDS, save_tiny_bert
 
 pytestmark = pytest.mark.usefixtures("private_cache")
@@ -100,6 +103,21 @@ def test_labels_tell_the_task(recipe, files, labels, names, numbers):
     assert splits["validation"]["label"] == numbers
 
 
+@pytest.mark.parametrize("suffix", [".csv", ".json", ".jsonl", ".parquet"])
+def test_every_kind_of_file_holds_the_same(recipe, tmp_path, suffix):
+    columns = {"text": ["a film", 'null, "quoted"', "the plot"], "label": ["x", "y", "x"]}
+    path = tmp_path / f"train{suffix}"
+    if suffix == ".csv":
+        write(path, columns)
+    elif suffix == ".parquet":
+        Dataset.from_dict(columns).to_parquet(path)
+    else:
+        Dataset.from_dict(columns).to_json(path)
+    task, splits = recipe.own_data.load_files(recipe.own_data.FileArguments(str(path), str(path)))
+    assert task.labels == ("x", "y")
+    assert splits["train"].to_dict() == {"text": columns["text"], "label": [0, 1, 0]}
+
+
 def test_columns_of_text_are_found_or_named(recipe, files):
     pair = {"premise": ["a", "b"], "hypothesis": ["c", "d"], "source": ["x", "y"], "label": [0, 1]}
     task, _ = recipe.own_data.load_files(files(pair, text_column=["hypothesis", "premise"]))
@@ -170,3 +188,9 @@ def test_a_mistake_ends_with_a_sentence_and_a_defect_with_its_traceback(recipe):
         float("x")
     with pytest.raises(KeyError), recipe.cli.explained():
         {}["absent"]
+
+
+def test_a_program_may_be_started_from_anywhere(recipe, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["run_glue.py"])
+    with pytest.raises(SystemExit, match="^error: give --task_name"):
+        runpy.run_path(str(ROOT / "docs" / ".." / "recipes" / "run_glue.py"), run_name="__main__")

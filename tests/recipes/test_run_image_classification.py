@@ -9,7 +9,8 @@ import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from datasets import Image as Pixels
 from PIL import Image
-from transformers import AutoImageProcessor, AutoModelForImageClassification, ResNetConfig, pipeline
+from transformers import AutoModelForImageClassification, ResNetConfig, pipeline
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.usefixtures("private_cache")
@@ -210,8 +211,9 @@ def test_a_folder_is_learned_and_the_model_is_of_use(recipe, folder, tiny_model,
     assert (record["image_size"], record["train_examples"], record["layers"]) == (16, 32, None)
     assert record["metrics"]["accuracy"] == 1.0
     assert (tmp_path / "out" / "training.png").stat().st_size > 10_000
-    AutoImageProcessor.from_pretrained(tmp_path / "out")
-    told = pipeline("image-classification", str(tmp_path / "out"), device="cpu")(picture(205))
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "out")
+    classify = pipeline("image-classification", str(tmp_path / "out"), image_processor=processor, device="cpu")
+    told = classify(picture(205))
     assert told[0]["label"] == "light"
 
 

@@ -8,7 +8,7 @@ import torch
 from tiny import needs_transformers_5, save_tiny_bert, tiny_bert, toy_rows
 from transformers import T5Config, T5ForConditionalGeneration, Trainer, TrainingArguments
 
-from hf_efcp import EFCP, LowRankMFAC, create_optimizer, for_trainer
+from hf_efcp import EFCP, EFCPTrainingArguments, LowRankMFAC, create_optimizer, for_trainer
 
 PAGE = Path(__file__).parents[2] / "docs" / "trainers.md"
 BLOCKS = {
@@ -170,5 +170,9 @@ def test_what_does_not_fit_is_refused():
 
 
 def test_names_of_ours_are_refused_where_only_transformers_own_are_known():
+    """Neither trains with another optimizer; the page has both, with the way out."""
     with pytest.raises(ValueError, match="lowrank_mfac is not a valid OptimizerNames"):
         TrainingArguments("out", optim="lowrank_mfac")
+    args = EFCPTrainingArguments("out", optim="lowrank_mfac", use_cpu=True)
+    with pytest.raises(ValueError, match="cannot instantiate unsupported optimizer: lowrank_mfac"):
+        Trainer(model=tiny_bert(), args=args, train_dataset=toy_rows(8)).train()
