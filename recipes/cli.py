@@ -7,13 +7,11 @@ import difflib
 import importlib.util
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
-
-from transformers import HfArgumentParser
 
 import hf_efcp
 
@@ -81,6 +79,8 @@ def parse_arguments(
     Returns:
         One instance of each dataclass, and the mapping of each table, its values as they are written.
     """
+    from transformers import HfArgumentParser  # a second, which the first errors need not wait for
+
     keys = [field.name for type_ in types for field in dataclasses.fields(type_) if field.init]
     parser = HfArgumentParser(
         list(types),
@@ -108,6 +108,34 @@ def parse_arguments(
     if unknown:
         parser.error(f"unknown arguments {' '.join(unknown)}; {suggestions(unknown[0], keys)}")
     return (*instances, *mappings)
+
+
+def given(argv: list[str], names: Iterable[str]) -> dict[str, str]:
+    """What a command line says of some keys, for a first look before anything slow is imported.
+
+    What is wrong with the rest of it, `parse_arguments` tells.
+
+    Args:
+        argv: the command line without the program's name.
+        names: keys of one value.
+
+    Returns:
+        Those that are given, as text; the last counts, as it does for a parser.
+    """
+    found: dict[str, str] = {}
+    if argv and not argv[0].startswith("-"):
+        try:
+            config = read_yaml(find_config(argv[0]))
+        except (OSError, ValueError):
+            return {}
+        found = {name: config[name] for name in names if isinstance(config.get(name), str)}
+    for place, word in enumerate(argv):
+        flag, equals, value = word.partition("=")
+        name = flag.removeprefix("--").replace("-", "_")
+        if flag.startswith("--") and name in names:
+            value = value if equals else "".join(argv[place + 1 : place + 2])
+            found |= {name: value} if value and not value.startswith("--") else {}
+    return found
 
 
 def find_config(name: str) -> Path:

@@ -58,12 +58,7 @@ def load_files(files: FileArguments, predict: bool = False) -> tuple[GlueTask, d
     if not predict:
         del paths["test"]
     for name, path in paths.items():
-        if path is None:
-            raise ValueError(f"--{name}_file is missing: {_WANTED[name]}")
-        if Path(path).suffix not in SUFFIXES:
-            raise ValueError(f"--{name}_file must end in one of {', '.join(SUFFIXES)}, got {path}")
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"--{name}_file {path} is not a file")
+        check_file(name, path)
     splits = {name: read_file(Path(path)) for name, path in paths.items()}
     texts = _text_columns(files, splits["train"])
     for name, split in splits.items():
@@ -84,6 +79,25 @@ def load_files(files: FileArguments, predict: bool = False) -> tuple[GlueTask, d
         for name, split in splits.items()
     }
     return task, labelled
+
+
+def check_file(name: str, path: str | None) -> None:
+    """Refuse a file that cannot be read, by its name.
+
+    Args:
+        name: its split.
+        path: the file; None if it was not given.
+
+    Raises:
+        FileNotFoundError: if it is not there.
+        ValueError: if it is missing on the command line, or of another kind.
+    """
+    if path is None:
+        raise ValueError(f"--{name}_file is missing: {_WANTED[name]}")
+    if Path(path).suffix not in SUFFIXES:
+        raise ValueError(f"--{name}_file must end in one of {', '.join(SUFFIXES)}, got {path}")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"--{name}_file {path} is not a file")
 
 
 def _text_columns(files: FileArguments, split: Any) -> tuple[str, ...]:

@@ -23,15 +23,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arguments import DEFAULTS, BaselineArguments, ModelArguments, TextArguments, runs_of
-from cli import explained, parse_arguments, require
+from cli import explained, given, parse_arguments, require
 from data import load_splits
-from own_data import FileArguments, load_files
+from own_data import FileArguments, check_file, load_files
 
-from hf_efcp import EFCPTrainingArguments
 from hf_efcp.glue import GlueTask, get_task
 
 if TYPE_CHECKING:
-    from hf_efcp import EFCPTrainer
+    from hf_efcp import EFCPTrainer, EFCPTrainingArguments
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -56,14 +55,27 @@ def load(data: DataArguments, predict: bool) -> tuple[GlueTask, dict[str, Any]]:
     Raises:
         ValueError: if there is neither, or both.
     """
-    if data.task_name is not None and data.train_file is not None:
-        raise ValueError(f"give --task_name {data.task_name} or --train_file {data.train_file}, not both")
-    if data.train_file is not None:
-        return load_files(data, predict)
-    if data.task_name is None:
+    task = _source(data.task_name, data.train_file)
+    return load_files(data, predict) if task is None else (task, load_splits(task, data.data_dir, predict))
+
+
+def _source(task_name: str | None, train_file: str | None) -> GlueTask | None:
+    """The task that is named, or None for files; neither and both are refused."""
+    if task_name is not None and train_file is not None:
+        raise ValueError(f"give --task_name {task_name} or --train_file {train_file}, not both")
+    if task_name is None and train_file is None:
         raise ValueError("give --task_name with a task of GLUE, or --train_file and --validation_file")
-    task = get_task(data.task_name)
-    return task, load_splits(task, data.data_dir, predict)
+    return None if task_name is None else get_task(task_name)
+
+
+def _first_look(argv: list[str]) -> None:
+    """Tell what is wrong with the task or the files before the arguments of transformers are imported: seconds."""
+    if {"-h", "--help"} & set(argv):
+        return
+    found = given(argv, ("task_name", "train_file", "validation_file"))
+    if found and _source(found.get("task_name"), found.get("train_file")) is None:
+        for name in ("train", "validation"):
+            check_file(name, found.get(f"{name}_file"))
 
 
 def main(argv: list[str]) -> None:
@@ -73,6 +85,9 @@ def main(argv: list[str]) -> None:
         argv: the command line without the program's name.
     """
     require("recipes", "datasets", "matplotlib", "scipy", "sklearn", "yaml")
+    _first_look(argv)
+    from hf_efcp import EFCPTrainingArguments
+
     data_arguments, model_arguments, baseline, args = parse_arguments(
         (DataArguments, ModelArguments, BaselineArguments, EFCPTrainingArguments), argv, DEFAULTS
     )
