@@ -46,7 +46,7 @@ def flat(script, *types):
 
     def bind(path, *flags):
         module = importlib.import_module(script)
-        classes = tuple(getattr(module, name) for name in types)
+        classes = (*(getattr(module, name) for name in types), EFCPTrainingArguments)
         instances = importlib.import_module("cli").parse_arguments(classes, [str(path), *flags], module.DEFAULTS)
         return [args for args in instances if isinstance(args, EFCPTrainingArguments)]
 
@@ -61,11 +61,11 @@ def comparison(path, *flags):
 
 # The scripts that take a YAML, and how to read one as they do: the training arguments of its optimizers.
 SCRIPTS = {
-    "run_glue": flat("run_glue", "DataArguments", "ModelArguments", "BaselineArguments", "EFCPTrainingArguments"),
-    "run_qa": flat("run_qa", "DataArguments", "ModelArguments", "BaselineArguments", "EFCPTrainingArguments"),
+    "run_glue": flat("run_glue", "DataArguments", "ModelArguments", "BaselineArguments"),
+    "run_qa": flat("run_qa", "DataArguments", "ModelArguments", "BaselineArguments"),
     "run_image_classification": flat(
         "run_image_classification",
-        *("ImageArguments", "ImageModelArguments", "StepArguments", "BaselineArguments", "EFCPTrainingArguments"),
+        *("ImageArguments", "ImageModelArguments", "StepArguments", "BaselineArguments"),
     ),
     "compare_optimizers": comparison,
 }

@@ -9,6 +9,7 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Value
 from glue_cases import ROOT, sentences, write_csv
 
+from hf_efcp import EFCPTrainingArguments
 from hf_efcp.glue import get_task
 
 pytestmark = pytest.mark.usefixtures("private_cache")
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("private_cache")
 @pytest.fixture
 def parse(recipe):
     types = (recipe.run_glue.DataArguments, recipe.run_glue.ModelArguments)
-    types += (recipe.run_glue.BaselineArguments, recipe.run_glue.EFCPTrainingArguments)
+    types += (recipe.run_glue.BaselineArguments, EFCPTrainingArguments)
     return lambda *argv: recipe.cli.parse_arguments(types, [str(arg) for arg in argv], recipe.run_glue.DEFAULTS)
 
 
