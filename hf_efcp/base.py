@@ -110,6 +110,10 @@ class GroupedOptimizer(torch.optim.Optimizer):
         super().load_state_dict({**state_dict, "state": {}})
         for ref, state in saved:
             self.state[ref.param] = {name: loading.copied(name, v, ref.param) for name, v in state.items()}
+        self._forget()
+
+    def _forget(self) -> None:
+        """Drop what was made of the state that was there before."""
 
     def _step_all(self) -> None:
         """Step everything that has a gradient."""

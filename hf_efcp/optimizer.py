@@ -231,15 +231,6 @@ class EFCP(GroupedOptimizer):
         self._read_counters()
         return super().state_dict()
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As of the base class; a CUDA graph of a step has to be captured anew.
-
-        Args:
-            state_dict: A checkpoint of the same optimizer over the same groups.
-        """
-        super().load_state_dict(state_dict)
-        self._whole = None
-
     def __getstate__(self) -> dict[str, Any]:
         """Copies count for themselves."""
         self._read_counters()
@@ -260,6 +251,9 @@ class EFCP(GroupedOptimizer):
 
     def _check_group(self, group: Group, shared: Group) -> None:
         checks.check_group(graphs.check_group(group) if self._capturable else group, shared)
+
+    def _forget(self) -> None:
+        self._whole = None  # a CUDA graph has to be captured anew
 
     def _read_counters(self) -> None:
         """Let the states have what the device has counted."""
