@@ -12,6 +12,7 @@ from .blocks import sharing
 from .compressors import LowRank, TopK
 from .errors import BucketErrors
 from .kernels import BUCKET
+from .kernels.triton import shared
 from .kernels.triton.rows import Row, Settings
 from .layout import Layout
 from .leaves import Leaf, ParamRef
@@ -21,7 +22,7 @@ from .shards import is_sharded
 ALIGNED = 16  # bytes: what kernels read at a time
 _LONGEST = 2**31  # entries of a tensor: positions in it are 32 bits
 _CODES = {"float32": 0, "bfloat16": 1, "int8": 3, "uint4": 4}
-_NONE, _FACTORED = 5, 8
+_NONE, _FACTORED = shared.NONE.value, shared.FACTORED.value
 # Columns of the table, and what the state calls the tensors.
 _TENSORS = {
     **{name: name for name in ("error", "error_scale", "left", "right", "start")},

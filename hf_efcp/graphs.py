@@ -42,9 +42,9 @@ def check(layout: Layout, preconditioner: Preconditioner, nonfinite: str) -> Non
         "M-FAC without absolute dampening (damp)": isinstance(preconditioner, MFAC) and preconditioner.damp == 0.0,
         f"num_grads of at most {LARGEST_SOLVED}": layout.num_grads <= LARGEST_SOLVED,
     }
-    missing = [want for want, given in wants.items() if not given]
+    missing = " and ".join(want for want, given in wants.items() if not given)
     if missing:
-        raise ValueError(f"a CUDA graph cannot take a step with these settings: capturable=True needs {_and(missing)}")
+        raise ValueError(f"a CUDA graph cannot take a step with these settings: capturable=True needs {missing}")
 
 
 def check_group(group: dict[str, Any]) -> dict[str, Any]:
@@ -65,9 +65,7 @@ def check_group(group: dict[str, Any]) -> dict[str, Any]:
             "torch.optim.AdamW(capturable=True)"
         )
     lr = group["lr"]
-    if isinstance(lr, torch.Tensor) and (lr.device.type != "cpu" or is_captured(lr.device)):
-        return {**group, "lr": 0.0}
-    return group
+    return {**group, "lr": 0.0} if isinstance(lr, torch.Tensor) and lr.device.type != "cpu" else group
 
 
 def check_rates(groups: Iterable[dict[str, Any]], device: torch.device) -> None:
@@ -99,7 +97,3 @@ def refuse_kernels(reason: str) -> None:
         ValueError: Always.
     """
     raise ValueError(f"capturable=True needs the Triton kernels, which have no step for {reason}")
-
-
-def _and(parts: list[str]) -> str:
-    return ", ".join(parts[:-1]) + " and " + parts[-1] if len(parts) > 1 else parts[0]

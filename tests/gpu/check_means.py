@@ -10,7 +10,6 @@ from hf_efcp.kernels.triton import shared
 from hf_efcp.metric import Metric
 
 CPU = torch.device("cpu")
-FACTORED = 8  # added to the code of vectors
 SHAPES = [(300, 150), (1, 7), (7, 1), (257, 129), (40, 3, 2), (70,)]
 
 
@@ -37,7 +36,7 @@ def test_means_are_plain_torchs(runs, scale):
         rows, model = rows_of(gradients, mine, runs), Model(CPU)
         model.begin(rows, 1)
         compiled = settings(metric=torch.float32)
-        model.observe(rows, dataclasses.replace(compiled, metric=compiled.metric + FACTORED))
+        model.observe(rows, dataclasses.replace(compiled, metric=compiled.metric + shared.FACTORED.value))
         for gradient, state in zip(gradients[:-1], expected[:-1], strict=True):
             metric.observe_factored(state, gradient)
         expected[-1]["second_moment"].mul_(0.9).add_(gradients[-1].square().clamp(max=3.4e38), alpha=1 - 0.9)

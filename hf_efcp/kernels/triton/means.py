@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .moments import observe_task
+from .moments import observe
 from .shared import (
     _FLOAT32_MAX,
     _SMALLEST,
@@ -47,7 +47,7 @@ def observe_factored(
     if task < count:
         square(table, numbers, squares, task, scratch, COUPLED, SQUARED, COLS, PANEL)
     else:
-        observe_task(table, numbers, tasks, task - count, beta2, rest2, rest1, MOMENT, METRIC, COUPLED, ROWS)
+        observe(table, numbers, tasks, count, beta2, rest2, rest1, MOMENT, METRIC, COUPLED, ROWS)
 
 
 @triton.jit

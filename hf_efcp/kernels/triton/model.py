@@ -119,7 +119,7 @@ class Model:
         moment = settings.moment != shared.NONE.value
         tasks = self._plan("observed", lambda: cuts.buckets(rows, factored=moment))
         if not self.squares:
-            launch(moments.observe, (len(tasks),), *given, tasks, *betas, **constants)
+            launch(moments.observe, (len(tasks),), *given, tasks, 0, *betas, **constants)
             return
         sums = torch.empty(self.squares, dtype=torch.float64, device=self.device)
         cut = {"PANEL": SQUARES[0], "COLS": SQUARES[1]}

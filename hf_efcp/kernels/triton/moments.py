@@ -32,6 +32,7 @@ def observe(
     table,
     numbers,
     tasks,
+    before,
     beta2,
     rest2,
     rest1,
@@ -40,26 +41,11 @@ def observe(
     COUPLED: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Some buckets of a tensor; `rest2` is `1 - beta2`, `rest1` `1 - beta1`. Levels are those of the root of `v`."""
-    observe_task(table, numbers, tasks, tl.program_id(0), beta2, rest2, rest1, MOMENT, METRIC, COUPLED, ROWS)
+    """Some buckets of a tensor; `rest2` is `1 - beta2`, `rest1` `1 - beta1`. Levels are those of the root of `v`.
 
-
-@triton.jit
-def observe_task(
-    table,
-    numbers,
-    tasks,
-    task,
-    beta2,
-    rest2,
-    rest1,
-    MOMENT: tl.constexpr,
-    METRIC: tl.constexpr,
-    COUPLED: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    """The same of any task."""
-    row, first, bucket, position = buckets_of(tasks, task, ROWS)
+    The programs `before` those of the tasks do something else.
+    """
+    row, first, bucket, position = buckets_of(tasks, tl.program_id(0) - before, ROWS)
     numel = small(table, row, NUMEL)
     if (first + ROWS) * ENTRIES <= numel:  # without a mask, several entries are read at a time
         inside = tl.full((ROWS, ENTRIES), True, tl.int1)
