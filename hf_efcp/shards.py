@@ -72,7 +72,10 @@ def check(params: Iterable[torch.Tensor]) -> torch.distributed.ProcessGroup | No
 
 
 def all_reduce(
-    values: torch.Tensor, group: torch.distributed.ProcessGroup | None, device: torch.device
+    values: torch.Tensor,
+    group: torch.distributed.ProcessGroup | None,
+    device: torch.device,
+    where: torch.device | str = "cpu",
 ) -> torch.Tensor:
     """Sum a small tensor over ranks; every rank gets the same bits.
 
@@ -80,14 +83,15 @@ def all_reduce(
         values: What this rank has, in any place.
         group: The ranks; None for a process alone.
         device: Where the parameters are, and so what the group's backend can send from.
+        where: Where the sum is wanted.
 
     Returns:
-        The sum, float64, on the CPU.
+        The sum, float64.
     """
     if group is not None:
         values = values.to(device, copy=True)
         torch.distributed.all_reduce(values, group=group)
-    return values.to("cpu", torch.float64)
+    return values.to(where, torch.float64)
 
 
 def allocate(param: torch.Tensor, make: Maker, device: torch.device | str) -> State:

@@ -12,10 +12,11 @@ from torch.autograd.profiler import record_function
 from . import shards
 from .checks import HEAVY_BALL
 from .error_feedback import push
+from .graphs import LARGEST_SOLVED
 from .kernels import Kernels, pool, widest
 from .layout import Layout
 from .leaves import Leaf
-from .preconditioners import Combination, Preconditioner, WindowPosition
+from .preconditioners import MFAC, Combination, Preconditioner, WindowPosition
 from .update import Move, move_all
 from .vectors import Vectors
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 # The parts of a step, and what torch.profiler calls them.
 SPANS = {part: f"hf_efcp.{part}" for part in ("compress", "products", "solve", "update")}
 _FLOAT32_MAX = torch.finfo(torch.float32).max
+_CPU = torch.device("cpu")
 _NOTHING = torch.empty(0, device="cpu")
 _FITS = 2.0**64  # coefficients below this, times rows of whitened entries, are within float32
 
@@ -118,7 +120,7 @@ class Step:
             return
         in_one_launch = whole.solves(self.preconditioner)
         units = [] if in_one_launch and whole.is_complete else [self.unit(*unit) for unit in whole.units]
-        with record_function(SPANS["compress"]):  # and the columns, in the same launches
+        with record_function(SPANS["compress"]):
             whole.begin(self.preconditioner, self.beta1)
             whole.push()
         with record_function(SPANS["products"]):
@@ -129,16 +131,11 @@ class Step:
             whole.move(coefficients)
 
     def _solved(self, units: list[Unit], whole: Whole) -> torch.Tensor:
-        """The coefficients of large windows, and of preconditioners that have to see numbers, on the device."""
+        """The coefficients where they are not found in one launch, `(units, capacity)`, on the device."""
         columns, products = whole.summed()
-        positions = [unit.now for unit in units]
-        coefficients = whole.solve_large(positions, columns, products, self.preconditioner, self.beta1)
-        return self._solved_on_the_cpu(units, columns, products) if coefficients is None else coefficients
-
-    def _solved_on_the_cpu(
-        self, units: list[Unit], columns: torch.Tensor, products: torch.Tensor | None
-    ) -> torch.Tensor:
-        """The coefficients of preconditioners that have to see numbers, `(units, capacity)`, on the device."""
+        if self.layout.metric is not None and isinstance(self.preconditioner, MFAC):
+            positions = [unit.now for unit in units]
+            return whole.solve_large(positions, columns, products, self.preconditioner, self.beta1)
         own = [
             _without_products(unit)._replace(column=column[: unit.now.rows])
             for unit, column in zip(units, columns, strict=True)
@@ -148,7 +145,9 @@ class Step:
                 unit._replace(products=torch.nn.functional.pad(some[: unit.now.rows], (0, 1)))
                 for unit, some in zip(own, products, strict=True)
             ]
-        own = self._collect(own)
+        # A small matrix has been decomposed on the CPU before a device has been asked to.
+        large = self.layout.num_grads > LARGEST_SOLVED
+        own = self._collect(own, self.device if large else _CPU)
         coefficients = torch.zeros_like(columns)
         for place, plan in enumerate(self._plan(own)):
             coefficients[place, : own[place].now.rows] = plan.coefficients
@@ -198,19 +197,27 @@ class Step:
             pool.run_torch(work, len(tasks), 1, self.device)
         return parts.sum(dim=0)
 
-    def _collect(self, units: list[Unit]) -> list[Unit]:
-        """Columns and products of all processes on the CPU, in one message; the columns go into the Gram matrices."""
+    def _collect(self, units: list[Unit], where: torch.device = _CPU) -> list[Unit]:
+        """Columns and products of all processes, in one message, on a device; columns go into the Gram matrices there.
+
+        Args:
+            units: With those of this process.
+            where: The device.
+
+        Returns:
+            The units.
+        """
         if not units:
             return units
         own = [tensor for unit in units for tensor in (unit.column, unit.products)]
         wide = widest(self.device)
         own = [tensor.to(self.device, wide) for tensor in own]
-        total = shards.all_reduce(torch.cat(own), self.processes, self.device)
+        total = shards.all_reduce(torch.cat(own), self.processes, self.device, where)
         summed = torch.split(total, [len(tensor) for tensor in own])
         found = []
         for unit, column, products in zip(units, summed[::2], summed[1::2], strict=True):
             if "gram" in unit.gram_state:
-                unit.gram_state["gram"] = unit.gram_state["gram"].to("cpu")  # `Whole` has it elsewhere
+                unit.gram_state["gram"] = unit.gram_state["gram"].to(where)
                 unit.gram_state["gram"][unit.now.newest, : unit.now.rows] = column
                 unit.gram_state["gram"][: unit.now.rows, unit.now.newest] = column
             found.append(unit._replace(column=column, products=products))
@@ -242,7 +249,7 @@ class Step:
             places = [place for place, unit in enumerate(units) if unit.now == now]
             grams = torch.stack([units[place].gram_state["gram"][: now.rows, : now.rows] for place in places])
             if row:
-                weights = now.weights(self.beta1)
+                weights = now.weights(self.beta1, grams.device)
                 c = self.preconditioner.shorten(grams, grams @ weights, now) + weights
             else:
                 products = torch.stack([units[place].products[:-1] for place in places])

@@ -245,7 +245,7 @@ class Whole:
             self._counted = self._count()
 
     def push(self) -> None:
-        """Take the gradients into second moments, windows and errors, and multiply the new rows with all rows."""
+        """Take the gradients into second moments, windows and errors."""
         settings, model, rows = self._settings, self._model, self._rows
         if not rows:
             return
@@ -253,14 +253,13 @@ class Whole:
             if self._layout.metric is not None:
                 model.observe(rows, settings)
             (model.push_low_rank if settings.rank else model.push_top_k)(rows, settings)
-            self._sums = (model.dots_low_rank if settings.rank else model.dots_sparse)(rows, settings)
 
     def multiply(self) -> None:
-        """Multiply the dense vector that is preconditioned, if one is, with the rows of its window."""
-        if self._settings.outside and self._rows:
-            products = self._model.outside_low_rank if self._settings.rank else self._model.outside_sparse
+        """Multiply the new rows, and the dense vectors that are preconditioned, if any are, with all rows."""
+        if self._rows:
+            products = self._model.products_low_rank if self._settings.rank else self._model.products_sparse
             with self._on_device():
-                self._outside = products(self._rows, self._settings)
+                self._sums, self._outside = products(self._rows, self._settings)
 
     def solve(self) -> torch.Tensor | None:
         """Coefficients, where `solves` says so; the new columns go into the Gram matrices.
@@ -292,10 +291,10 @@ class Whole:
         positions: Sequence[WindowPosition],
         columns: torch.Tensor,
         products: torch.Tensor | None,
-        preconditioner: Preconditioner,
+        preconditioner: MFAC,
         beta1: float,
-    ) -> torch.Tensor | None:
-        """The same as `solve` for windows of any size, by torch's routines.
+    ) -> torch.Tensor:
+        """The same as `solve` for windows of any size and any dampening, by torch's routines.
 
         Args:
             positions: Where the windows stand.
@@ -305,12 +304,8 @@ class Whole:
             beta1: Decay of the first moment over the window's rows.
 
         Returns:
-            `(units, capacity)`, float64; None if the preconditioner has to see numbers, and nothing was done.
+            `(units, capacity)`, float64.
         """
-        if self._layout.metric is None or not isinstance(preconditioner, MFAC):
-            return None
-        if not all(preconditioner.is_definite(now) for now in set(positions)):
-            return None
         grams = self._gather([gram_state for _, gram_state in self.units])
         coefficients = torch.zeros_like(columns)
         for now in dict.fromkeys(positions):
@@ -322,7 +317,7 @@ class Whole:
             grams[some, :rows, now.newest] = column
             own = grams[some][:, :rows, :rows]
             if products is None:
-                weights = upload(now.weights(beta1).numpy(), self.device)
+                weights = now.weights(beta1, self.device)
                 coefficients[some, :rows] = preconditioner.shorten(own, own @ weights, now) + weights
             else:
                 coefficients[some, :rows] = preconditioner.shorten(own, products[some, :rows], now)

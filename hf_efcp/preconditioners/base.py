@@ -39,20 +39,21 @@ class WindowPosition:
     steps: int
     lr: float = 0.0
 
-    def ages(self) -> torch.Tensor:
+    def ages(self, device: torch.device | str = "cpu") -> torch.Tensor:
         """How many steps ago each written row was pushed, `(rows,)`, float64; the newest has age 0."""
-        return (self.newest - torch.arange(self.rows, dtype=torch.float64, device="cpu")) % self.capacity
+        return (self.newest - torch.arange(self.rows, dtype=torch.float64, device=device)) % self.capacity
 
-    def weights(self, beta1: float) -> torch.Tensor:
+    def weights(self, beta1: float, device: torch.device | str = "cpu") -> torch.Tensor:
         """Adam's weights of its last gradients, `(1 - beta1) beta1^age / (1 - beta1^rows)`.
 
         Args:
             beta1: Decay, in [0, 1); 0 weighs the newest row alone.
+            device: Where they are wanted.
 
         Returns:
             `(rows,)`, float64; their sum is 1.
         """
-        powers = beta1 ** self.ages()
+        powers = beta1 ** self.ages(device)
         return powers / powers.sum()
 
 
@@ -72,15 +73,15 @@ class Combination:
         """`|u|`, from `|u|^2 = c^T K c + 2 scale c^T G x + scale^2 |x|^2`.
 
         Args:
-            gram: `K`, `(rows, rows)`, float64, CPU.
+            gram: `K`, `(rows, rows)`, float64.
             outside: `G x`, and behind it `|x|^2`; zeros where there is no `x`: `(rows + 1,)`, float64.
 
         Returns:
             The length; infinite where it is beyond float64.
         """
         with one_thread():
-            square = float(self.coefficients @ (gram @ self.coefficients + 2.0 * self.scale * outside[:-1]))
-        square += self.scale * self.scale * float(outside[-1])
+            square = self.coefficients @ (gram @ self.coefficients + 2.0 * self.scale * outside[:-1])
+            square = float(square + self.scale * self.scale * outside[-1])  # one number: each is waited for on a GPU
         length = math.sqrt(max(square, 0.0))
         return length if math.isfinite(length) else math.inf
 
@@ -140,7 +141,7 @@ class GramPreconditioner:
         """`c` such that the update is `G^T c`.
 
         Args:
-            gram: `K`, `(rows, rows)`, float64, CPU: the rows that were written.
+            gram: `K`, `(rows, rows)`, float64: the rows that were written.
             now: Where the window stands.
 
         Returns:
@@ -170,7 +171,7 @@ class GramPreconditioner:
         `c = h(K) G x`, `h(mu) = (f(mu) - 1) / mu`: what the window has not seen stays as it is, and nothing grows.
 
         Args:
-            grams: `K` of each unit, `(units, rows, rows)`, float64, CPU.
+            grams: `K` of each unit, `(units, rows, rows)`, float64.
             products: `G x` of each unit, `(units, rows)`, float64.
             now: Where the window stands.
 

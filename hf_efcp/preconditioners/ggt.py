@@ -90,7 +90,7 @@ class GGT(GramPreconditioner):
 
     def coefficients(self, gram: torch.Tensor, now: WindowPosition) -> torch.Tensor:
         """`c = W f(K_w) W^-1 a`; see the base class."""
-        ages = now.ages()
+        ages = now.ages(gram.device)
         weights, spectrum, vectors = self._decompose(gram, ages)
         roots, eps = (spectrum.clamp(min=0.0) + self.ridge).sqrt(), self._eps(gram)
         inverse = 1.0 / (roots + eps)
@@ -104,7 +104,7 @@ class GGT(GramPreconditioner):
 
     def outside(self, gram: torch.Tensor, products: torch.Tensor, now: WindowPosition) -> Combination:
         """`u = (x - A^T V diag(1 / (s (s + eps))) V^T A x) / eps`, `A = W G`, `A A^T = V diag(s^2) V^T`."""
-        weights, spectrum, vectors = self._decompose(gram, now.ages())
+        weights, spectrum, vectors = self._decompose(gram, now.ages(gram.device))
         roots = (spectrum.clamp(min=0.0) + self.ridge).sqrt()
         eps = float(self._eps(gram))
         if eps == 0.0:  # relative to rows that are all zero
@@ -115,7 +115,7 @@ class GGT(GramPreconditioner):
 
     def shorten(self, grams: torch.Tensor, products: torch.Tensor, now: WindowPosition) -> torch.Tensor:
         """`f(mu) = (1 + mu / eps^2)^(-1/2)`: `c = W h(K_w) W G x`; see the base class."""
-        weights, spectra, vectors = self._decompose(grams, now.ages())
+        weights, spectra, vectors = self._decompose(grams, now.ages(grams.device))
         squares = self._eps(grams).square() + trusted(self.trust_lr, now) * mean_squares(grams)
         squares = squares[:, None]
         squares = torch.where(squares > 0.0, squares, 1.0)  # relative to rows that are all zero, as is the spectrum

@@ -78,7 +78,7 @@ class MFAC(GramPreconditioner):
 
     def coefficients(self, gram: torch.Tensor, now: WindowPosition) -> torch.Tensor:
         """`c = n (n lambda I + K)^-1 e_j`; see the base class."""
-        target = torch.zeros(now.rows, dtype=torch.float64, device="cpu")
+        target = torch.zeros(now.rows, dtype=torch.float64, device=gram.device)
         target[now.newest] = float(now.capacity)
         return self._solve(gram[None], target[None], now)[0]
 

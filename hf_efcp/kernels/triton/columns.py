@@ -38,7 +38,23 @@ def dots(
     WHOLE: tl.constexpr,
 ):
     """`<row_newest, row_i>` of a tensor, `(tensors, capacity)` float64; 0 for rows that were not written yet."""
-    row, i = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    dot(table, columns, capacity, tl.program_id(0), RANK, PADDED, VALUES_IN, LENGTH, WHOLE)
+
+
+@triton.jit
+def dot(
+    table,
+    columns,
+    capacity,
+    task,
+    RANK: tl.constexpr,
+    PADDED: tl.constexpr,
+    VALUES_IN: tl.constexpr,
+    LENGTH: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """One of them."""
+    row, i = (task // capacity).to(tl.int64), (task % capacity).to(tl.int64)
     newest = field(table, row, NEWEST)
     left = field(table, row, LEFT)
     product = tl.zeros((), tl.float64)

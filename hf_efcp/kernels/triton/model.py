@@ -195,30 +195,41 @@ class Model:
             warps=min(32, max(4, share * length // 512)),
         )
 
-    def dots_low_rank(self, rows: Sequence[Row], settings: Settings) -> Sums:
-        """The new columns of the Gram matrices.
+    def products_low_rank(self, rows: Sequence[Row], settings: Settings) -> tuple[Sums, Sums | None]:
+        """The new columns of the Gram matrices, and inner products of a dense vector with all rows, if there is one.
 
         Args:
             rows: As in `begin`.
             settings: What is compiled.
 
         Returns:
-            Sums over each row of the table; 0 for rows of the window that were not written.
+            Sums over each row of the table, 0 for rows of the window that were not written; and over panels, for every
+            vector of every row.
         """
         rank, capacity = settings.rank, settings.capacity
-        found = torch.empty(len(rows), capacity, dtype=torch.float64, device=self.device)
         wide = padded(rank)
+        kept = {"RANK": rank, "PADDED": wide, "VALUES_IN": settings.values}
+        kept |= {"LENGTH": max(1, _SUMS // (wide * wide)), "WHOLE": _FACTORS}
+        found = torch.empty(len(rows), capacity, dtype=torch.float64, device=self.device)
+        columns_of = Sums(found, self._bounds("rows", lambda: [row.places["unit"] for row in rows]))
+        if not settings.outside:
+            launch(columns.dots, (len(rows) * capacity,), self.table, found, capacity, **kept)
+            return columns_of, None
+        tasks = self._plan("panels", lambda: cuts.tiles_of(rows, _PANEL))
+        partial = torch.zeros(len(tasks), capacity * rank, dtype=torch.float64, device=self.device)
         launch(
-            columns.dots,
-            (len(rows), capacity),
-            *(self.table, found, capacity),
-            **{"RANK": rank, "PADDED": wide, "VALUES_IN": settings.values},
-            LENGTH=max(1, _SUMS // (wide * wide)),
-            WHOLE=_FACTORS,
+            outside.dots_and_outside,
+            (len(tasks) + len(rows) * capacity,),
+            *(self.table, self.numbers, tasks, len(tasks), partial, found, capacity, settings.eps),
+            **{**kept, **settings.vector},
+            **{"ROWS": TILE[0] // 2, "COLS": TILE[1], "INNER": _INNER, "PANEL": _PANEL},
         )
-        return Sums(found, self._bounds("rows", lambda: [row.places["unit"] for row in rows]))
+        units = self._bounds(
+            "panels", lambda: [rows[number].places["unit"] for number in cuts.tiles_of(rows, _PANEL)[:, 0]]
+        )
+        return columns_of, Sums(partial, units, rank)
 
-    def dots_sparse(self, rows: Sequence[Row], settings: Settings) -> Sums:
+    def products_sparse(self, rows: Sequence[Row], settings: Settings) -> tuple[Sums, Sums | None]:
         """The same for sparse windows.
 
         Args:
@@ -229,66 +240,17 @@ class Model:
             Sums over some blocks.
         """
         capacity = settings.capacity
-        tasks = self._products(rows)
-        partial = torch.empty(len(tasks), capacity, dtype=torch.float64, device=self.device)
+        tasks = self._plan("products", lambda: np.array([task[:3] for task in cuts.ranges(rows)], np.int64))
+        units = self._bounds("products", lambda: [task[3] for task in cuts.ranges(rows)])
+        grid, common = (len(tasks), capacity), {**self._sparse(settings), "LENGTH": _CHUNK, "warps": 1}
+        found, partial = (torch.empty(*grid, dtype=torch.float64, device=self.device) for _ in range(2))
         steps = max(row.places["kept"] for row in rows).bit_length() + 1
-        launch(
-            sparse.sparse_dots,
-            (len(tasks), capacity),
-            *(self.table, tasks, partial, capacity),
-            **self._sparse(settings),
-            STEPS=steps,
-            LENGTH=_CHUNK,
-            warps=1,
-        )
-        return Sums(partial, self._bounds("products", lambda: [task[3] for task in cuts.ranges(rows)]))
-
-    def outside_low_rank(self, rows: Sequence[Row], settings: Settings) -> Sums:
-        """Inner products of the dense vector with the rows of low-rank windows.
-
-        Args:
-            rows: As in `begin`.
-            settings: What is compiled.
-
-        Returns:
-            Sums over a panel, for every vector of every row.
-        """
-        tasks = self._plan("panels", lambda: cuts.tiles_of(rows, _PANEL))
-        partial = torch.zeros(len(tasks), settings.capacity * settings.rank, dtype=torch.float64, device=self.device)
-        launch(
-            outside.outside_low_rank,
-            (len(tasks),),
-            *(self.table, self.numbers, tasks, partial, settings.capacity, settings.eps),
-            **{"RANK": settings.rank, "VALUES_IN": settings.values, **settings.vector},
-            **{"ROWS": TILE[0] // 2, "COLS": TILE[1], "INNER": _INNER, "PANEL": _PANEL},
-        )
-        units = self._bounds(
-            "panels", lambda: [rows[number].places["unit"] for number in cuts.tiles_of(rows, _PANEL)[:, 0]]
-        )
-        return Sums(partial, units, settings.rank)
-
-    def outside_sparse(self, rows: Sequence[Row], settings: Settings) -> Sums:
-        """The same for sparse windows.
-
-        Args:
-            rows: As in `begin`.
-            settings: What is compiled.
-
-        Returns:
-            Sums over some blocks.
-        """
-        tasks = self._products(rows)
-        partial = torch.empty(len(tasks), settings.capacity, dtype=torch.float64, device=self.device)
-        launch(
-            outside.outside_sparse,
-            (len(tasks), settings.capacity),
-            *(self.table, self.numbers, tasks, partial, settings.capacity, settings.eps),
-            **self._sparse(settings),
-            **settings.vector,
-            LENGTH=_CHUNK,
-            warps=1,
-        )
-        return Sums(partial, self._bounds("products", lambda: [task[3] for task in cuts.ranges(rows)]))
+        launch(sparse.sparse_dots, grid, self.table, tasks, found, capacity, **common, STEPS=steps)
+        if not settings.outside:
+            return Sums(found, units), None
+        given = self.table, self.numbers, tasks, partial, capacity, settings.eps
+        launch(outside.outside_sparse, grid, *given, **common, **settings.vector)
+        return Sums(found, units), Sums(partial, units)
 
     def add_up(self, sums: Sums) -> torch.Tensor:
         """Sums over whole units.
@@ -383,9 +345,6 @@ class Model:
 
     def _sparse(self, settings: Settings) -> dict[str, Any]:
         return {"VALUES_IN": settings.values, "WIDE_INDEX": settings.block_size > 256}
-
-    def _products(self, rows: Sequence[Row]) -> torch.Tensor:
-        return self._plan("products", lambda: np.array([task[:3] for task in cuts.ranges(rows)], np.int64))
 
     def _bounds(self, name: str, units: Callable[[], Sequence[int]]) -> torch.Tensor:
         """Where the tasks of each unit begin, and where the last ends; the units of the tasks ascend."""

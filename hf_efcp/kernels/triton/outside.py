@@ -1,10 +1,11 @@
-"""Inner products of a dense vector with all rows of the windows, of a whole model in one launch."""
+"""Inner products of a dense vector with all rows of the windows, and low-rank columns in the same launch."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
+from .columns import dot
 from .error import load_factor
 from .shared import (
     BEGIN,
@@ -26,10 +27,59 @@ from .topk import load_index, load_value, scale_of
 
 
 @triton.jit
+def dots_and_outside(
+    table,
+    numbers,
+    tasks,
+    count,
+    partial,
+    columns,
+    capacity,
+    eps,
+    RANK: tl.constexpr,
+    PADDED: tl.constexpr,
+    VALUES_IN: tl.constexpr,
+    LENGTH: tl.constexpr,
+    WHOLE: tl.constexpr,
+    MOMENT: tl.constexpr,
+    METRIC: tl.constexpr,
+    COUPLED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    INNER: tl.constexpr,
+    PANEL: tl.constexpr,
+):
+    """Products of a dense vector in `count` tasks, and what `columns.dots` does in those that are left."""
+    task = tl.program_id(0)
+    if task < count:
+        outside_low_rank(
+            table,
+            numbers,
+            tasks,
+            task,
+            partial,
+            capacity,
+            eps,
+            RANK,
+            VALUES_IN,
+            MOMENT,
+            METRIC,
+            COUPLED,
+            ROWS,
+            COLS,
+            INNER,
+            PANEL,
+        )
+    else:
+        dot(table, columns, capacity, task - count, RANK, PADDED, VALUES_IN, LENGTH, WHOLE)
+
+
+@triton.jit
 def outside_low_rank(
     table,
     numbers,
     tasks,
+    task,
     partial,
     capacity,
     eps,
@@ -47,12 +97,11 @@ def outside_low_rank(
 
     Of a tensor that is kept whole, a tile is a range, and the products stand for the first vector.
     """
-    task = tl.program_id(0).to(tl.int64)
     row = tl.load(tasks + 3 * task)
     top, begin = tl.load(tasks + 3 * task + 1).to(tl.int32), tl.load(tasks + 3 * task + 2).to(tl.int32)
     held, left, numel = small(table, row, HELD), field(table, row, LEFT), small(table, row, NUMEL)
     height, width, right = small(table, row, HEIGHT), small(table, row, WIDTH), field(table, row, RIGHT)
-    out = partial + task * capacity * RANK
+    out = partial + task.to(tl.int64) * capacity * RANK
     c = begin + tl.arange(0, COLS)
     below = tl.where(left == 0, (numel - begin + COLS - 1) // COLS, height - top)
     for under in range(0, tl.minimum(below, PANEL), ROWS):
