@@ -80,8 +80,8 @@ class Combination:
             The length; infinite where it is beyond float64.
         """
         with one_thread():
-            square = self.coefficients @ (gram @ self.coefficients + 2.0 * self.scale * outside[:-1])
-            square = float(square + self.scale * self.scale * outside[-1])  # one number: each is waited for on a GPU
+            inside = self.coefficients @ (gram @ self.coefficients + 2.0 * self.scale * outside[:-1])
+            square = float(inside + self.scale * self.scale * outside[-1])  # one number: a GPU is waited for once
         length = math.sqrt(max(square, 0.0))
         return length if math.isfinite(length) else math.inf
 
