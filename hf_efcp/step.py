@@ -16,7 +16,7 @@ from .graphs import LARGEST_SOLVED
 from .kernels import Kernels, pool, widest
 from .layout import Layout
 from .leaves import Leaf
-from .preconditioners import MFAC, Combination, Preconditioner, WindowPosition
+from .preconditioners import Combination, Preconditioner, WindowPosition
 from .update import Move, move_all
 from .vectors import Vectors
 
@@ -84,7 +84,7 @@ class Step:
         with record_function(SPANS["compress"]):
             self._push(units)
         with record_function(SPANS["products"]):
-            units = self._collect(self._with_products([_without_products(unit) for unit in units]))
+            units = self._collect(self._with_products([_without_products(unit, self.device) for unit in units]))
         with record_function(SPANS["solve"]):
             plans = self._plan(units)
         with record_function(SPANS["update"]):
@@ -132,23 +132,18 @@ class Step:
 
     def _solved(self, units: list[Unit], whole: Whole) -> torch.Tensor:
         """The coefficients where they are not found in one launch, `(units, capacity)`, on the device."""
-        columns, products = whole.summed()
-        if self.layout.metric is not None and isinstance(self.preconditioner, MFAC):
+        summed = whole.summed()
+        if self.layout.metric is not None:
             positions = [unit.now for unit in units]
-            return whole.solve_large(positions, columns, products, self.preconditioner, self.beta1)
-        own = [
-            _without_products(unit)._replace(column=column[: unit.now.rows])
-            for unit, column in zip(units, columns, strict=True)
+            return whole.solve_by_torch(positions, summed, self.preconditioner, self.beta1)
+        own = [  # the paper's rule, which has kernels for rows alone
+            _without_products(unit, self.device)._replace(column=column[: unit.now.rows])
+            for unit, column in zip(units, summed[0], strict=True)
         ]
-        if products is not None:  # in a metric, and so without `|x|^2`, in whose place is anything
-            own = [
-                unit._replace(products=torch.nn.functional.pad(some[: unit.now.rows], (0, 1)))
-                for unit, some in zip(own, products, strict=True)
-            ]
         # A small matrix has been decomposed on the CPU before a device has been asked to.
         large = self.layout.num_grads > LARGEST_SOLVED
         own = self._collect(own, self.device if large else _CPU)
-        coefficients = torch.zeros_like(columns)
+        coefficients = torch.zeros_like(summed[0])
         for place, plan in enumerate(self._plan(own)):
             coefficients[place, : own[place].now.rows] = plan.coefficients
         return coefficients
@@ -288,10 +283,10 @@ class Step:
                 )
 
 
-def _without_products(unit: Unit) -> Unit:
-    """A unit with zeros for its column and its products."""
+def _without_products(unit: Unit, device: torch.device) -> Unit:
+    """A unit with zeros for its column and its products, on a device: from elsewhere each would be waited for."""
     sizes = unit.now.rows, unit.now.rows + 1
-    column, products = (torch.zeros(size, dtype=torch.float64, device="cpu") for size in sizes)
+    column, products = (torch.zeros(size, dtype=widest(device), device=device) for size in sizes)
     return unit._replace(column=column, products=products)
 
 

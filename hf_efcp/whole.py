@@ -28,6 +28,7 @@ from .layout import Layout
 from .leaves import Group, Leaf, ParamRef
 from .preconditioners import MFAC, Preconditioner, WindowPosition
 
+_CPU = torch.device("cpu")
 Unit = tuple[list[Leaf], dict[str, Any]]  # parameters that share a matrix, and the state that holds it
 
 
@@ -269,59 +270,60 @@ class Whole:
         """
         if self._sums is None or self._changing is None:
             return None
-        grams = self._gather([gram_state for _, gram_state in self.units])
+        grams = self._gather([gram_state for _, gram_state in self.units], self.device)
         with self._on_device():
             return self._model.solve(grams, self._sums, self._outside, self._changing, self._settings)
 
-    def summed(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The new columns of the Gram matrices, and the products of a dense vector.
+    def summed(self) -> torch.Tensor:
+        """The new columns of the Gram matrices, and behind them the products of a dense vector, if there is one.
 
         Returns:
-            Both `(units, capacity)`, float64, on the device; None for products where a row is preconditioned.
+            `(1 or 2, units, capacity)`, float64, on the device.
         """
-        sums, outside = self._sums, self._outside
-        if sums is None:
-            zeros = torch.zeros(len(self.units), self._settings.capacity, dtype=torch.float64, device=self.device)
-            return zeros, zeros if self._settings.outside else None
+        if self._sums is None:
+            sizes = 1 + self._settings.outside, len(self.units), self._settings.capacity
+            return torch.zeros(sizes, dtype=torch.float64, device=self.device)
         with self._on_device():
-            return self._model.add_up(sums), None if outside is None else self._model.add_up(outside)
+            return self._model.add_up(self._sums, self._outside)
 
-    def solve_large(
+    def solve_by_torch(
         self,
         positions: Sequence[WindowPosition],
-        columns: torch.Tensor,
-        products: torch.Tensor | None,
-        preconditioner: MFAC,
+        summed: torch.Tensor,
+        preconditioner: Preconditioner,
         beta1: float,
     ) -> torch.Tensor:
-        """The same as `solve` for windows of any size and any dampening, by torch's routines.
+        """The same as `solve` for every window in a metric, by torch's routines, many matrices at once.
 
         Args:
             positions: Where the windows stand.
-            columns: From `summed`.
-            products: From `summed`.
+            summed: From `summed`.
             preconditioner: With its hyperparameters as they are.
             beta1: Decay of the first moment over the window's rows.
 
         Returns:
-            `(units, capacity)`, float64.
+            `(units, capacity)`, float64, on the device.
         """
-        grams = self._gather([gram_state for _, gram_state in self.units])
+        # Many small matrices are decomposed on the CPU before a device has been asked to; what it takes is one copy.
+        small = not isinstance(preconditioner, MFAC) and self._layout.num_grads <= graphs.LARGEST_SOLVED
+        where = _CPU if small else self.device
+        columns, *products = summed.to(where)
+        grams = self._gather([gram_state for _, gram_state in self.units], where)
         coefficients = torch.zeros_like(columns)
         for now in dict.fromkeys(positions):
             places = [place for place, other in enumerate(positions) if other == now]
             # All at once where they are all: an index would be a copy.
-            some: Any = slice(None) if len(places) == len(positions) else torch.tensor(places, device=self.device)
+            some: Any = slice(None) if len(places) == len(positions) else upload(np.array(places), where)
             column, rows = columns[some, : now.rows], now.rows
             grams[some, now.newest, :rows] = column
             grams[some, :rows, now.newest] = column
             own = grams[some][:, :rows, :rows]
-            if products is None:
-                weights = now.weights(beta1, self.device)
+            if not products:
+                weights = now.weights(beta1, where)
                 coefficients[some, :rows] = preconditioner.shorten(own, own @ weights, now) + weights
             else:
-                coefficients[some, :rows] = preconditioner.shorten(own, products[some, :rows], now)
-        return coefficients
+                coefficients[some, :rows] = preconditioner.shorten(own, products[0][some, :rows], now)
+        return coefficients if where == self.device else upload(coefficients.numpy(), self.device)
 
     def move(self, coefficients: torch.Tensor | None) -> None:
         """`theta <- keep theta - lr D^-1/2 G^T c`.
@@ -337,11 +339,12 @@ class Whole:
             param.copy_(copy)
         self._moved, self._kept, self._sums, self._outside = [], [], None, None
 
-    def _gather(self, states: Sequence[dict[str, Any]]) -> torch.Tensor:
+    def _gather(self, states: Sequence[dict[str, Any]], where: torch.device) -> torch.Tensor:
         """The Gram matrices of units as one tensor, `(units, capacity, capacity)`; the states have views of it."""
         held = [state["gram"] for state in states]
-        if len(held) != len(self._homes) or any(a is not b for a, b in zip(held, self._homes, strict=True)):
-            self._grams = torch.stack([gram.to(self.device) for gram in held])
+        known = len(held) == len(self._homes) and all(a is b for a, b in zip(held, self._homes, strict=True))
+        if not (known and self._grams.device == where):
+            self._grams = torch.stack([gram.to(where) for gram in held])
             self._homes = list(self._grams)
             for state, home in zip(states, self._homes, strict=True):
                 state["gram"] = home

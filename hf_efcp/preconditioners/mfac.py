@@ -118,7 +118,8 @@ class MFAC(GramPreconditioner):
         if self.is_definite(now):  # no number decides what is done: on a GPU, nothing has to wait for one
             return torch.where(((shifts > 0.0) & (failed == 0))[:, None], solved, 0.0)
         lost = shifts <= NULL * now.rows * mean_squares(grams)
-        for unit in torch.nonzero(failed.bool() | lost).flatten().tolist():
+        singular = (failed.bool() | lost).tolist()  # waited for once
+        for unit in (unit for unit, is_singular in enumerate(singular) if is_singular):
             spectrum, vectors = torch.linalg.eigh(grams[unit])
             inverse = torch.where(present(spectrum), 1.0 / (spectrum + shifts[unit]), 0.0)
             solved[unit] = vectors @ (inverse * (vectors.T @ targets[unit]))

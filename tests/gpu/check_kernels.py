@@ -214,7 +214,7 @@ def test_sparse_products_and_combinations(value_dtype, numel, density, newest, h
     rows[0].theta.fill_(2.0)
     model, compiled = Model(CPU), settings(values=value_dtype, block_size=128)
     model.begin(rows, 1)
-    (column,) = model.add_up(model.products_sparse(rows, compiled)[0])
+    ((column,),) = model.add_up(*model.products_sparse(rows, compiled))
     exact = dense @ dense[newest]
     assert torch.allclose(column[:held], exact[:held], rtol=1e-6, atol=1e-6 * float(exact[newest]))
     assert not column[held:].any()
@@ -250,7 +250,7 @@ def test_low_rank_products_and_combinations(value_dtype, height, width, rank, he
         own.theta.fill_(2.0)
     model, compiled = Model(CPU), settings(values=value_dtype, rank=rank)
     model.begin(rows, 2)
-    columns = model.add_up(model.products_low_rank(rows, compiled)[0])
+    (columns,) = model.add_up(*model.products_low_rank(rows, compiled))
     c = torch.randn(2, 3, generator=generator, dtype=torch.float64)
     model.move_low_rank(rows, compiled, c)
     for own, column, line, weights in zip(rows, columns, lines, c, strict=True):

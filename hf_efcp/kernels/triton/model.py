@@ -243,28 +243,38 @@ class Model:
         tasks = self._plan("products", lambda: np.array([task[:3] for task in cuts.ranges(rows)], np.int64))
         units = self._bounds("products", lambda: [task[3] for task in cuts.ranges(rows)])
         grid, common = (len(tasks), capacity), {**self._sparse(settings), "LENGTH": _CHUNK, "warps": 1}
-        found, partial = (torch.empty(*grid, dtype=torch.float64, device=self.device) for _ in range(2))
+        found = torch.empty(grid, dtype=torch.float64, device=self.device)
         steps = max(row.places["kept"] for row in rows).bit_length() + 1
         launch(sparse.sparse_dots, grid, self.table, tasks, found, capacity, **common, STEPS=steps)
         if not settings.outside:
             return Sums(found, units), None
+        partial = torch.empty_like(found)
         given = self.table, self.numbers, tasks, partial, capacity, settings.eps
         launch(outside.outside_sparse, grid, *given, **common, **settings.vector)
         return Sums(found, units), Sums(partial, units)
 
-    def add_up(self, sums: Sums) -> torch.Tensor:
+    def add_up(self, sums: Sums, outside: Sums | None) -> torch.Tensor:
         """Sums over whole units.
 
         Args:
-            sums: Of their parts.
+            sums: Of the new columns.
+            outside: Products of a dense vector, if there is one.
 
         Returns:
-            `(units, capacity)`, float64.
+            Columns, and behind them products if there are any: `(1 or 2, units, capacity)`, float64.
         """
-        wide = sums.partial.shape[1]
-        found = torch.empty(self.units, wide, dtype=torch.float64, device=self.device)
-        launch(sparse.add_up, (wide, self.units), sums.bounds, sums.partial, found, wide, LENGTH=_CHUNK, warps=1)
-        return found.view(self.units, -1, sums.parts).sum(dim=2)
+        other, capacity = outside or sums, sums.partial.shape[1]
+        many = 1 if outside is None else 2
+        found = torch.empty(many, self.units, capacity, dtype=torch.float64, device=self.device)
+        launch(
+            sparse.add_up,
+            (many * capacity, self.units),
+            *(sums.bounds, sums.partial, found[0], other.bounds, other.partial, found[-1], capacity),
+            PARTS=other.parts,
+            LENGTH=_CHUNK,
+            warps=1,
+        )
+        return found
 
     def solve(
         self,

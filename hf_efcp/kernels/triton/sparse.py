@@ -55,15 +55,35 @@ def sparse_dots(
 
 
 @triton.jit
-def add_up(bounds, partial, columns, capacity, LENGTH: tl.constexpr):
-    """Add the tasks of each tensor in their order: `(tensors, capacity)`."""
-    i, unit = tl.program_id(0), tl.program_id(1)  # the second is limited to 65,535
+def added_up(bounds, partial, found, capacity, i, unit, PARTS: tl.constexpr, LENGTH: tl.constexpr):
+    """Add the tasks of a unit in their order, for one row of the window; `PARTS` lie side by side."""
     first, last = tl.load(bounds + unit), tl.load(bounds + unit + 1)
     total = tl.zeros((LENGTH,), tl.float64)
     for begin in range(first, last, LENGTH):
         place = begin + tl.arange(0, LENGTH)
-        total += tl.load(partial + place * capacity + i, mask=place < last, other=0.0)
-    tl.store(columns + unit * capacity + i, tl.sum(total, axis=0))
+        for part in range(PARTS):
+            total += tl.load(partial + (place * capacity + i) * PARTS + part, mask=place < last, other=0.0)
+    tl.store(found + unit * capacity + i, tl.sum(total, axis=0))
+
+
+@triton.jit
+def add_up(
+    bounds,
+    partial,
+    columns,
+    outside_bounds,
+    outside,
+    products,
+    capacity,
+    PARTS: tl.constexpr,
+    LENGTH: tl.constexpr,
+):
+    """`(units, capacity)` columns, and in as many programs again, if there are, products of dense vectors."""
+    i, unit = tl.program_id(0), tl.program_id(1)  # the second is limited to 65,535
+    if i < capacity:
+        added_up(bounds, partial, columns, capacity, i, unit, 1, LENGTH)
+    else:
+        added_up(outside_bounds, outside, products, capacity, i - capacity, unit, PARTS, LENGTH)
 
 
 @triton.jit
