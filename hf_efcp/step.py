@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch.autograd.profiler import record_function
 
-from . import shards
+from . import graphs, shards
 from .checks import HEAVY_BALL
 from .error_feedback import push
-from .graphs import LARGEST_SOLVED
 from .kernels import Kernels, pool, widest
 from .layout import Layout
 from .leaves import Leaf
@@ -141,7 +140,7 @@ class Step:
             for unit, column in zip(units, summed[0], strict=True)
         ]
         # A small matrix has been decomposed on the CPU before a device has been asked to.
-        large = self.layout.num_grads > LARGEST_SOLVED
+        large = self.layout.num_grads > graphs.LARGEST_SOLVED
         own = self._collect(own, self.device if large else _CPU)
         coefficients = torch.zeros_like(summed[0])
         for place, plan in enumerate(self._plan(own)):

@@ -116,7 +116,7 @@ def test_what_a_step_waits_for(case, step):
     assert copies == COPIES.get(case, [])
 
 
-@pytest.mark.parametrize("case", ["large", "large, sparse, both moments", "large GGT"])
+@pytest.mark.parametrize("case", ["large", "large, sparse, both moments", "large, GGT"])
 def test_windows_at_several_places_are_not_waited_for(case, step):
     reads, copies, _, _ = step(case, absent=(1,), nonfinite="ignore")
     assert reads == copies == []

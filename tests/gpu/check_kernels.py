@@ -205,7 +205,7 @@ def test_sparse_products_and_combinations(value_dtype, numel, density, newest, h
         pieces = [part.piece for part in written]
         reference.accumulate_topk([p.of(gradient) for p in pieces], [p.of(error) for p in pieces], written)
         dense[position] = gradient.double() - error.double()
-    gradient = torch.zeros(numel)
+    gradient = torch.randn(numel, generator=generator)
     rows = sparse_rows(gradient, {}, state, window, 0, newest)
     for own in rows:
         own.theta = rows[0].theta
@@ -215,6 +215,10 @@ def test_sparse_products_and_combinations(value_dtype, numel, density, newest, h
     model, compiled = Model(CPU), settings(values=value_dtype, block_size=128)
     model.begin(rows, 1)
     ((column,),) = model.add_up(*model.products_sparse(rows, compiled))
+    dense_too = settings(values=value_dtype, block_size=128, outside=True)
+    (again,), (products,) = model.add_up(*model.products_sparse(rows, dense_too))
+    assert torch.equal(again, column)
+    assert torch.allclose(products[:held], dense[:held] @ gradient.double(), rtol=1e-6, atol=1e-6 * numel**0.5)
     exact = dense @ dense[newest]
     assert torch.allclose(column[:held], exact[:held], rtol=1e-6, atol=1e-6 * float(exact[newest]))
     assert not column[held:].any()
@@ -239,9 +243,10 @@ def test_low_rank_products_and_combinations(value_dtype, height, width, rank, he
     left, right = (torch.randn(3, rank, side, generator=generator).to(value_dtype) for side in (height, width))
     whole = torch.randn(3, 45, generator=generator).to(value_dtype)
     lines = torch.einsum("mkr,mkc->mrc", left.double(), right.double()).flatten(1), whole.double()
+    x = [torch.randn(height * width, generator=generator), torch.randn(45, generator=generator)]
     rows = [
-        row(torch.zeros(height * width), {"left": left, "right": right}, height=height, width=width, newest=held - 1),
-        row(torch.zeros(45), {"values": whole}, newest=held - 1, unit=1, lr=0.25, keep=1.0),
+        row(x[0], {"left": left, "right": right}, height=height, width=width, newest=held - 1),
+        row(x[1], {"values": whole}, newest=held - 1, unit=1, lr=0.25, keep=1.0),
     ]
     for own in rows:
         own.places["held"] = held
@@ -251,6 +256,12 @@ def test_low_rank_products_and_combinations(value_dtype, height, width, rank, he
     model, compiled = Model(CPU), settings(values=value_dtype, rank=rank)
     model.begin(rows, 2)
     (columns,) = model.add_up(*model.products_low_rank(rows, compiled))
+    dense_too = settings(values=value_dtype, rank=rank, outside=True)
+    again, products = model.add_up(*model.products_low_rank(rows, dense_too))
+    assert torch.equal(again, columns)
+    for product, line, vector in zip(products, lines, x, strict=True):
+        lengths = float(line.norm(dim=1).max() * vector.norm())
+        assert float((product[:held] - line[:held] @ vector.double()).abs().max()) < 1e-6 * lengths
     c = torch.randn(2, 3, generator=generator, dtype=torch.float64)
     model.move_low_rank(rows, compiled, c)
     for own, column, line, weights in zip(rows, columns, lines, c, strict=True):

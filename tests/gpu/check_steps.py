@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_efcp import DenseMFAC, LowRankGGT, LowRankMFAC, MicroAdam, SparseGGT, SparseMFAC
+from hf_efcp import DenseMFAC, LowRankGGT, LowRankMFAC, MicroAdam, SparseGGT, SparseMFAC, graphs
 from hf_efcp.errors import UINT4
 from hf_efcp.kernels.triton import finite, model
 
@@ -29,13 +29,14 @@ CASES = {
     "lean": (LowRankMFAC, {"metric": "factored"}, 5e-2),
     "lean, both moments": (LowRankMFAC, {"metric": "factored", "precondition": "momentum"}, 5e-2),
     "large": (LowRankMFAC, {**EXACT, "num_grads": 65}, 2e-5),
+    "large, both moments": (LowRankMFAC, {**EXACT, "num_grads": 65, "precondition": "momentum"}, 2e-5),
     "large, absolute": (LowRankMFAC, {**EXACT, "num_grads": 65, "damp": 0.1}, 2e-5),
     "large, the paper's": (
         SparseMFAC,
         {"density": 0.1, "block_size": 64, "metric": "none", "damp": 1e-3, "num_grads": 65},
         1e-4,
     ),
-    "large GGT": (SparseGGT, {"density": 0.1, "block_size": 64, "num_grads": 65}, 1e-4),
+    "large, GGT": (SparseGGT, {"density": 0.1, "block_size": 64, "num_grads": 65}, 1e-4),
     "large, GGT of the paper": (SparseGGT, {"density": 0.1, "block_size": 64, "metric": "none", "num_grads": 65}, 1e-4),
     "factored, both moments": (LowRankMFAC, {**EXACT, "metric": "factored", "precondition": "momentum"}, 2e-5),
     "sparse, factored": (SparseMFAC, {"density": 0.1, "block_size": 64, "metric": "factored"}, 1e-4),
@@ -104,8 +105,12 @@ def assert_same(left, right):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_steps_are_the_references(case):
-    mine, expected = Run(case, "triton"), Run(case, "reference")
+def test_steps_are_the_references(case, monkeypatch):
+    changes = {}
+    if case.startswith("large, "):  # the interpreter is slow, and a window that is only called large wraps
+        monkeypatch.setattr(graphs, "LARGEST_SOLVED", 2)
+        changes = {"num_grads": 3}
+    mine, expected = (Run(case, backend, **changes) for backend in ("triton", "reference"))
     assert mine.optimizer.backend == "triton"
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # none falls back
@@ -234,37 +239,6 @@ def test_launches_do_not_depend_on_the_number_of_tensors(case, launched):
     if case != "sparse, the paper's":  # whose matrix is solved on the CPU, and the length of its update checked
         assert counts[0] == counts[1]
         assert counts[0].total() <= 8
-
-
-CHECK = ["tolist", "__float__"]  # the float is one of the CPU: how many gradients are bad, summed over processes
-
-
-@pytest.mark.parametrize(
-    ("case", "nonfinite", "expected"),
-    [
-        ("default", "skip", CHECK),
-        ("default", "ignore", []),
-        ("sparse", "skip", CHECK),
-        ("sparse", "ignore", []),
-        ("large", "ignore", []),
-        ("large, absolute", "ignore", ["tolist"]),  # is a matrix singular?
-        ("large, the paper's", "ignore", ["tolist", "__float__"]),  # how long is the update?
-    ],
-)
-def test_a_step_waits_for_single_numbers_only(case, nonfinite, expected, launched, monkeypatch):
-    run = Run(case, "triton", nonfinite=nonfinite)
-    run.step()
-    waits = []
-    for name in ("item", "tolist", "cpu", "nonzero", "__bool__", "__int__", "__float__"):
-        original = getattr(torch.Tensor, name)
-
-        def noted(*given, _name=name, _original=original, **options):
-            waits.append(_name)
-            return _original(*given, **options)
-
-        monkeypatch.setattr(torch.Tensor, name, noted)
-    run.optimizer.step()
-    assert waits == expected
 
 
 # What is refused
