@@ -101,7 +101,7 @@ class Layout:
             device: Where; "meta" gives shapes without memory.
 
         Returns:
-            The rows pushed, and the Gram matrix (float64 on the CPU).
+            The rows pushed, and the Gram matrix (float64, on the CPU until `Whole` takes it to the device).
         """
         state: State = {"pushed": 0}
         if self.preconditioner.uses_gram:

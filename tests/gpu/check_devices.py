@@ -32,7 +32,7 @@ READS = {
     "large, GGT of the paper": ["__float__"],
 }
 COPIES = {
-    **dict.fromkeys(("GGT", "GGT, L2", "sparse GGT", "sparse GGT, both moments"), ["to the host"]),
+    **{case: ["to the host"] for case in ("GGT", "GGT, L2", "sparse GGT", "sparse GGT, both moments")},
     "sparse, the paper's": ["to the host", "to the device"],
 }
 

@@ -43,7 +43,7 @@ def test_means_are_plain_torchs(runs, scale):
     found = model.numbers.view(len(rows), len(shared.NUMBERS))[:, shared.MEAN.value].view(len(SHAPES), runs)
     for number, (state, own) in enumerate(zip(mine, expected, strict=True)):
         for name, value in own.items():
-            assert torch.allclose(state[name], value, rtol=1e-5, atol=0.0), (number, name)
+            assert torch.allclose(state[name], value, rtol=1e-6, atol=0.0), (number, name)
         if "second_moment_columns" in own:
             mean = own["second_moment_columns"].double().mean().clamp(min=torch.finfo(torch.float32).tiny)
             assert torch.allclose(found[number].double(), mean.expand(runs), rtol=1e-6)

@@ -1,4 +1,4 @@
-"""Whole steps of the Triton kernels in the interpreter: against plain torch, twice, after a resume, and counted."""
+"""Whole steps of the Triton kernels in the interpreter: against plain torch, twice, resumed, compiled, counted."""
 
 import collections
 import copy
@@ -144,6 +144,17 @@ def test_two_runs_and_a_resume_have_the_same_bits(case):
     for update in updates[3:]:
         assert_same(resumed.step(), update)
     assert_same(copied.step(), updates[3])
+
+
+@pytest.mark.parametrize("case", ["default", "sparse"])
+def test_the_compiler_leaves_a_step_as_it_is(case):
+    eager, mine = Run(case, "triton"), Run(case, "triton")
+    torch._dynamo.reset()
+    mine.optimizer.step = torch.compile(mine.optimizer.step, backend="eager")
+    for _ in range(3):
+        assert_same(mine.step(), eager.step())
+    assert any(param.detach().any() for param in mine.params)
+    torch._dynamo.reset()
 
 
 def test_nonfinite_gradients():

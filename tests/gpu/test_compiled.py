@@ -25,6 +25,19 @@ STEPS = {
     "sparse, factored": lambda params: SparseMFAC(
         params, backend="triton", metric="factored", precondition="momentum", num_grads=16
     ),
+    "large, lean, both moments, L2": lambda params: LowRankMFAC(
+        params,
+        backend="triton",
+        metric="factored",
+        precondition="momentum",
+        num_grads=65,
+        weight_decay=0.1,
+        decoupled_weight_decay=False,
+    ),
+    "wide": lambda params: LowRankMFAC(
+        params, backend="triton", error_dtype=torch.float32, metric_dtype=torch.float32, value_dtype=torch.float32
+    ),
+    "the paper's": lambda params: SparseMFAC(params, backend="triton", metric="none", damp=1e-3),
     "sparse_mfac 256": lambda params: SparseMFAC(
         params, backend="triton", num_grads=256, value_dtype=torch.int8, error_dtype=torch.float32
     ),

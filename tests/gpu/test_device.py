@@ -23,6 +23,12 @@ CASES = {
     "one matrix": (LowRankMFAC, {**EXACT, "rank": 2, "scope": "model"}, 1e-3),
     "bfloat16": (LowRankMFAC, {"error_dtype": torch.bfloat16, "metric_dtype": torch.bfloat16, "rank": 3}, 5e-2),
     "lean": (LowRankMFAC, {"metric": "factored"}, 5e-2),
+    "both moments": (LowRankMFAC, {"precondition": "momentum"}, 5e-2),
+    "large": (LowRankMFAC, {**EXACT, "rank": 2, "num_grads": 65}, 1e-3),
+    "large, both moments": (SparseMFAC, {"num_grads": 65, "precondition": "momentum"}, 1e-2),
+    "large, absolute": (LowRankMFAC, {**EXACT, "rank": 2, "num_grads": 65, "damp": 0.1}, 1e-3),
+    "large, GGT": (SparseGGT, {"num_grads": 65}, 1e-2),
+    "large, the paper's": (SparseMFAC, {"num_grads": 65, "metric": "none", "damp": 1e-3}, 1e-2),
     "sparse": (SparseMFAC, {}, 1e-2),
     "sparse, factored": (SparseMFAC, {"metric": "factored"}, 1e-2),
     "sparse, exact": (SparseMFAC, {**EXACT, "density": 0.05}, 1e-2),
@@ -103,7 +109,7 @@ def test_two_runs_and_a_resume_have_the_same_bits(case, tmp_path):
             assert_same(run.step(), update)
 
 
-@pytest.mark.parametrize("case", ["default", "sparse"])
+@pytest.mark.parametrize("case", ["default", "sparse", "large"])
 def test_a_step_does_not_wait_for_the_device(case):
     run = Run(case, nonfinite="ignore")
     for _ in range(2):
@@ -116,7 +122,7 @@ def test_a_step_does_not_wait_for_the_device(case):
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("case", ["default", "sparse"])
+@pytest.mark.parametrize("case", ["default", "sparse", "large"])
 def test_a_step_returns_while_the_device_is_busy(case):
     """Some of torch's operations wait unseen by the mode above: `cholesky_solve` of many matrices does."""
     run = Run(case, nonfinite="ignore")
