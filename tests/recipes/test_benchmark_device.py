@@ -55,6 +55,7 @@ def test_cases_are_timed_with_full_windows(recipe, model, monkeypatch):
 
     for old, param in zip(before, model.parameters(), strict=True):
         assert torch.equal(old, param.detach())  # learning rate 0: all train the same model
+    assert pushed[0][1].defaults["fused"]
     for label, optimizer in pushed[1:]:
         capacity = optimizer.param_groups[0]["num_grads"]
         steps = [state["pushed"] for state in optimizer.state.values() if "pushed" in state]
