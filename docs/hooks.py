@@ -51,7 +51,9 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 
 def runs_table(path: Path) -> str:
-    """The mean of the headline metric, and of the validation loss, of each optimizer at each learning rate.
+    """The mean of the headline metric, and of the loss, of each optimizer at each learning rate.
+
+    The loss is that on the part of the training split that chose the rate, or on the validation split where none did.
 
     Args:
         path: A file of runs, as `compare_optimizers.py` writes it.
@@ -109,7 +111,7 @@ def _differences(name: str, optim_args: str, options: dict[str, Any]) -> dict[st
 def _numbers(runs: list[dict[str, Any]]) -> str:
     if not runs:
         return ""
-    found = [(run["metrics"][run["headline"]], run["metrics"]["loss"]) for run in runs]
+    found = [(run["metrics"][run["headline"]], run.get("selection_loss", run["metrics"]["loss"])) for run in runs]
     diverged = sum(None in pair for pair in found)
     if diverged:
         return f"{diverged} of {len(runs)} diverged"

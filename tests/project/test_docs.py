@@ -265,6 +265,7 @@ def test_tables_are_means_over_seeds_by_what_an_optimizer_is_today(tmp_path, mon
         run(1, 8e-4, 0.5, None),
         run(1, 1e-4, 0.7, 0.4, optim_args="rank=8", rank=8),
         run(1, 1e-4, 0.6, 0.4, rank=2),  # what was a default then
+        {**run(2, 8e-4, 0.6, 0.4, rank=2), "selection_loss": 0.3},
     ]
     (tmp_path / "runs.jsonl").write_text("\n".join(map(json.dumps, runs)), encoding="utf-8")
     table = importlib.import_module("hooks").runs_table(tmp_path / "runs.jsonl")
@@ -275,5 +276,5 @@ def test_tables_are_means_over_seeds_by_what_an_optimizer_is_today(tmp_path, mon
         "| --- | --- | --- | --- | --- |",
         "| `lowrank_mfac` | 2.6 | 0.850 (0.400) | 1 of 1 diverged | 1, 2 |",
         "| `lowrank_mfac`, `rank=8` | 2.6 | 0.700 (0.400) |  | 1 |",
-        "| `lowrank_mfac`, `rank=2` | 2.6 | 0.600 (0.400) |  | 1 |",
+        "| `lowrank_mfac`, `rank=2` | 2.6 | 0.600 (0.400) | 0.600 (0.300) | 1, 2 |",
     ]
