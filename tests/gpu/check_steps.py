@@ -226,10 +226,10 @@ LAUNCHES = {
     "both moments": [*LOW_RANK, "dots_and_outside", "solve", "move"],
     "lean": [*LEAN, "dots", "solve", "move"],
     "lean, both moments": [*LEAN, "dots_and_outside", "solve", "move"],
-    "sparse, factored": [*BEGIN, "observe_factored", "keep_means", "select", "sparse_dots", "solve", "sparse_move"],
-    "sparse, both moments": [*BEGIN, "observe", "select", "sparse_dots", "outside_sparse", "solve", "sparse_move"],
-    "sparse": [*BEGIN, "observe", "select", "sparse_dots", "solve", "sparse_move"],
-    "sparse, the paper's": [*BEGIN, "select", "sparse_dots", "add_up", "sparse_move"],
+    "sparse, factored": [*BEGIN, "observe_factored", "keep_means", "select", "sparse_products", "solve", "sparse_move"],
+    "sparse, both moments": [*BEGIN, "observe", "select", "sparse_products", "solve", "sparse_move"],
+    "sparse": [*BEGIN, "observe", "select", "sparse_products", "solve", "sparse_move"],
+    "sparse, the paper's": [*BEGIN, "select", "sparse_products", "add_up", "sparse_move"],
 }
 
 

@@ -244,16 +244,20 @@ class Model:
         capacity = settings.capacity
         tasks = self._plan("products", lambda: np.array([task[:3] for task in cuts.ranges(rows)], np.int64))
         units = self._bounds("products", lambda: [task[3] for task in cuts.ranges(rows)])
-        grid, common = (len(tasks), capacity), {**self._sparse(settings), "LENGTH": _CHUNK, "warps": 1}
-        found = torch.empty(grid, dtype=torch.float64, device=self.device)
-        steps = max(row.places["kept"] for row in rows).bit_length() + 1
-        launch(sparse.sparse_dots, grid, self.table, tasks, found, capacity, **common, STEPS=steps)
-        if not settings.outside:
-            return Sums(found, units), None
-        partial = torch.empty_like(found)
-        given = self.table, self.numbers, tasks, partial, capacity, settings.eps
-        launch(outside.outside_sparse, grid, *given, **common, **settings.vector)
-        return Sums(found, units), Sums(partial, units)
+        found = torch.empty(len(tasks), capacity, dtype=torch.float64, device=self.device)
+        other = torch.empty_like(found) if settings.outside else found
+        launch(
+            sparse.sparse_products,
+            (len(tasks), capacity),
+            *(self.table, self.numbers, tasks, found, other, capacity, settings.eps),
+            **self._sparse(settings),
+            OUTSIDE=settings.outside,
+            **settings.vector,
+            STEPS=max(row.places["kept"] for row in rows).bit_length() + 1,
+            LENGTH=_CHUNK,
+            warps=1,
+        )
+        return Sums(found, units), Sums(other, units) if settings.outside else None
 
     def add_up(self, sums: Sums, outside: Sums | None) -> torch.Tensor:
         """Sums over whole units.

@@ -1,4 +1,4 @@
-"""Inner products of a dense vector with all rows of the windows, and low-rank columns in the same launch."""
+"""Inner products of a dense vector with all low-rank rows, and of the newest row, of a whole model in one launch."""
 
 from __future__ import annotations
 
@@ -8,22 +8,17 @@ import triton.language as tl
 from .columns import dot
 from .error import load_factor
 from .shared import (
-    BEGIN,
     HEIGHT,
     HELD,
-    INDICES,
-    KEPT,
     LEFT,
     NUMEL,
     RIGHT,
-    STRIDE,
     VALUES,
     WIDTH,
     dense_vector,
     field,
     small,
 )
-from .topk import load_index, load_value, scale_of
 
 
 @triton.jit
@@ -133,38 +128,3 @@ def outside_low_rank(
                 before = tl.load(place, mask=real, other=0.0)
                 tl.store(place, before + tl.sum((image * q).to(tl.float64), axis=1), mask=real)
         tl.debug_barrier()  # what was added is read again below
-
-
-@triton.jit
-def outside_sparse(
-    table,
-    numbers,
-    tasks,
-    partial,
-    capacity,
-    eps,
-    VALUES_IN: tl.constexpr,
-    WIDE_INDEX: tl.constexpr,
-    MOMENT: tl.constexpr,
-    METRIC: tl.constexpr,
-    COUPLED: tl.constexpr,
-    LENGTH: tl.constexpr,
-):
-    """The same with row `i` in some blocks: `(tasks, capacity)`. The vector is made where the row has entries."""
-    task, i = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    row, begin, last = tl.load(tasks + 3 * task), tl.load(tasks + 3 * task + 1), tl.load(tasks + 3 * task + 2)
-    kept, stride = field(table, row, KEPT), field(table, row, STRIDE)
-    indices, values = field(table, row, INDICES), field(table, row, VALUES)
-    total = tl.zeros((LENGTH,), tl.float64)
-    if i < field(table, row, HELD):
-        for block in range(begin, last):
-            unit = scale_of(table, row, block, i, VALUES_IN)
-            start = (field(table, row, BEGIN) + block * field(table, row, WIDTH)).to(tl.int32)
-            for first in range(0, kept, LENGTH):
-                place = first + tl.arange(0, LENGTH)
-                inside = place < kept
-                at = block * stride + i * kept + place
-                position = start + load_index(indices, at, inside, WIDE_INDEX)
-                x = dense_vector(table, numbers, row, position, inside, eps, MOMENT, METRIC, COUPLED)
-                total += x.to(tl.float64) * load_value(values, at, inside, unit, VALUES_IN)
-    tl.store(partial + task * capacity + i, tl.sum(total, axis=0))

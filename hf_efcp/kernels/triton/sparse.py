@@ -11,28 +11,37 @@ from .topk import load_index, load_value, scale_of
 
 
 @triton.jit
-def sparse_dots(
+def sparse_products(
     table,
+    numbers,
     tasks,
     partial,
+    outside,
     capacity,
+    eps,
     VALUES_IN: tl.constexpr,
     WIDE_INDEX: tl.constexpr,
+    OUTSIDE: tl.constexpr,
+    MOMENT: tl.constexpr,
+    METRIC: tl.constexpr,
+    COUPLED: tl.constexpr,
     STEPS: tl.constexpr,
     LENGTH: tl.constexpr,
 ):
-    """`<row_newest, row_i>` in some blocks, `(tasks, capacity)` float64; the indices of a row ascend.
+    """`<row_newest, row_i>` in some blocks, and `<z, row_i>` of a dense vector, `(tasks, capacity)` float64 each.
 
-    Every entry of row `i` is looked up among those of the newest by bisection, in `STEPS` steps.
+    The indices of a row ascend. Every entry of row `i` is looked up among those of the newest by bisection, in `STEPS`
+    steps. The vector is made where the row has entries.
     """
     task, i = tl.program_id(0), tl.program_id(1).to(tl.int64)
     row, first, last = tl.load(tasks + 3 * task), tl.load(tasks + 3 * task + 1), tl.load(tasks + 3 * task + 2)
     kept, stride, newest = field(table, row, KEPT), field(table, row, STRIDE), field(table, row, NEWEST)
     indices, values = field(table, row, INDICES), field(table, row, VALUES)
-    total = tl.zeros((LENGTH,), tl.float64)
+    total, other = tl.zeros((LENGTH,), tl.float64), tl.zeros((LENGTH,), tl.float64)
     if i < field(table, row, HELD):
         for block in range(first, last):
             mine, new = block * stride + i * kept, block * stride + newest * kept
+            start = (field(table, row, BEGIN) + block * field(table, row, WIDTH)).to(tl.int32)
             unit, new_unit = scale_of(table, row, block, i, VALUES_IN), scale_of(table, row, block, newest, VALUES_IN)
             for begin in range(0, kept, LENGTH):
                 place = begin + tl.arange(0, LENGTH)
@@ -51,7 +60,12 @@ def sparse_dots(
                 same = inside & (low < kept) & (load_index(indices, new + found, inside, WIDE_INDEX) == index)
                 y = load_value(values, new + found, same, new_unit, VALUES_IN)
                 total += tl.where(same, x * y, 0.0)
+                if OUTSIDE:
+                    z = dense_vector(table, numbers, row, start + index, inside, eps, MOMENT, METRIC, COUPLED)
+                    other += z.to(tl.float64) * x
     tl.store(partial + task * capacity + i, tl.sum(total, axis=0))
+    if OUTSIDE:
+        tl.store(outside + task * capacity + i, tl.sum(other, axis=0))
 
 
 @triton.jit
