@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch.autograd.profiler import record_function
 
-from . import graphs, shards
+from . import shards
 from .checks import HEAVY_BALL
 from .error_feedback import push
 from .kernels import Kernels, pool, widest
@@ -139,9 +139,7 @@ class Step:
             _without_products(unit, self.device)._replace(column=column[: unit.now.rows])
             for unit, column in zip(units, summed[0], strict=True)
         ]
-        # A small matrix has been decomposed on the CPU before a device has been asked to.
-        large = self.layout.num_grads > graphs.LARGEST_SOLVED
-        own = self._collect(own, self.device if large else _CPU)
+        own = self._collect(own, whole.solves_on(self.preconditioner))
         coefficients = torch.zeros_like(summed[0])
         for place, plan in enumerate(self._plan(own)):
             coefficients[place, : own[place].now.rows] = plan.coefficients
@@ -243,7 +241,7 @@ class Step:
             places = [place for place, unit in enumerate(units) if unit.now == now]
             grams = torch.stack([units[place].gram_state["gram"][: now.rows, : now.rows] for place in places])
             if row:
-                weights = now.weights(self.beta1, grams.device)
+                weights = now.weights(self.beta1)
                 c = self.preconditioner.shorten(grams, grams @ weights, now) + weights
             else:
                 products = torch.stack([units[place].products[:-1] for place in places])

@@ -28,7 +28,6 @@ from .layout import Layout
 from .leaves import Group, Leaf, ParamRef
 from .preconditioners import MFAC, Preconditioner, WindowPosition
 
-_CPU = torch.device("cpu")
 Unit = tuple[list[Leaf], dict[str, Any]]  # parameters that share a matrix, and the state that holds it
 
 
@@ -286,6 +285,18 @@ class Whole:
         with self._on_device():
             return self._model.add_up(self._sums, self._outside)
 
+    def solves_on(self, preconditioner: Preconditioner) -> torch.device:
+        """Where torch's routines are given Gram matrices: many small ones are decomposed on the CPU sooner.
+
+        Args:
+            preconditioner: With its hyperparameters as they are.
+
+        Returns:
+            The device, for large windows, and for M-FAC in a metric, whose matrices are factored all at once.
+        """
+        at_once = self._layout.metric is not None and isinstance(preconditioner, MFAC)
+        return self.device if at_once or self._layout.num_grads > graphs.LARGEST_SOLVED else torch.device("cpu")
+
     def solve_by_torch(
         self,
         positions: Sequence[WindowPosition],
@@ -304,9 +315,7 @@ class Whole:
         Returns:
             `(units, capacity)`, float64, on the device.
         """
-        # Many small matrices are decomposed on the CPU before a device has been asked to; what it takes is one copy.
-        small = not isinstance(preconditioner, MFAC) and self._layout.num_grads <= graphs.LARGEST_SOLVED
-        where = _CPU if small else self.device
+        where = self.solves_on(preconditioner)
         columns, *products = summed.to(where)
         grams = self._gather([gram_state for _, gram_state in self.units], where)
         coefficients = torch.zeros_like(columns)
@@ -315,8 +324,7 @@ class Whole:
             # All at once where they are all: an index would be a copy.
             some: Any = slice(None) if len(places) == len(positions) else upload(np.array(places), where)
             column, rows = columns[some, : now.rows], now.rows
-            grams[some, now.newest, :rows] = column
-            grams[some, :rows, now.newest] = column
+            grams[some, now.newest, :rows] = grams[some, :rows, now.newest] = column
             own = grams[some][:, :rows, :rows]
             if not products:
                 weights = now.weights(beta1, where)
