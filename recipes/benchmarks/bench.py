@@ -110,6 +110,7 @@ class Bench:
             if self.plan.comparison.holdout:
                 held_out = trainer.evaluate((self._tokenized or {})[HOLDOUT], metric_key_prefix=HOLDOUT)
                 record["selection_loss"] = held_out[f"{HOLDOUT}_loss"]
+                record["selection_metric"] = held_out[f"{HOLDOUT}_{self.task.headline}"]
             # Evaluation and preparation included: for the estimate of the remaining time.
             run |= {"model": self.plan.model.model_name_or_path, "layers": self._model.config.num_hidden_layers}
             if contender.peer:

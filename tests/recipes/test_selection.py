@@ -90,7 +90,8 @@ def test_the_held_out_loss_chooses_and_the_validation_split_does_not(recipe, wri
             assert dataset is splits["selection"]
             found = evaluate(dataset, metric_key_prefix=metric_key_prefix)
             assert 0.3 < found["selection_loss"] < 2.0
-            return {"selection_loss": {1e-4: 0.5, 1e-3: 0.2, 1e-2: float("nan")}[trainer.args.learning_rate]}
+            loss = {1e-4: 0.5, 1e-3: 0.2, 1e-2: float("nan")}[trainer.args.learning_rate]
+            return {"selection_loss": loss, "selection_accuracy": found["selection_accuracy"]}
 
         monkeypatch.setattr(trainer, "evaluate", evaluating)
         return record, history
@@ -101,6 +102,7 @@ def test_the_held_out_loss_chooses_and_the_validation_split_does_not(recipe, wri
     assert sizes == [(30, 10)] * 5
     assert [(run["seed"], run["learning_rate"]) for run in runs[3:]] == [(2, 1e-3), (3, 1e-3)]
     assert [run["selection_loss"] for run in runs[:3]] == [0.5, 0.2, None]
+    assert all(round(10 * run["selection_metric"], 6) in range(11) for run in runs)  # of ten examples
     text = (tmp_path / "out" / "table.md").read_text()
     assert "the loss on a part of the training split without training chose the learning rate" in text
     assert "a better one may lie beyond" not in text
