@@ -10,6 +10,7 @@ import torch
 from . import checks
 from .blocks import sharing
 from .compressors import LowRank, TopK
+from .compressors.matrices import matrix
 from .errors import BucketErrors
 from .kernels import BUCKET
 from .kernels.triton import shared
@@ -20,7 +21,8 @@ from .preconditioners import GramPreconditioner, Preconditioner
 from .shards import is_sharded
 
 ALIGNED = 16  # bytes: what kernels read at a time
-_LONGEST = 2**31  # entries of a tensor: positions in it are 32 bits
+_LONGEST = 2**31 - 2**17  # entries of a tensor: positions in it, and in a tile that reaches beyond it, are 32 bits
+_VECTORS = 32  # of a matrix that are read at a time: so are positions in all of them
 _CODES = {"float32": 0, "bfloat16": 1, "int8": 3, "uint4": 4}
 _NONE, _FACTORED = shared.NONE.value, shared.FACTORED.value
 # Columns of the table, and what the state calls the tensors.
@@ -56,6 +58,10 @@ def refusal(layout: Layout, preconditioner: Preconditioner, precondition: str, r
         return "sharded parameters"
     if any(ref.param.numel() >= _LONGEST for ref in refs):
         return f"a parameter of {_LONGEST} entries or more"
+    if isinstance(compressor, LowRank):
+        most = _LONGEST // max(_VECTORS, compressor.rank)
+        if any(max(matrix(ref.param.shape, compressor.rank) or (0,)) >= most for ref in refs):
+            return f"a matrix with a side of {most} or more"
     buckets = isinstance(layout.errors, BucketErrors)
     if isinstance(compressor, TopK) and buckets and compressor.block_size % BUCKET:
         return f"block_size={compressor.block_size}, no multiple of {BUCKET}, with errors in 4 or 8 bits"

@@ -24,11 +24,12 @@ def settings(**changes):
     return Settings(**{"coupled": False, "beta2": 0.9, "eps": 1e-8, "capacity": 3, **given, **changes})
 
 
-def row(gradient, state, **places):
-    """A parameter of zeros with a gradient; `state` by the table's columns."""
+def row(gradient, state, theta=None, **places):
+    """A parameter of zeros, unless given, with a gradient; `state` by the table's columns."""
     numbers = {name: places.pop(name, value) for name, value in NUMBERS.items()}
     shape = {"numel": gradient.numel(), "height": 0, "width": 0, "newest": 1, "held": 3, "unit": 0}
-    return Row(gradient.view(-1), torch.zeros_like(gradient).view(-1), state, shape | places, numbers)
+    theta = torch.zeros_like(gradient) if theta is None else theta
+    return Row(gradient.view(-1), theta.view(-1), state, shape | places, numbers)
 
 
 def error_of(flat, dtype, kernels, key=0):

@@ -16,6 +16,8 @@ from .shared import (
     SECOND_WIDTH,
     SQUARES,
     WIDE,
+    at_least,
+    at_most,
     field,
     floats,
     gradient_of,
@@ -95,7 +97,7 @@ def updated(address, sums, length, lines, count, first, beta2, rest2, LENGTH: tl
     for line in range(lines):
         total += tl.load(sums + line * length + place, mask=inside, other=0.0)
     old = tl.load(floats(address) + place, mask=inside, other=0.0)
-    new = tl.minimum(old * beta2 + (total / count).to(tl.float32) * rest2, _FLOAT32_MAX)
+    new = at_most(old * beta2 + (total / count).to(tl.float32) * rest2, _FLOAT32_MAX)
     tl.store(floats(address) + place, new, mask=inside)
     return tl.where(inside, new, 0.0)
 
@@ -118,6 +120,6 @@ def keep_means(
     for first in range(0, width, LENGTH):
         new = updated(field(table, row, SECOND_SCALE), sums, width, above, height, first, beta2, rest2, LENGTH)
         total += new.to(tl.float64)
-    mean = tl.maximum((tl.sum(total, axis=0) / width).to(tl.float32), _SMALLEST)
+    mean = at_least((tl.sum(total, axis=0) / width).to(tl.float32), _SMALLEST)
     for run in range(runs):
         tl.store(numbers + (row + run) * WIDE + MEAN, mean)

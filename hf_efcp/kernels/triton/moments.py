@@ -18,6 +18,7 @@ from .shared import (
     SECOND_KEY,
     SECOND_SCALE,
     SECOND_WIDTH,
+    at_most,
     buckets_of,
     field,
     gradient_of,
@@ -95,7 +96,7 @@ def observe_second(table, row, bucket, position, inside, g, beta2, rest2, METRIC
     v = load_stored(address, scale, position, inside, METRIC)
     if METRIC == INT8:
         v = v * v
-    v = tl.minimum(v * beta2 + g * g * rest2, _FLOAT32_MAX)
+    v = at_most(v * beta2 + g * g * rest2, _FLOAT32_MAX)
     if METRIC == INT8:
         v = tl.sqrt_rn(v)
     tl.debug_barrier()  # scales are overwritten that other threads of the program read

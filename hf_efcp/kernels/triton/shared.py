@@ -56,6 +56,18 @@ _HALF = tl.constexpr(2.0**31)
 
 
 @triton.jit
+def at_most(x, bound):
+    """The smaller of both. Plain `minimum` would drop NaN, and a NaN in a gradient would be a number ever after."""
+    return tl.minimum(x, bound, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def at_least(x, bound):
+    """The larger of both, or NaN."""
+    return tl.maximum(x, bound, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def field(table, row, which: tl.constexpr):
     """An int64 of a row of the table."""
     return tl.load(table + row * FIELDS + which)
@@ -188,8 +200,10 @@ def load_stored(address, scale, position, inside, STORED: tl.constexpr):
 @triton.jit
 def levels_of(x, position, key, LEVELS: tl.constexpr):
     """Levels and scales of buckets, one to a row: `|x| / scale` goes up with a probability that is its fraction."""
-    magnitude = tl.minimum(tl.abs(x), _LARGEST)
-    unit = tl.maximum(tl.div_rn(tl.max(magnitude, axis=1), LEVELS + 0.0), _SMALLEST)
+    magnitude = at_most(tl.abs(x), _LARGEST)
+    # Magnitudes are ordered as their bits are, with NaN above all.
+    largest = tl.max(magnitude.to(tl.int32, bitcast=True), axis=1).to(tl.float32, bitcast=True)
+    unit = at_least(tl.div_rn(largest, LEVELS + 0.0), _SMALLEST)
     multiple = tl.div_rn(magnitude, tl.broadcast_to(unit[:, None], magnitude.shape))
     whole = tl.floor(multiple)
     threshold = ((multiple - whole) * _HALF).to(tl.int32)
@@ -201,7 +215,7 @@ def levels_of(x, position, key, LEVELS: tl.constexpr):
 @triton.jit
 def stochastic(x, position, key):
     """The bits of one of the two neighbours in bfloat16: noise below the cut carries into what is kept."""
-    bits = tl.minimum(tl.maximum(x, -_LARGEST), _LARGEST).to(tl.int32, bitcast=True)
+    bits = at_most(at_least(x, -_LARGEST), _LARGEST).to(tl.int32, bitcast=True)
     return ((bits + (noise(position, key) & 0xFFFF).to(tl.int32)) >> 16).to(tl.int16)
 
 
@@ -259,7 +273,7 @@ def whitened(x, stored, correction, eps, METRIC: tl.constexpr):
     """`D^-1/2 x`, `D = correction sqrt(v) + eps`; 0 where `v` is. `stored` is `v`, or its root from levels."""
     root = stored if METRIC == INT8 else tl.sqrt_rn(stored)
     divided = x * tl.rsqrt(root * correction + eps)
-    return tl.where(stored > 0.0, tl.minimum(tl.maximum(divided, -_WHITENED), _WHITENED), 0.0)
+    return tl.where(stored > 0.0, at_most(at_least(divided, -_WHITENED), _WHITENED), 0.0)
 
 
 @triton.jit

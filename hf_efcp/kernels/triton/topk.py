@@ -28,6 +28,8 @@ from .shared import (
     VALUES,
     WIDTH,
     accumulator,
+    at_least,
+    at_most,
     bytes_inside,
     field,
     floats_inside,
@@ -67,7 +69,7 @@ def select(
     inside = real[:, None] & (c < length)[None, :]
     position = small(table, row, BEGIN) + b[:, None] * length + c[None, :]
     a = accumulator(table, numbers, row, position, inside, eps, STORED, METRIC, COUPLED)
-    a = tl.minimum(tl.maximum(a, -_LARGEST), _LARGEST)
+    a = at_most(at_least(a, -_LARGEST), _LARGEST)
     keys = tl.where(inside, tl.abs(a).to(tl.int32, bitcast=True), -1)
     threshold = tl.zeros((SHARE,), tl.int32)
     count = tl.sum(inside.to(tl.int32), axis=1)  # of entries that are not below the threshold
@@ -93,8 +95,8 @@ def select(
         taken = widened(bits)
         tl.store(halves_inside(values) + place, bits, mask=chosen)
     else:
-        largest = tl.max(tl.max(tl.where(inside, tl.abs(a), 0.0), axis=1), axis=0)
-        unit = tl.maximum(tl.div_rn(largest, 127.0), _SMALLEST)
+        largest = tl.max(tl.max(keys, axis=1), axis=0).to(tl.float32, bitcast=True)
+        unit = at_least(tl.div_rn(largest, 127.0), _SMALLEST)
         bits = ((unit.to(tl.int32, bitcast=True) + 0xFFFF) >> 16).to(tl.int16)  # rounded up
         unit = widened(bits)
         quotient = tl.div_rn(a, tl.broadcast_to(unit, a.shape))
@@ -121,9 +123,10 @@ def select(
         position = tl.reshape(position, (ROWS, ENTRIES))
         inside = tl.reshape(inside, (ROWS, ENTRIES)).to(tl.int1)
         numel = small(table, row, NUMEL)
-        # A row of the tile without entries is put behind the end, where nothing is stored.
+        # A row of the tile without entries is put behind the end, where nothing is stored: not further, for the number
+        # of its first entry has to be an int32.
         bucket = tl.max(tl.where(inside, position // ENTRIES, -1), axis=1)
-        bucket = tl.where(bucket < 0, numel, bucket)
+        bucket = tl.where(bucket < 0, tl.cdiv(numel, ENTRIES), bucket)
         store_buckets(address, scale, bucket, position, inside, numel, key, a, STORED, ROWS)
 
 
