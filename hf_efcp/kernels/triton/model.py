@@ -49,6 +49,8 @@ _SQUARED = 16  # rows of a tile whose squares are added at a time
 _LINES = 16  # whose sums a program adds at a time
 # Three products of TF32, on units for matrices, are about as exact as one of float32. AMD's have no such mode.
 _PRECISION = "ieee" if torch.version.hip else "tf32x3"
+_LANES = 64 if torch.version.hip else 32  # threads of a warp
+_THREADS = 1024  # of a program, at most
 
 
 @dataclass
@@ -194,7 +196,7 @@ class Model:
             **settings.reading,
             SHARE=share,
             LENGTH=length,
-            warps=min(32, max(4, share * length // entries)),
+            warps=min(_THREADS // _LANES, max(4, share * length // entries)),
         )
 
     def products_low_rank(self, rows: Sequence[Row], settings: Settings) -> tuple[Sums, Sums | None]:
@@ -311,7 +313,7 @@ class Model:
             *(grams, changing.counters, sums.partial, sums.bounds, other.partial, other.bounds),
             *(changing.hyper, changing.unit_groups, found, settings.capacity, changing.unit_groups.shape[1]),
             **{"OUTSIDE": outside is not None, "PARTS": other.parts, "PADDED": wide, "LINES": _LINES},
-            warps=min(8, max(1, wide * wide // 256)),
+            warps=max(1, wide * wide // 256),
         )
         return found
 
