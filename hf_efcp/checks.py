@@ -73,6 +73,22 @@ def check_fields(part: Any) -> None:
     check_kinds(vars(part), kinds(kind))
 
 
+def check_rate(lr: float | torch.Tensor) -> None:
+    """Refuse a learning rate that the host would have to wait for in every step.
+
+    Args:
+        lr: A number or a tensor.
+
+    Raises:
+        ValueError: It is a tensor on a device.
+    """
+    if isinstance(lr, torch.Tensor) and lr.device.type != "cpu":
+        raise ValueError(
+            f"lr is a tensor on {lr.device}, and every step would wait to read it: give a number or a tensor on the "
+            "CPU, or capturable=True to an optimizer that takes it"
+        )
+
+
 def check_group(group: Mapping[str, Any], shared: Mapping[str, Any]) -> None:
     """Refuse hyperparameters of a group that are out of range or that differ where they may not.
 
@@ -85,6 +101,7 @@ def check_group(group: Mapping[str, Any], shared: Mapping[str, Any]) -> None:
         ValueError: One of them is wrong.
     """
     check_kinds({**group, "momentum": group[HEAVY_BALL]}, _GROUP)
+    check_rate(group["lr"])
     for name in ("lr", "weight_decay"):
         if not (math.isfinite(group[name]) and group[name] >= 0.0):
             raise ValueError(f"{name} must be a finite number of at least 0, got {group[name]}")

@@ -28,9 +28,10 @@ def check_group(
 
     Raises:
         TypeError: One of them is of another type.
-        ValueError: One of them is out of range, or differs.
+        ValueError: One of them is out of range, or differs; or the learning rate is a tensor on a device.
     """
     checks.check_kinds(group, kinds)
+    checks.check_rate(group["lr"])
     for name, kind in kinds.items():
         value = group[name]
         if name in fractions:

@@ -18,6 +18,7 @@ def test_bad_settings_are_refused(name):
     for changes, error, message in [
         ({"lr": -1.0}, ValueError, "lr must be a finite number of at least 0, got -1.0"),
         ({"lr": float("nan")}, ValueError, "lr must be"),
+        ({"lr": torch.tensor(0.1, device="meta")}, ValueError, "lr is a tensor on meta, and every step would wait to"),
         ({"weight_decay": -0.1}, ValueError, "weight_decay must be"),
         ({"scale": -1.0}, ValueError, "scale must be"),
         ({"beta1": 1.0}, ValueError, r"beta1 must be in \[0, 1\), got 1.0"),

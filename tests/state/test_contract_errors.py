@@ -81,6 +81,10 @@ def test_bad_settings_are_refused(name):
     for changes, message in [
         ({"lr": -1.0}, "lr must be a finite number of at least 0, got -1.0"),
         ({"lr": float("nan")}, "lr must be"),
+        (
+            {"lr": torch.tensor(0.1, device="meta")},
+            "lr is a tensor on meta, and every step would wait to read it",
+        ),
         ({"weight_decay": -0.1}, "weight_decay must be"),
         ({"momentum": 1.0}, r"momentum must be in \[0, 1\), got 1.0"),
     ]:
