@@ -101,12 +101,13 @@ class Step:
             The unit, with neither column nor products yet.
         """
         capacity, steps = self.layout.num_grads, gram_state["pushed"] + 1
-        lr = max(float(leaf.ref.group["lr"]) for leaf in leaves)
+        present = [leaf for leaf in leaves if leaf.ref.param.grad is not None]
+        # A rate that nothing is stepped with, that of a frozen head, is not to shorten the steps of the others.
+        lr = max(float(leaf.ref.group["lr"]) for leaf in present or leaves)
         now = WindowPosition((steps - 1) % capacity, min(steps, capacity), capacity, steps, lr)
         for leaf in leaves:
             if leaf.ref.param.grad is None:
                 self.layout.window.clear(leaf.state, leaf.shape, now.newest)
-        present = [leaf for leaf in leaves if leaf.ref.param.grad is not None]
         return Unit(gram_state, present, now, _NOTHING, _NOTHING)
 
     def run_whole(self, whole: Whole) -> None:

@@ -154,14 +154,13 @@ class Whole:
         for unit, leaves in enumerate(present):
             for leaf in leaves:
                 rows = rows_of(self._layout, leaf, unit)
-                counter = unit
-                if self._layout.metric is not None:
-                    counter = len(counters)
+                counter = unit if self._layout.metric is None else len(counters)
                 told += [(unit, counter, leaf.ref.position, numbers[id(leaf.ref.group)])] * len(rows)
                 self._owners += [len(counters) - len(units)] * len(rows)
                 self._rows += rows
                 counters.append(leaf.state.get("gradients", 0))
-        shared = [[int(any(leaf.ref.group is group for leaf in own)) for group in self._groups] for own, _ in units]
+        moved = [own or leaves for own, (leaves, _) in zip(present, units, strict=True)]
+        shared = [[int(any(leaf.ref.group is group for leaf in own)) for group in self._groups] for own in moved]
         if self._captured:
             self._kept_for_graphs.append((self._model, self._told, last, self._grams))
             self._model, self._captured = Model(self.device), False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import pickle
+import shutil
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ logger = logging.getLogger(__name__)
 # Each may be in a checkpoint; adapters may have folders of their own.
 _WEIGHTS = (SAFE_WEIGHTS_NAME, WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME)
 _ADAPTERS = tuple(f"{place}adapter_model.{kind}" for place in ("", "*/") for kind in ("safetensors", "bin"))
+_OPTIMIZERS = (OPTIMIZER_NAME, OPTIMIZER_NAME_BIN)
 _RANDOM = "rng_state*.pth"
 _GROUPS = "param_groups"
 _OTHER_NUMBER = " (if another number of processes saved the checkpoint, give its path to resume from it all the same)"
@@ -130,6 +132,11 @@ def _weights(folder: Path) -> list[Path]:
     return found
 
 
+def _sharded(folder: Path) -> list[Path]:
+    """What FSDP writes instead: a file or a folder for the model, and a folder for the optimizer."""
+    return [*folder.glob(f"{FSDP_MODEL_NAME}*"), *folder.glob("optimizer_*")]
+
+
 def _step(folder: str | Path) -> str:
     return Path(folder).name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
 
@@ -173,9 +180,10 @@ def refuse_ours(folder: str, reader: str) -> None:
 
 
 def invalidate(trainer: Trainer, output_dir: str) -> None:
-    """Before a checkpoint is written, remove what an earlier run in the same folder wrote last.
+    """Before a checkpoint is written, remove what an earlier run in the same folder left there.
 
-    Else half of the new checkpoint and half of the old would look complete.
+    Else half of the new checkpoint and half of the old would look complete; or a file that the new run does not write,
+    such as the weights of a model of which it saves an adapter, would be read with it.
 
     Args:
         trainer: The trainer, at the step whose checkpoint is about to be written.
@@ -183,8 +191,13 @@ def invalidate(trainer: Trainer, output_dir: str) -> None:
     """
     if trainer.args.should_save:
         folder = Path(output_dir, f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}")
-        for path in (folder / TRAINER_STATE_NAME, *folder.glob(_RANDOM)):
-            path.unlink(missing_ok=True)
+        # What is written last goes first: a run may end in between here as well.
+        names = (TRAINER_STATE_NAME, SCHEDULER_NAME, SCALER_NAME, *_OPTIMIZERS)
+        for path in (*(folder / name for name in names), *folder.glob(_RANDOM), *_weights(folder), *_sharded(folder)):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
     trainer.accelerator.wait_for_everyone()
 
 

@@ -18,6 +18,7 @@ from ..family import AnyOptimizer
 from ..optimizer import EFCP
 from ..projected import LORENZA, ProjectedAdam
 from . import card, checkpoints, compatibility
+from .any_trainer import OptimizerFactory
 from .callbacks import EFCPCallback
 from .uphill import Uphill
 
@@ -312,10 +313,14 @@ class EFCPTrainer(Trainer):
         """The class of the optimizer that was given or named; `object` where that is not one of ours."""
         if self.optimizer is not None:
             return type(self._bare_optimizer())
+        asked = self.args.optim
         if self.optimizer_cls_and_kwargs is not None:
-            given = self.optimizer_cls_and_kwargs[0]
-            return given if isinstance(given, type) else object
-        name = efcp_name(self.args.optim)
+            given: Any
+            given, options = self.optimizer_cls_and_kwargs  # which may hold a factory; the parent knows of classes
+            if given is not OptimizerFactory:
+                return given if isinstance(given, type) else object
+            asked = options["name"]
+        name = efcp_name(asked)
         return object if name is None else OPTIMIZERS[name]
 
 

@@ -36,7 +36,7 @@ def test_a_run_goes_on_with_another_backend(case):
         assert_close(mine.step(), expected.step(), 1e-4)
 
 
-def test_the_largest_learning_rate_counts_without_its_gradient():
+def test_the_largest_learning_rate_of_what_moves_counts():
     runs = [Run("one matrix", backend) for backend in ("triton", "reference")]
     for run in runs:
         last = run.optimizer.param_groups[0]["params"].pop()

@@ -107,6 +107,24 @@ def test_a_learning_rate_of_zero_moves_nothing():
     )
 
 
+@pytest.mark.parametrize("backend", ["numba", "reference"])
+def test_the_rate_of_what_is_frozen_does_not_shorten_the_others(backend):
+    moved = {}
+    for frozen_lr in (1e-5, 1e-2):
+        frozen, param = (torch.nn.Parameter(torch.zeros(8, 6)) for _ in range(2))
+        groups = [{"params": [frozen], "lr": frozen_lr}, {"params": [param]}]
+        optimizer = LowRankMFAC(groups, 1e-5, scope="model", rank=1, backend=backend)
+        for step in range(4):
+            set_gradients([param], [torch.ones(8, 6)])
+            frozen.grad = torch.ones(8, 6) if step == 0 else None
+            before = param.detach().clone()
+            optimizer.step()
+            moved.setdefault(frozen_lr, []).append(float((param.detach() - before).norm()))
+    slow, fast = moved.values()
+    assert fast[0] < 0.1 * slow[0]  # while both move, one matrix trusts one rate
+    assert fast[1:] == pytest.approx(slow[1:], rel=1e-5)
+
+
 def test_the_matrix_turns_what_adamw_does():
     """The tests above would mean little if the default matrix changed nothing."""
     problem = Regression(seed=63, width=40)

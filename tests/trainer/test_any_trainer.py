@@ -8,7 +8,7 @@ import torch
 from tiny import needs_transformers_5, save_tiny_bert, tiny_bert, toy_rows
 from transformers import T5Config, T5ForConditionalGeneration, Trainer, TrainingArguments
 
-from hf_efcp import EFCP, EFCPTrainingArguments, LowRankMFAC, create_optimizer, for_trainer
+from hf_efcp import EFCP, EFCPTrainer, EFCPTrainingArguments, LowRankMFAC, create_optimizer, for_trainer
 
 PAGE = Path(__file__).parents[2] / "docs" / "trainers.md"
 BLOCKS = {
@@ -61,6 +61,19 @@ def test_trainer_of_transformers():
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.01, 0.0]
     assert optimizer.param_groups[0]["initial_lr"] == 2e-4
     assert (flat(model) - start).norm() > 0
+
+
+@needs_transformers_5
+def test_a_trainer_of_ours_knows_the_optimizer_of_the_factory():
+    args = EFCPTrainingArguments("out", max_steps=2, save_steps=1, use_cpu=True, efcp_diagnostics_steps=1)
+    made = {"args": args, "train_dataset": toy_rows(32), "optimizer_cls_and_kwargs": for_trainer("lowrank-mfac", args)}
+    trainer = EFCPTrainer(model=tiny_bert(), **made)
+    trainer.train()
+    assert type(trainer.optimizer.optimizer) is LowRankMFAC
+    assert sum("efcp/cosine" in row for row in trainer.state.log_history) == 2
+    Path("out", "checkpoint-2", "optimizer.pt").unlink()
+    with pytest.raises(ValueError, match="checkpoint-2/optimizer.pt is missing"):
+        EFCPTrainer(model=tiny_bert(), **made).train(resume_from_checkpoint="out/checkpoint-2")
 
 
 @needs_transformers_5

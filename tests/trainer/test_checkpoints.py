@@ -130,7 +130,7 @@ def test_a_checkpoint_is_incomplete_while_it_is_overwritten(folder, monkeypatch)
     monkeypatch.setattr(run, "_save_optimizer_and_scheduler", lambda output_dir: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run.train()
-    with pytest.raises(ValueError, match="none of the 1 checkpoints .*checkpoint-4/trainer_state.json is missing"):
+    with pytest.raises(ValueError, match="none of the 1 checkpoints .*checkpoint-4/optimizer.pt is missing"):
         trainer(folder).train(resume_from_checkpoint=True)
 
 
@@ -190,3 +190,19 @@ def test_a_window_that_training_cannot_fill_is_warned_of(tmp_path, caplog):
         f"gradients, and takes {more - exact:,} bytes less"
     )
     assert more > exact
+
+
+def test_nothing_of_an_earlier_run_is_left_in_a_checkpoint(folder):
+    checkpoint = folder / "checkpoint-8"
+    expected = {path.name for path in checkpoint.iterdir()}
+    tiny_bert().save_pretrained(checkpoint, max_shard_size="10KB")  # and in one piece, from before
+    for name in ("adapter_model.safetensors", "scaler.pt", "optimizer.bin", "pytorch_model.bin"):
+        (checkpoint / name).write_bytes(b"old")
+    for name in ("pytorch_model_fsdp_0", "optimizer_0"):
+        (checkpoint / name).mkdir()
+        (checkpoint / name / "old").write_bytes(b"old")
+    assert len(list(checkpoint.iterdir())) > len(expected) + 7
+    trainer(folder, save_strategy="steps", save_steps=8).train()
+    assert {path.name for path in checkpoint.iterdir()} == expected
+    trainer(folder, save_strategy="steps", save_steps=8, save_only_model=True).train()
+    assert {path.name for path in checkpoint.iterdir()} & set(FILES) == {"model.safetensors", "trainer_state.json"}
