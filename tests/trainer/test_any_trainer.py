@@ -70,7 +70,7 @@ def test_a_trainer_of_ours_knows_the_optimizer_of_the_factory():
     trainer = EFCPTrainer(model=tiny_bert(), **made)
     trainer.train()
     assert type(trainer.optimizer.optimizer) is LowRankMFAC
-    assert sum("efcp/cosine" in row for row in trainer.state.log_history) == 2
+    assert any("efcp/cosine" in row for row in trainer.state.log_history)
     Path("out", "checkpoint-2", "optimizer.pt").unlink()
     with pytest.raises(ValueError, match="checkpoint-2/optimizer.pt is missing"):
         EFCPTrainer(model=tiny_bert(), **made).train(resume_from_checkpoint="out/checkpoint-2")
