@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, overload
 
 import torch
@@ -103,14 +105,32 @@ class GroupedOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: It does not fit. Nothing was changed.
         """
+        state_dict = dict(state_dict)  # as hooks may change it
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
         self._check_groups(state_dict["param_groups"])
         saved = loading.saved_states(state_dict, self._refs())
         self._check_states(saved)
         loading.warn_of_changes(state_dict["param_groups"], self.param_groups, self._tunable)
-        super().load_state_dict({**state_dict, "state": {}})
+        with self._without_load_hooks():
+            super().load_state_dict({**state_dict, "state": {}})
         for ref, state in saved:
             self.state[ref.param] = {name: loading.copied(name, v, ref.param) for name, v in state.items()}
         self._forget()
+        for finish in self._optimizer_load_state_dict_post_hooks.values():
+            finish(self)
+
+    @contextmanager
+    def _without_load_hooks(self) -> Iterator[None]:
+        """Hooks see the state before it is checked and when it is there; the base class would show them none."""
+        names = "_optimizer_load_state_dict_pre_hooks", "_optimizer_load_state_dict_post_hooks"
+        hooks = {name: getattr(self, name) for name in names}
+        try:
+            self.__dict__.update({name: OrderedDict() for name in names})
+            yield
+        finally:
+            self.__dict__.update(hooks)
 
     def _forget(self) -> None:
         """Drop what was made of the state that was there before."""

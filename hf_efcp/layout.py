@@ -9,11 +9,12 @@ from typing import Any
 import torch
 
 from . import adamw, checks, shards
-from .compressors import Compressor, Window
+from .compressors import Compressor, LowRank, Window
 from .errors import ErrorStore
 from .leaves import ParamRef
 from .metric import Metric
 from .preconditioners import Preconditioner
+from .preconditioners.diagonal import DiagonalPreconditioner
 from .shards import is_sharded, local
 
 State = dict[str, Any]
@@ -36,6 +37,14 @@ class Layout:
     preconditioner: Preconditioner
     num_grads: int
     metric: Metric | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse parts that do not go together."""
+        if isinstance(self.compressor, LowRank) and isinstance(self.preconditioner, DiagonalPreconditioner):
+            raise TypeError(
+                f"{type(self.preconditioner).__name__} squares the window's rows entry by entry, and those of LowRank "
+                "cannot be: use TopK or Identity as the compressor, or MFAC or GGT as the preconditioner"
+            )
 
     @cached_property
     def window(self) -> Window:

@@ -234,6 +234,8 @@ class Metric:
     ) -> torch.Tensor:
         """`x <- factor D^-1/2 x` in a span; 0 where the second moment is: what never had a gradient does not move.
 
+        In int8 neither does what has the lowest level, a 127th of the largest root of 64 neighbours or less.
+
         Args:
             state: The parameter's tensors.
             shape: Shape of the parameter.

@@ -85,7 +85,8 @@ class EFCP(GroupedOptimizer):
         scope: "model", one preconditioner over all parameters, or "layer", one for each parameter.
         metric: "none" for the paper's rule, "adam" for AdamW's metric, or "factored" for the same with a second moment
             of rows and columns (`hf_efcp/metric.py`).
-        metric_dtype: How the second moment is kept: float32, bfloat16 or int8 (17 / 16 bytes).
+        metric_dtype: How the second moment is kept: float32, bfloat16 or int8 (17 / 16 bytes). int8 loses entries far
+            below the largest of 64 neighbours: see docs/memory.md.
         metric_beta2: Decay of the second moment, in [0, 1).
         metric_eps: What is added to the root of the second moment, positive.
         beta1: Decay of the first moment, in [0, 1), in a metric: of the dense one with `precondition="momentum"`; with

@@ -9,8 +9,10 @@ from papers import LowRankMFAC
 from problems import set_gradients
 from states import assert_same
 
-from hf_efcp.compressors import base, lowrank, matrices
+from hf_efcp import EFCP
+from hf_efcp.compressors import LowRank, base, lowrank, matrices
 from hf_efcp.kernels import pool, reference
+from hf_efcp.preconditioners import AdaGradSum, AdamMoments
 
 
 @pytest.mark.parametrize("value_dtype", [torch.float32, torch.bfloat16])
@@ -69,6 +71,10 @@ def test_squares_are_refused():
         c = torch.ones(3, dtype=torch.float64)
         with pytest.raises(TypeError, match="low-rank rows cannot be squared entry by entry.*use TopK or Identity"):
             window.combine(state, torch.Size(shape), slice(0, 9), c, reference, squared=True)
+    for rule in (AdamMoments(), AdaGradSum()):
+        param = torch.nn.Parameter(torch.zeros(20, 30))
+        with pytest.raises(TypeError, match=f"{type(rule).__name__} squares the window's rows entry by entry, and"):
+            EFCP([param], 1e-3, compressor=LowRank(), preconditioner=rule, num_grads=3)
 
 
 @pytest.mark.parametrize("precondition", ["row", "gradient"])

@@ -185,3 +185,23 @@ def test_the_metric_of_a_model_in_bytes():
     moments = estimate_memory(model, metric_dtype=torch.float32, precondition="momentum")
     assert moments["total"] / plan.parameters < 8.0
     assert (moments["metric"], moments["momentum"]) == (4 * plan.parameters, 2 * plan.parameters)
+
+
+def test_what_levels_of_the_second_moment_cannot_tell_apart():
+    """Among 64 neighbours, one with gradients of 1, and AdamW moves all alike: docs/memory.md says what int8 does."""
+    moved = {}
+    for ratio in (1e-2, 1e-3, 1e-5):
+        for dtype in (torch.float32, torch.bfloat16, torch.int8):
+            param = torch.nn.Parameter(torch.zeros(8, 64))
+            optimizer = LowRankMFAC([param], 1e-3, relative_damp=1e30, metric_dtype=dtype)
+            gradient = torch.full((8, 64), ratio)
+            gradient[:, 0] = 1.0
+            for _ in range(300):
+                set_gradients([param], [gradient])
+                optimizer.step()
+            moved[ratio, dtype] = float(-param.detach()[:, 1:].mean()) / 0.3
+    for dtype in (torch.float32, torch.bfloat16):
+        assert all(moved[ratio, dtype] > 0.95 for ratio in (1e-2, 1e-3, 1e-5))
+    assert moved[1e-2, torch.int8] > 0.95
+    assert moved[1e-3, torch.int8] < 0.15
+    assert moved[1e-5, torch.int8] < 0.01

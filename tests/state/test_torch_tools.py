@@ -1,4 +1,4 @@
-"""What torch's own tools do to an optimizer: schedulers that cycle momentum, its compiler, checkpoints of others."""
+"""What torch's own tools do to an optimizer: schedulers that cycle momentum, compiler, hooks, checkpoints of others."""
 
 import copy
 import warnings
@@ -209,3 +209,29 @@ def test_what_schedules_do_to_learning_rates_is_no_change_of_settings():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         later.load_state_dict(fresh.state_dict())
+
+
+# Hooks
+
+
+@pytest.mark.parametrize("name", names())
+def test_hooks_of_loading_see_the_state_and_may_change_it(name):
+    problem, seen = Regression(), []
+    params = problem.parameters()
+    optimizer = build(name, params)
+    steps(params, optimizer, 2)
+    saved = optimizer.state_dict()
+    other = build(name, Regression().parameters())
+    hooks = [
+        other.register_load_state_dict_pre_hook(lambda _, state_dict: seen.append(len(state_dict["state"]))),
+        other.register_load_state_dict_post_hook(lambda own: seen.append(len(own.state))),
+    ]
+    other.load_state_dict(saved)
+    assert seen == [len(params)] * 2
+    for hook in hooks:
+        hook.remove()
+    other.register_load_state_dict_pre_hook(lambda _, state_dict: {**state_dict, "state": {}})
+    other.load_state_dict(saved)
+    assert seen == [len(params)] * 2
+    assert not other.state
+    assert len(saved["state"]) == len(params)
