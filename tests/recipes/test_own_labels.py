@@ -80,6 +80,22 @@ def test_rows_without_a_label_are_counted(recipe, files, labels, cell):
             recipe.own_data.load_files(files(*columns))
 
 
-def test_na_among_names_is_a_name(recipe, files):
-    task, splits = recipe.own_data.load_files(files({"text": list("abc"), "label": ["NA", "US", "1"]}))
-    assert (task.labels, splits["validation"]["label"]) == (("1", "NA", "US"), [1, 2, 0])
+@pytest.mark.parametrize(
+    ("train", "validation", "names", "numbers"),
+    [
+        ((["NA", "US", "1"],), (["1", "NA"],), ("1", "NA", "US"), [0, 1]),
+        ((["NA", "None", "NA"],), (["None", "NA"],), ("NA", "None"), [1, 0]),
+        (([0, 1, 2], ["1", "NA", "0"]), (["0", "NA"],), ("1", "NA", "0"), [2, 1]),
+    ],
+)
+def test_na_among_names_is_a_name(recipe, parquet, train, validation, names, numbers):
+    task, splits = recipe.own_data.load_files(parquet(train, validation))
+    assert (task.labels, splits["validation"]["label"]) == (names, numbers)
+
+
+@pytest.mark.parametrize("nothing", [None, float("nan")])
+def test_numbers_that_are_missing_are_rows_without_a_label(recipe, parquet, nothing):
+    whole, broken = [0.5, 1.5, 2.5], [0.5, 1.5, nothing]
+    for train, validation in ((broken, whole), (whole, broken)):
+        with pytest.raises(ValueError, match=rf"1 of 3: leave them out; the first is row 3, .* with {nothing}$"):
+            recipe.own_data.load_files(parquet((train,), (validation,)))
