@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from arguments import DEFAULTS, BaselineArguments, ModelArguments, TextArguments, runs_of
 from cli import explained, given, parse_arguments, require
 from data import load_splits
-from own_data import FileArguments, check_file, load_files
+from own_data import FileArguments, check_file, columns_taken, load_files
 
 from hf_efcp.glue import GlueTask, get_task
 
@@ -93,6 +93,8 @@ def main(argv: list[str]) -> None:
     )
     runs = runs_of(args, baseline)
     task, loaded = load(data_arguments, args.do_predict)
+    if data_arguments.train_file and args.process_index == 0:
+        print(columns_taken(task, data_arguments.label_column))
 
     # These take seconds to import: what is wrong with the command line and the data has been told before.
     from fine_tuning import fine_tune

@@ -22,6 +22,19 @@ def data_dir(tmp_path):
     return tmp_path / "data"
 
 
+@pytest.fixture
+def files(recipe, tmp_path):
+    """Arguments for files of one's own with these columns; those of validation are the same unless they are given."""
+
+    def make(train, validation=None, **options):
+        for name, columns in (("train", train), ("validation", validation or train)):
+            write_csv(tmp_path / f"{name}.csv", columns)
+            options.setdefault(f"{name}_file", str(tmp_path / f"{name}.csv"))
+        return recipe.own_data.FileArguments(**options)
+
+    return make
+
+
 @pytest.fixture(scope="module")
 def tokenizer():
     return word_tokenizer()

@@ -25,3 +25,4 @@ def write_csv(path, columns):
         writer = csv.writer(file)
         writer.writerow(columns)
         writer.writerows(zip(*columns.values(), strict=True))
+    return str(path)

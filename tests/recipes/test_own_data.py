@@ -1,6 +1,5 @@
 """Files of one's own: what the task is, told from their columns, and what is wrong with them, told to the user."""
 
-import csv
 import json
 import random
 import runpy
@@ -8,7 +7,7 @@ import sys
 
 import pytest
 from datasets import Dataset
-from glue_cases import ROOT
+from glue_cases import ROOT, write_csv
 from tiny import WORDS, save_tiny_bert
 
 pytestmark = pytest.mark.usefixtures("private_cache")
@@ -31,34 +30,14 @@ def topics(count, seed):
     return {"id": list(range(count)), "topic": labels, "review": [" ".join(words) for words in texts]}
 
 
-def write(path, columns):
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(columns)
-        writer.writerows(zip(*columns.values(), strict=True))
-    return str(path)
-
-
-@pytest.fixture
-def files(recipe, tmp_path):
-    """Arguments for files with these columns; those of validation are the same unless they are given."""
-
-    def make(train, validation=None, **options):
-        paths = {"train_file": write(tmp_path / "train.csv", train)}
-        paths["validation_file"] = write(tmp_path / "validation.csv", validation or train)
-        return recipe.own_data.FileArguments(**{**paths, **options})
-
-    return make
-
-
-def test_five_classes_by_name(recipe, tiny_model, tmp_path):
-    paths = {name: write(tmp_path / f"{name}.csv", topics(200, seed)) for seed, name in enumerate(("train", "valid"))}
+def test_five_classes_by_name(recipe, tiny_model, tmp_path, capsys):
+    paths = {name: write_csv(tmp_path / f"{name}.csv", topics(200, seed)) for seed, name in enumerate(("train", "val"))}
     test = topics(50, 2)
     truth = test.pop("topic")
     flags = {
         "--train_file": paths["train"],
-        "--validation_file": paths["valid"],
-        "--test_file": write(tmp_path / "test.csv", test),
+        "--validation_file": paths["val"],
+        "--test_file": write_csv(tmp_path / "test.csv", test),
         "--label_column": "topic",
         "--do_predict": "true",
         "--model_name_or_path": tiny_model,
@@ -84,6 +63,10 @@ def test_five_classes_by_name(recipe, tiny_model, tmp_path):
     assert lines[0] == "index\tprediction"
     predicted = [line.split("\t")[1] for line in lines[1:]]
     assert sum(a == b for a, b in zip(predicted, truth, strict=True)) > 40
+    said = capsys.readouterr().out.splitlines()
+    assert [line for line in said if line.startswith("text: ")] == [
+        "text: review; label: topic (5 classes: art, body, city, data, earth)"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -108,7 +91,7 @@ def test_every_kind_of_file_holds_the_same(recipe, tmp_path, suffix):
     columns = {"text": ["a film", 'null, "quoted"', "the plot"], "label": ["x", "y", "x"]}
     path = tmp_path / f"train{suffix}"
     if suffix == ".csv":
-        write(path, columns)
+        write_csv(path, columns)
     elif suffix == ".parquet":
         Dataset.from_dict(columns).to_parquet(path)
     else:
@@ -128,15 +111,34 @@ def test_columns_of_text_are_found_or_named(recipe, files):
     assert recipe.own_data.load_files(files(pair))[0].text_columns == ("premise", "hypothesis")
 
 
-def test_names_of_classes_that_a_file_brings_are_kept(recipe, tmp_path):
-    from datasets import ClassLabel, Features, Value
+def test_a_column_that_spells_the_label_is_refused_unless_it_is_named(recipe, files):
+    columns = {"text": ["a", "b", "c"], "label": [0, 1, 1], "label_text": ["neg", "pos", "pos"]}
+    message = "column label_text of .*train.csv holds one text for each label .* --text_column, label_text too if"
+    with pytest.raises(ValueError, match=message):
+        recipe.own_data.load_files(files(columns))
+    for texts in (["text"], ["text", "label_text"]):
+        task, splits = recipe.own_data.load_files(files(columns, text_column=texts))
+        assert (task.text_columns, splits["train"].column_names) == (tuple(texts), [*texts, "label"])
+    for other in (["pos", "pos", "pos"], ["neg", "pos", "good"]):  # says nothing; says more than the label
+        assert recipe.own_data.load_files(files({**columns, "label_text": other}))[0].text_columns[1] == "label_text"
+    rated = {**columns, "label": [0.5, 1.5, 1.5], "label_text": ["low", "high", "high"]}
+    assert recipe.own_data.load_files(files(rated))[0].regression  # it may be a row that is there twice
+    rated = {name: 2 * cells for name, cells in rated.items()}
+    with pytest.raises(ValueError, match="column label_text of .* holds one text for each label"):
+        recipe.own_data.load_files(files(rated))
 
-    features = Features({"text": Value("string"), "label": ClassLabel(names=["neg", "pos"])})
-    Dataset.from_dict({"text": ["a", "b"], "label": [1, 0]}, features=features).to_parquet(tmp_path / "t.parquet")
-    path = str(tmp_path / "t.parquet")
-    task, splits = recipe.own_data.load_files(recipe.own_data.FileArguments(path, path))
-    assert task.labels == ("neg", "pos")
-    assert splits["train"]["label"] == [1, 0]
+
+def test_columns_beside_those_that_are_named_are_left_out(recipe, files):
+    columns = {"text": ["a", "b", "c"], "label": [3, 4, 5], "topic": ["x", "y", "x"]}
+    named = files(columns, text_column=["text"], label_column="topic")
+    task, splits = recipe.own_data.load_files(named)
+    assert splits["validation"].to_dict() == {"text": ["a", "b", "c"], "label": [0, 1, 0]}
+    assert recipe.own_data.columns_taken(task, "topic") == "text: text; label: topic (2 classes: x, y)"
+    scores, _ = recipe.own_data.load_files(files({"text": ["a", "b"], "score": [0.5, 1.5]}, label_column="score"))
+    assert recipe.own_data.columns_taken(scores, "score") == "text: text; label: score (a regression)"
+    for wrong in (["label"], ["text", "topic"]):
+        with pytest.raises(ValueError, match=f"cannot be topic, .* nor be called label; got {', '.join(wrong)}: name"):
+            recipe.own_data.load_files(files(columns, text_column=wrong, label_column="topic"))
 
 
 @pytest.mark.parametrize(
@@ -144,7 +146,6 @@ def test_names_of_classes_that_a_file_brings_are_kept(recipe, tmp_path):
     [
         ({"text": ["a", "b"], "y": [0, 1]}, None, "has no column label: it has text, y; name the columns with --text"),
         ({"text": ["a", "b"], "label": [1, 1]}, None, "has the label 1 only: there is nothing to learn"),
-        ({"text": ["a", "b"], "label": ["x", ""]}, None, "train.csv has rows without a label"),
         (
             {"text": ["a", "b"], "label": ["x", "y"]},
             {"text": ["a", "b"], "label": ["x", "z"]},
@@ -154,6 +155,12 @@ def test_names_of_classes_that_a_file_brings_are_kept(recipe, tmp_path):
             {"text": ["a", "b"], "label": [0.5, 1.5]},
             {"text": ["a", "b"], "label": ["x", "z"]},
             "the labels of the training file are floats, a regression, but column label of .*validation.csv holds",
+        ),
+        ({"text": ["a", "b"], "label": ["x", ""]}, None, "1 of 2: leave them out; the first is row 2, not counting"),
+        (
+            {"text": ["a", "b"], "label": [0, 1]},
+            {"text": ["a", "b"], "label": [0, "x"]},
+            "has labels that the training file has not: x; it has 0, 1. Labels .* int64 there, text here",
         ),
         ({"text": [1, 2], "label": [0, 1]}, None, "must name one column of text.* has 0: none"),
     ],
