@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch.optim.adamw import adamw
 
+from .compressors import span_length
 from .leaves import ParamRef
 from .shards import local
 
 BETAS = (0.9, 0.999)
 EPS = 1e-8
 LARGEST = 1.8e19  # of a gradient's entries: its square, 3.2e38, is about the last that float32 has
-_AT_A_TIME = 4 << 20  # entries of parameters in low precision that have a copy in float32
 _ROWS = 64  # a multiple of every vector's length, so that kernels round an entry as they would in the whole
 
 
@@ -32,9 +32,9 @@ class _Part(NamedTuple):
 
 
 def allocate(param: torch.Tensor, device: torch.device | str) -> dict[str, torch.Tensor]:
-    """AdamW's state of one parameter, as `torch.optim.AdamW` keeps it for float32.
+    """AdamW's state of one parameter, as `torch.optim.AdamW` keeps it of a float32 one.
 
-    In low precision the second moment would not decay (bfloat16: 0.999 v is rounded to v) or be 0 (float16).
+    In bfloat16 the second moment would never decay (0.999 v is rounded to v), and in float16 it would be 0, as eps is.
 
     Args:
         param: The parameter.
@@ -158,14 +158,17 @@ def _gradient(part: _Part) -> torch.Tensor:
 
 
 def _batches(parts: list[_Part]) -> Iterator[list[_Part]]:
-    """Parts in lists of about `_AT_A_TIME` entries, large ones cut by rows, each with a count of its own."""
+    """Parts in lists of about `span_length` entries, large ones cut by rows, each with a counter of its own.
+
+    So many have copies in float32 at a time.
+    """
     batch: list[_Part] = []
     count = 0
     for part in parts:
         for piece in _pieces(part):
             batch.append(piece)
             count += piece.theta.numel()
-            if count >= _AT_A_TIME:
+            if count >= span_length(piece.theta.device):
                 yield batch
                 batch, count = [], 0
     if batch:
@@ -173,11 +176,12 @@ def _batches(parts: list[_Part]) -> Iterator[list[_Part]]:
 
 
 def _pieces(part: _Part) -> Iterator[_Part]:
-    """A part by rows, at most `_AT_A_TIME` entries unless `_ROWS` have more."""
-    entries = part.theta.numel()
-    if entries <= _AT_A_TIME:
+    """A part by rows, at most `span_length` entries unless `_ROWS` have more."""
+    entries, most = part.theta.numel(), span_length(part.theta.device)
+    if entries <= most:
         yield part._replace(steps=part.steps.clone())
         return
-    rows = max(_ROWS, _AT_A_TIME * len(part.theta) // entries // _ROWS * _ROWS)
-    for cut in zip(*(tensor.split(rows) for tensor in (part.theta, part.gradient, part.m, part.v)), strict=True):
-        yield _Part(*cut, part.steps.clone(), part.large)
+    rows = max(_ROWS, most * len(part.theta) // entries // _ROWS * _ROWS)
+    for begin in range(0, len(part.theta), rows):
+        cut = slice(begin, begin + rows)
+        yield _Part(part.theta[cut], part.gradient[cut], part.m[cut], part.v[cut], part.steps.clone(), part.large)

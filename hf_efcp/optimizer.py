@@ -54,7 +54,8 @@ class EFCP(GroupedOptimizer):
 
     Parameter groups may set `lr`, `weight_decay`, `decoupled_weight_decay`, `momentum` and `preconditioned`; all else
     is one value for the optimizer, because the preconditioner is one matrix over all groups. `preconditioned=False`
-    steps a group as `torch.optim.AdamW` would (betas 0.9 and 0.999, eps 1e-8) at the group's own learning rate.
+    steps a group as `torch.optim.AdamW` would (betas 0.9 and 0.999, eps 1e-8) at the group's own learning rate, with
+    both moments in float32. Entries of its gradients beyond 1.8e19, which have no square, count as that.
 
     `momentum` stands in `param_groups` as `heavy_ball`: `OneCycleLR` and `CyclicLR` cycle whatever is called momentum
     or betas there, up to 0.95, which for this update is a step 20 times as long. They need `cycle_momentum=False`.
