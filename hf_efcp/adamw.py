@@ -119,7 +119,7 @@ def step(
         (exact if param.dtype == torch.float32 else rounded).append(part)
     if exact:
         advance(exact, [part.theta for part in exact])
-    for batch in _batches(rounded):
+    for batch in _batches(rounded):  # so much has a copy in float32 at a time
         thetas = [part.theta.to(torch.float32) for part in batch]
         advance(batch, thetas)
         for part, theta in zip(batch, thetas, strict=True):
@@ -158,10 +158,7 @@ def _gradient(part: _Part) -> torch.Tensor:
 
 
 def _batches(parts: list[_Part]) -> Iterator[list[_Part]]:
-    """Parts in lists of about `span_length` entries, large ones cut by rows, each with a counter of its own.
-
-    So many have copies in float32 at a time.
-    """
+    """Parts in lists of about `span_length` entries, large ones cut by rows, each with a counter of its own."""
     batch: list[_Part] = []
     count = 0
     for part in parts:
