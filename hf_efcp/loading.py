@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from . import checks
+from . import adamw, checks
 from .layout import Layout, State
 from .leaves import Group, ParamRef
 
@@ -21,12 +21,12 @@ def saved_states(state_dict: dict[str, Any], refs: list[ParamRef]) -> list[tuple
         refs: The parameters, in the order of the groups.
 
     Returns:
-        Each parameter that has a saved state, in the checkpoint's group.
+        Each parameter that has a saved state, in the checkpoint's group, with AdamW's moments in float32.
     """
     saved_groups = state_dict["param_groups"]
     keys = [(key, group) for group in saved_groups for key in group["params"]]
     return [
-        (ref._replace(group=group), state_dict["state"][key])
+        (ref._replace(group=group), adamw.widened(state_dict["state"][key], ref.param))
         for (key, group), ref in zip(keys, refs, strict=True)
         if state_dict["state"].get(key)
     ]

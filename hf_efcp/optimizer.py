@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +54,8 @@ class EFCP(GroupedOptimizer):
 
     Parameter groups may set `lr`, `weight_decay`, `decoupled_weight_decay`, `momentum` and `preconditioned`; all else
     is one value for the optimizer, because the preconditioner is one matrix over all groups. `preconditioned=False`
-    steps a group as `torch.optim.AdamW` would (betas 0.9 and 0.999, eps 1e-8) at the group's own learning rate.
+    steps a group as `torch.optim.AdamW` would (betas 0.9 and 0.999, eps 1e-8) at the group's own learning rate, with
+    both moments in float32. Entries of its gradients beyond 1.8e19, which have no square, count as that.
 
     `momentum` stands in `param_groups` as `heavy_ball`: `OneCycleLR` and `CyclicLR` cycle whatever is called momentum
     or betas there, up to 0.95, which for this update is a step 20 times as long. They need `cycle_momentum=False`.
@@ -271,12 +272,12 @@ class EFCP(GroupedOptimizer):
         if all(ref.param.grad is None for ref in active):
             return
         with one_thread():
-            stepped = self._step(active)
-        if stepped:
-            adamw.step_excluded(self.param_groups, self.state)
+            squares = self._step(active)
+        if squares is not None:
+            adamw.step_excluded(active, self.state, squares)
 
-    def _step(self, active: list[ParamRef]) -> bool:
-        """Check everything, then step what is preconditioned; whether the step was not skipped."""
+    def _step(self, active: list[ParamRef]) -> Mapping[int, float] | None:
+        """Check everything, then step what is preconditioned; `|g|^2` by position if known, None for a skipped step."""
         device = checks.check_one_device(ref.param for ref in active)
         shared = self._shared()
         for group in self.param_groups:
@@ -295,11 +296,12 @@ class EFCP(GroupedOptimizer):
         whole = self._whole_steps(kernels, active, device)
         if whole is not None:
             whole.check(active, self.state, self._name)
+        squares: Mapping[int, float] = {}
         if self._nonfinite != "ignore":
             squares = finite.squares(active, kernels) if whole is None else whole.squares(active)
             if finite.skips(active, squares, processes, device, self._name, skip=self._nonfinite == "skip"):
                 self._count_skipped()
-                return False
+                return None
         preconditioner = replace(self._preconditioner, **{name: shared[name] for name in self._tunable})
         preconditioner.check(self._precondition, self._structure["metric"])
 
@@ -318,7 +320,7 @@ class EFCP(GroupedOptimizer):
             if not placed:
                 whole.place(active, self.state, units)
             step.run_whole(whole)
-        return True
+        return squares
 
     def _whole_steps(self, kernels: Kernels, active: list[ParamRef], device: torch.device) -> Whole | None:
         """What steps the whole model in a few launches; None where the backend, or the optimizer, has no such step."""

@@ -170,6 +170,49 @@ def broadcast_run(rank):
     return whole(model), whole(other), middle
 
 
+def excluded(params):
+    """The last layer is preconditioned, and nothing else."""
+    params = list(params)
+    return LowRankMFAC([{"params": params[:-2], "preconditioned": False}, {"params": params[-2:]}], lr=0.02)
+
+
+def given(step, params):
+    """Gradients of whole parameters, some beyond what has a square."""
+    generator = torch.Generator().manual_seed(step)
+    return [10 ** (25.0 * (step == 2)) * torch.randn(p.shape, generator=generator).to(p.dtype) for p in params]
+
+
+def excluded_run(rank):
+    """Sharded bfloat16 parameters that are stepped as AdamW, resumed from moments in bfloat16."""
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+    from torch.distributed.tensor import distribute_tensor
+
+    def stepped(model, optimizer, steps):
+        for step in steps:
+            for param, grad in zip(model.parameters(), given(step, model.parameters()), strict=True):
+                param.grad = distribute_tensor(grad, param.device_mesh, param.placements)
+            optimizer.step()
+        return whole(model)
+
+    models = [shard(network().to(torch.bfloat16)) for _ in range(2)]
+    optimizer, fresh = (excluded(model.parameters()) for model in models)
+    planned = optimizer.planned_memory()
+    first = stepped(models[0], optimizer, range(6))
+    moments = [state for state in optimizer.state.values() if "exp_avg" in state]
+    found = {value.dtype for state in moments for value in state.values()}, optimizer.memory() == planned
+    for state in moments:
+        for name in ("exp_avg", "exp_avg_sq"):
+            state[name].copy_(state[name].to(torch.bfloat16))
+    saved = copy.deepcopy(get_optimizer_state_dict(models[0], optimizer))
+    for state in saved["state"].values():
+        for name in state.keys() & {"exp_avg", "exp_avg_sq"}:
+            state[name] = state[name].to(torch.bfloat16)
+    models[1].load_state_dict(models[0].state_dict())
+    set_optimizer_state_dict(models[1], fresh, saved)
+    ends = [stepped(model, some, range(6, 9)) for model, some in zip(models, (optimizer, fresh), strict=True)]
+    return first, *found, *ends
+
+
 def faulty_run(rank, policy):
     """A gradient that is not finite on rank 1 only."""
     model = shard(network())
@@ -241,4 +284,5 @@ def everything(rank, ranks, folder):
         results["broadcast"] = broadcast_run(rank)
         results["faults"] = [faulty_run(rank, policy) for policy in ("raise", "skip")]
         results["refused"] = refused_run(rank)
+        results["excluded"] = excluded_run(rank)
     return results

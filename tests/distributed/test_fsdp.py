@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from fsdp_cases import RESUMED, SETTINGS, STEPS, batch, everything, moved, network, train, whole
+from fsdp_cases import RESUMED, SETTINGS, STEPS, batch, everything, excluded, given, moved, network, train, whole
 from ranks import needs_fsdp, run
 from torch import nn
 
@@ -85,6 +85,24 @@ def test_rank_0_sends_its_checkpoint_of_whole_parameters(two):
         through, resumed, middle = result["broadcast"]
         assert all(torch.equal(one, other) for one, other in zip(through, resumed, strict=True))
         assert not torch.equal(middle[0], resumed[0])
+
+
+def test_excluded_shards_are_stepped_in_float32_and_resumed_from_bfloat16(two):
+    model = network().to(torch.bfloat16)
+    start = [param.double() for param in whole(model)]
+    optimizer = excluded(model.parameters())
+    for step in range(6):
+        for param, grad in zip(model.parameters(), given(step, model.parameters()), strict=True):
+            param.grad = grad
+        optimizer.step()
+    expected = moved(whole(model)[:-2], start[:-2])
+    assert expected.norm() > 0.1
+    for result in two:
+        ends, dtypes, planned, through, resumed = result["excluded"]
+        assert (dtypes, planned) == ({torch.float32}, True)
+        assert (moved(ends[:-2], start[:-2]) - expected).norm() < 1e-2 * expected.norm()
+        assert all(torch.equal(one, other) for one, other in zip(through, resumed, strict=True))
+        assert moved(through[:-2], ends[:-2]).norm() > 1e-2
 
 
 def test_all_ranks_refuse_or_skip_together(two):

@@ -73,8 +73,8 @@ def test_the_checkpoint_holds_the_window_with_its_dtypes(tmp_path, dtype):
         adamw, *window = sorted(found["state"].values(), key=lambda state: "indices" in state)
         assert {name: value.dtype for name, value in adamw.items()} == {
             "step": torch.float32,
-            "exp_avg": dtype,
-            "exp_avg_sq": dtype,
+            "exp_avg": torch.float32,
+            "exp_avg_sq": torch.float32,
         }
         assert len(window) == len(parameters(model)) - 1
         for state in window:
