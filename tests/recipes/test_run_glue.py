@@ -184,12 +184,13 @@ def test_what_is_recorded_after_a_resume_is_what_trained(
     monkeypatch.setattr("plots.plot_training", lambda path, title, metric, runs: asked.update(legend=runs[0][0]))
 
     def record(text, *flags):
-        texts = {"sparse_mfac": f"num_grads=4,exclude=classifier,{text}", "sgd": f"momentum={text[-1]}"}
-        flags = ["--optim_args", texts[optim], "--max_steps", 6, "--save_strategy", "steps", "--save_steps", 2, *flags]
+        texts = {"sparse_mfac": f"num_grads=4,exclude=classifier,{text}", "sgd": f"momentum={text.split('=')[-1]}"}
+        flags = ["--optim_args", texts[optim], "--max_steps", 6, *flags]
+        flags += ["--save_strategy", "steps", "--save_steps", 2, "--save_total_limit", 3]
         recipe.run_glue.main(small_run(tiny_model, data_dir, output, "--optim", optim, *flags))
         return json.loads((output / "metrics.json").read_text()), texts[optim]
 
-    first, text = record("exclude_lr=1e-4,trust_lr=0", "--weight_decay", 0.25)
+    first, text = record("exclude_lr=1e-4,trust_lr=1e-2", "--weight_decay", 0.25)
     assert (first["learning_rate"], first["optim_args"], first["resumed_from_step"]) == (1e-2, text, 0)
     own = first["optimizer_arguments"]
     assert (own["lr"], own["weight_decay"]) == (1e-2, 0.25)
@@ -204,7 +205,7 @@ def test_what_is_recorded_after_a_resume_is_what_trained(
     assert (second["steps"], second["resumed_from_step"]) == (6, 2)
     assert re.search(rf"\({optim}, 6 steps, 4 of them in these \d+ s\)", capsys.readouterr().out)
 
-    third, text = record("exclude_lr=1e-4,trust_lr=0", *checkpoint, "--weight_decay", 0.25)
+    third, text = record("exclude_lr=1e-4,trust_lr=1e-2", *checkpoint, "--weight_decay", 0.25)
     assert (third["optim_args"], third["optimizer_arguments"]) == (text, {**own, **excluded})
 
 
