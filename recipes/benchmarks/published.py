@@ -73,11 +73,11 @@ def run(name: str, row: Row, seed: int, folder: Path, extra: Sequence[str]) -> b
     if (place / "metrics.json").exists():
         noted = _flags(place)
         for what, value in asked.items():
-            if what not in noted or noted[what] != value:
+            before = noted.get(what, "that an older version did not note")
+            if before != value:
                 raise ValueError(
-                    f"{place} was run with {_NAMES[what]} {_apart(noted.get(what, 'of an older version'), value)}, and "
-                    f"not {_apart(value, noted.get(what))}: choose another --output_dir, or delete that folder to run "
-                    "it anew"
+                    f"{place} was run with {_NAMES[what]} {_apart(before, value)}, and not {_apart(value, before)}: "
+                    "choose another --output_dir, or delete that folder to run it anew"
                 )
         return False
     place.mkdir(parents=True, exist_ok=True)

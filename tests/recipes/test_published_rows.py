@@ -181,6 +181,6 @@ def test_a_run_of_other_settings_is_not_that_of_the_row(published, tmp_path, mon
             published.run(name, row, 42, tmp_path, [])
         assert f"- {name}: not the published settings, but with {remark}" in published.collect(tmp_path)
     file.write_text("[]")  # as it was before the command was noted
-    with pytest.raises(ValueError, match=f"with the command of an older version, and not .*: {ask}"):
+    with pytest.raises(ValueError, match=f"with the command that an older version did not note, and not .*: {ask}"):
         published.run(name, row, 42, tmp_path, [])
     assert "not the published settings" not in published.collect(tmp_path)
