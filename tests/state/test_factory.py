@@ -143,7 +143,7 @@ def test_the_log_says_what_is_preconditioned_and_at_which_rate(caplog):
         (
             {"exclude_lr": 5e-5},
             ValueError,
-            "exclude_lr=5e-05 is .* exclude names none: give exclude, .* or leave exclud",
+            "exclude_lr=5e-05 is .* exclude names none: give exclude, .* or leave exclude_lr",
         ),
         ({"density": 2.0}, ValueError, "density"),
         ({"lr": float("nan")}, ValueError, "lr must be"),
