@@ -75,7 +75,7 @@ def program(command: str, argv: list[str]) -> str:
     if command not in ("train", "compare"):
         raise ValueError(f"unknown command {command!r}; {tools.suggestions(command, ['train', 'plan', 'compare'])}")
     tools.require("recipes", "datasets", "matplotlib", "scipy", "sklearn", "yaml")
-    words = {word.removeprefix("--").split("=")[0] for word in argv if word.startswith("--")}
+    words = set(filter(None, map(tools.flag_name, argv)))
     if argv and not argv[0].startswith("-"):
         path = tools.find_config(argv[0])
         keys = set(tools.read_yaml(path))

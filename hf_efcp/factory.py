@@ -20,6 +20,7 @@ from .variants import VARIANTS
 
 logger = logging.getLogger(__name__)
 
+EXCLUDE_LR = 5e-5  # Trainer's own rate for AdamW
 OPTIMIZERS: dict[str, type[AnyOptimizer]] = {**VARIANTS, **RELATIVES}
 
 
@@ -92,7 +93,7 @@ def create_optimizer(
     lr: float | None = None,
     weight_decay: float = 0.0,
     exclude: str | Sequence[str] = (),
-    exclude_lr: float = 5e-5,
+    exclude_lr: float | None = None,
     **kwargs: Any,
 ) -> AnyOptimizer:
     """Create the optimizer called `name` over the trainable parameters of `model`.
@@ -106,7 +107,7 @@ def create_optimizer(
         lr: The learning rate of the preconditioned parameters; None takes the optimizer's own default.
         weight_decay: Decoupled weight decay of the parameters that are decayed, excluded or not.
         exclude: Regular expression(s), searched for in parameter names: what they match is not preconditioned.
-        exclude_lr: The learning rate of the excluded parameters.
+        exclude_lr: The learning rate of the excluded parameters; None takes 5e-5.
         **kwargs: Further arguments of the optimizer's class, such as `num_grads`, `memory_budget` or `density`.
 
     Returns:
@@ -115,7 +116,8 @@ def create_optimizer(
     Raises:
         TypeError: If `name` is not a string, `model` is not a module, or an argument is not one of the optimizer's.
         ValueError: If the name is unknown, nothing is trainable, a pattern is not a regular expression or matches no
-            trainable parameter, everything is excluded, or an argument is not valid.
+            trainable parameter, everything is excluded, `exclude_lr` is given without `exclude`, or an argument is not
+            valid.
 
     Examples:
         >>> import torch
@@ -144,6 +146,9 @@ def create_optimizer(
         raise ValueError(f"exclude={exclude!r} matches every trainable parameter: nothing is left to precondition")
     lr = default_lr(name) if lr is None else lr
     check_kinds({"exclude_lr": exclude_lr}, kinds(create_optimizer))  # to the optimizer it is the lr of a group
+    if exclude_lr is not None and not excluded:
+        raise ValueError(_useless(exclude_lr))
+    exclude_lr = EXCLUDE_LR if exclude_lr is None else exclude_lr
 
     decayed = _decayed(model)
     groups: list[dict[str, Any]] = []
@@ -194,7 +199,7 @@ def parse_optim_args(name: str, text: str | None) -> dict[str, Any]:
 
     Raises:
         TypeError: If `text` is neither a string nor None.
-        ValueError: If a key is unknown, given twice or belongs elsewhere, or a value is not of its type.
+        ValueError: If a key is unknown, given twice, belongs elsewhere or is of no use, or a value is not of its type.
     """
     name = _known(name)
     if not isinstance(text, str | None):
@@ -221,7 +226,16 @@ def parse_optim_args(name: str, text: str | None) -> dict[str, Any]:
             parsed[key] = parse(value)
         except ValueError as error:
             raise ValueError(f"optim_args: {key} must be {expected}, got {value!r}: {error}; {hint}") from None
+    if "exclude_lr" in parsed and "exclude" not in parsed:
+        raise ValueError(f"optim_args: {_useless(parsed['exclude_lr'])}")
     return parsed
+
+
+def _useless(exclude_lr: float) -> str:
+    return (
+        f"exclude_lr={exclude_lr} is the learning rate of excluded parameters, and exclude names none: give exclude, "
+        "such as exclude=embeddings, or leave exclude_lr out"
+    )
 
 
 def _known(name: Any) -> str:

@@ -97,9 +97,9 @@ def parse_arguments(
             argv = [*_flags(config, keys, path), *argv[1:]]
         elif tables and not {"-h", "--help"} & set(argv):
             parser.error(f"the first argument must be a YAML file with the key {' and '.join(tables)}")
-        for flag in argv:
-            if place := elsewhere.get(flag.split("=")[0].removeprefix("--")):
-                parser.error(f"{flag.split('=')[0].removeprefix('--')} does not belong here: use {place}")
+        for name in filter(None, map(flag_name, argv)):
+            if place := elsewhere.get(name):
+                parser.error(f"{name} does not belong here: use {place}")
         *instances, unknown = parser.parse_args_into_dataclasses(
             argv, return_remaining_strings=True, look_for_args_file=False
         )
@@ -130,12 +130,24 @@ def given(argv: list[str], names: Iterable[str]) -> dict[str, str]:
             return {}
         found = {name: config[name] for name in names if isinstance(config.get(name), str)}
     for place, word in enumerate(argv):
-        flag, equals, value = word.partition("=")
-        name = flag.removeprefix("--").replace("-", "_")
-        if flag.startswith("--") and name in names:
+        name = flag_name(word)
+        if name is not None and name in names:
+            _, equals, value = word.partition("=")
             value = value if equals else "".join(argv[place + 1 : place + 2])
             found |= {name: value} if value and not value.startswith("--") else {}
     return found
+
+
+def flag_name(word: str) -> str | None:
+    """Tell the key that a word of a command line is the flag of.
+
+    Args:
+        word: such as "--max_steps", "--max-steps" or "--max_steps=3".
+
+    Returns:
+        The key, with "_" where the flag has "-", which HfArgumentParser takes as well; None for a word that is a value.
+    """
+    return word.split("=")[0].removeprefix("--").replace("-", "_") if word.startswith("--") else None
 
 
 def find_config(name: str) -> Path:

@@ -40,16 +40,14 @@ def fine_tune(
     args = runs[0]
     records, curves, files = [], [], ["model", "metrics.json", "history.json", "training.png"]
     for run in runs:
-        resume: bool | str = False
-        if run is args and run.resume_from_checkpoint:  # a flag gives the word "true", or a folder
-            resume = run.resume_from_checkpoint.lower() == "true" or run.resume_from_checkpoint
+        resume = checkpoint_of(run) if run is args else False
         # Every run starts from the same weights; Trainer seeds dropout and the order of the data.
         trainer = build(copy.deepcopy(model), run)
         record, history = train(trainer, task, splits, resume)
         trainer.save_model()
         layers = getattr(model.config, "num_hidden_layers", None)  # convolutions count in stages
         records.append({"model": source.model_name_or_path, "layers": layers, **record, **counts})
-        curves.append((f"{record['optimizer']}, lr {run.learning_rate:g}", history))
+        curves.append((f"{record['optimizer']}, lr {record['learning_rate']:g}", history))
         if args.process_index == 0:
             write_json(Path(run.output_dir, "metrics.json"), records[-1])
             write_json(Path(run.output_dir, "history.json"), history)
@@ -66,10 +64,25 @@ def fine_tune(
     if len(records) > 1:
         print(comparison(records))
     print(f"{', '.join(files[:-1])} and {files[-1]} are in {output_dir}")
+    steps, before = main_run["steps"], main_run["resumed_from_step"]
+    done = f"{steps} steps, {steps - before} of them in these" if before else f"{steps} steps,"
     print(
         f"{task.name} {task.headline}: {main_run['metrics'][task.headline]:.3f} "
-        f"({main_run['optimizer']}, {main_run['steps']} steps, {main_run['seconds']:.0f} s)"
+        f"({main_run['optimizer']}, {done} {main_run['seconds']:.0f} s)"
     )
+
+
+def checkpoint_of(args: EFCPTrainingArguments) -> bool | str:
+    """Tell what a run resumes from.
+
+    Args:
+        args: its arguments; a flag gives the word "true" or "false", or a folder.
+
+    Returns:
+        The checkpoint's folder, or True for the newest one, or False.
+    """
+    word = args.resume_from_checkpoint or "false"
+    return {"true": True, "false": False}.get(str(word).lower(), word)
 
 
 def comparison(records: list[dict[str, Any]]) -> str:

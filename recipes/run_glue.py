@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,27 +54,41 @@ def load(data: DataArguments, predict: bool) -> tuple[GlueTask, dict[str, Any]]:
         The task and its splits.
 
     Raises:
-        ValueError: if there is neither, or both.
+        ValueError: if there is neither, or both, or a flag that is of no use to it.
     """
-    task = _source(data.task_name, data.train_file)
+    task = _source(vars(data))
     return load_files(data, predict) if task is None else (task, load_splits(task, data.data_dir, predict))
 
 
-def _source(task_name: str | None, train_file: str | None) -> GlueTask | None:
-    """The task that is named, or None for files; neither and both are refused."""
+def _source(found: Mapping[str, Any]) -> GlueTask | None:
+    """The task that is named, or None for files; neither and both are refused, and flags that would do nothing."""
+    task_name, train_file, data_dir = (found.get(name) for name in ("task_name", "train_file", "data_dir"))
     if task_name is not None and train_file is not None:
         raise ValueError(f"give --task_name {task_name} or --train_file {train_file}, not both")
     if task_name is None and train_file is None:
         raise ValueError("give --task_name with a task of GLUE, or --train_file and --validation_file")
-    return None if task_name is None else get_task(task_name)
+    if task_name is None:
+        if data_dir is not None:
+            raise ValueError(
+                f"--data_dir {data_dir} is of use with --task_name only, and not with --train_file: leave it out"
+            )
+        return None
+    task = get_task(task_name)
+    names = ("validation_file", "test_file", "text_column", "label_column")
+    if useless := [f"--{name}" for name in names if found.get(name) not in (None, getattr(FileArguments, name))]:
+        raise ValueError(
+            f"{', '.join(useless)} may be given with --train_file only; --task_name {task_name} has columns of its "
+            "own, and its files are in --data_dir"
+        )
+    return task
 
 
 def _first_look(argv: list[str]) -> None:
     """Tell what is wrong with the task or the files before the arguments of transformers are imported: seconds."""
     if {"-h", "--help"} & set(argv):
         return
-    found = given(argv, ("task_name", "train_file", "validation_file"))
-    if found and _source(found.get("task_name"), found.get("train_file")) is None:
+    found = given(argv, [field.name for field in dataclasses.fields(DataArguments)])
+    if {"task_name", "train_file", "validation_file"} & set(found) and _source(found) is None:
         for name in ("train", "validation"):
             check_file(name, found.get(f"{name}_file"))
 

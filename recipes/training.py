@@ -27,6 +27,7 @@ from transformers import (
 
 import hf_efcp
 from hf_efcp import EFCPTrainer, EFCPTrainingArguments
+from hf_efcp.factory import EXCLUDE_LR, parse_optim_args
 from hf_efcp.family import AnyOptimizer
 from hf_efcp.glue import GlueTask, compute_metrics
 
@@ -75,6 +76,11 @@ class StepTimer(TrainerCallback):
 
     def __init__(self) -> None:
         self.durations: list[float] = []
+        self.resumed_from = 0  # the step, or 0
+
+    def on_train_begin(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+        """See where training begins: a checkpoint has been loaded by now."""
+        self.resumed_from = state.global_step
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         """Start the clock."""
@@ -251,7 +257,7 @@ def train(
         resume: the checkpoint to resume from, or True for the newest one, or False.
 
     Returns:
-        The numbers of the run, and Trainer's log history.
+        The numbers of the run, and Trainer's log history. `seconds` are those of the steps after `resumed_from_step`.
     """
     timer = StepTimer()
     trainer.add_callback(timer)
@@ -269,12 +275,11 @@ def train(
         "headline": task.headline,
         "metrics": {key.removeprefix("eval_"): value for key, value in final.items()},
         "optimizer": args.optim.value if isinstance(args.optim, Enum) else args.optim,
-        "learning_rate": args.learning_rate,
-        "optim_args": args.optim_args,
-        "optimizer_arguments": {**optimizer.defaults, "weight_decay": args.weight_decay},
+        **(_settings(args, optimizer) if timer.resumed_from == 0 else _settings_of_checkpoint(args, optimizer)),
         "optimizer_memory": _memory(optimizer),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "steps": trainer.state.global_step,
+        "resumed_from_step": timer.resumed_from,
         "seconds": result.metrics["train_runtime"],
         "seconds_per_step": statistics.median(timer.durations or [math.nan]),  # a finished run resumed has no step
         "train_examples": len(splits["train"]),
@@ -288,6 +293,31 @@ def train(
         },
     }
     return record, trainer.state.log_history
+
+
+def _settings(args: Any, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    return {
+        "learning_rate": args.learning_rate,
+        "optim_args": args.optim_args,
+        "optimizer_arguments": {**optimizer.defaults, "weight_decay": args.weight_decay},
+    }
+
+
+def _settings_of_checkpoint(args: Any, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The settings in the groups, which a checkpoint brings; `optim_args` is None if they are not what it says."""
+    groups = sorted(optimizer.param_groups, key=lambda group: not group.get("preconditioned", True))
+    rates = [float(group.get("initial_lr", group["lr"])) for group in groups]  # before the schedule
+    own = {key: groups[0].get(key, value) for key, value in optimizer.defaults.items()}
+    same = all(own[key] == value for key, value in optimizer.defaults.items() if key not in ("lr", "weight_decay"))
+    own |= {"lr": rates[0], "weight_decay": max(group.get("weight_decay", 0.0) for group in groups)}
+    if not groups[-1].get("preconditioned", True):
+        own["exclude_lr"] = rates[-1]
+        same = same and rates[-1] == parse_optim_args(args.optim, args.optim_args).get("exclude_lr", EXCLUDE_LR)
+    return {
+        "learning_rate": rates[0],
+        "optim_args": args.optim_args if same else None,
+        "optimizer_arguments": own,
+    }
 
 
 def _memory(optimizer: torch.optim.Optimizer) -> dict[str, int]:

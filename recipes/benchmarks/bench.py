@@ -67,15 +67,18 @@ class Bench:
             seed: the seed.
 
         Returns:
-            The settings by name; paths of data are not among them, but a digest of the data is.
+            The settings by name; paths of data are not among them, but a digest of the data is, and one of the files
+            of a model in a local folder.
         """
         place = (contender.label, learning_rate, seed)
         if place not in self._keys:
+            files = self.plan.model_digest
             self._keys[place] = {
                 "task": self.task.name,
                 "data": self._digest,
                 "max_seq_length": self.plan.comparison.max_seq_length,
                 "model": self.plan.model.model_name_or_path,
+                **({} if files is None else {"model_files": files}),
                 "layers": self.plan.model.num_hidden_layers,
                 **_optimizer_settings(contender),
                 "learning_rate": learning_rate,

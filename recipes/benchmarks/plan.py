@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
 import importlib.util
 import math
 from pathlib import Path
 from typing import Any
 
 import ablations  # noqa: F401  # whose optimizers have names then
-from arguments import DEFAULTS, ModelArguments, TextArguments
+from arguments import DEFAULTS, PACKAGED, ModelArguments, TextArguments
 from cli import parse_arguments, suggestions
 from peers import PEERS, parse_options
 from transformers import Trainer
@@ -24,6 +26,11 @@ _NEEDS = {
     "bnb": ("bitsandbytes",),
     **{name: (peer.module,) for name, peer in PEERS.items()},
 }
+# What `from_pretrained` makes a model and a tokenizer of.
+_MODEL_FILES = (
+    *("config.json", "*.safetensors", "pytorch_model*.bin", "*.index.json"),
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model"),
+)
 COMMON_DEFAULTS = {**DEFAULTS, "save_strategy": "no", "disable_tqdm": True, "logging_steps": 10}
 ELSEWHERE = {
     "seed": "search_seed and seeds",
@@ -86,6 +93,19 @@ class Plan:
     output_dir: Path
     contenders: tuple[Contender, ...]
     skipped: tuple[str, ...]
+
+    @functools.cached_property
+    def model_digest(self) -> str | None:
+        """A digest of the model's files, if it is a local folder, in which others may be put; None if it is not."""
+        name = self.model.model_name_or_path
+        folder = Path(name).expanduser()
+        if name == PACKAGED or not folder.is_dir():
+            return None
+        digest = hashlib.sha256()
+        for file in sorted({file for pattern in _MODEL_FILES for file in folder.glob(pattern)}):
+            with file.open("rb") as content:
+                digest.update(f"{file.name} {hashlib.file_digest(content, 'sha256').hexdigest()}\n".encode())
+        return digest.hexdigest()[:16]
 
 
 def read_plan(argv: list[str]) -> Plan:

@@ -23,11 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import _recipes  # noqa: F401
-from cli import explained
+from cli import explained, find_config, flag_name, read_yaml
 from published_rows import ROWS, SEEDS, TUNED_ADAM, Number, Row
 from tables import table
 
 RECIPES = Path(__file__).resolve().parents[1]
+_NAMES = {"command": "the command", "config": "the configuration", "extra": "the flags"}
 # What may be given behind `--` without making another experiment of it.
 _SAME_EXPERIMENT = {"data_dir", "dataloader_num_workers", "per_device_eval_batch_size", "disable_tqdm", "report_to"}
 
@@ -65,17 +66,22 @@ def run(name: str, row: Row, seed: int, folder: Path, extra: Sequence[str]) -> b
 
     Raises:
         RuntimeError: if the program that trains failed.
-        ValueError: if the run is there with other flags.
+        ValueError: if the run is there with other settings.
     """
     place = folder / name / f"seed-{seed}"
+    asked = {**_settings(row), "extra": list(extra)}
     if (place / "metrics.json").exists():
-        if (before := _extra(place)) != list(extra):
-            raise ValueError(
-                f"{place} was run with the flags {before}, and not {list(extra)}: choose another --output_dir"
-            )
+        noted = _flags(place)
+        for what, value in asked.items():
+            before = noted.get(what, "that an older version did not note")
+            if before != value:
+                raise ValueError(
+                    f"{place} was run with {_NAMES[what]} {_apart(before, value)}, and not {_apart(value, before)}: "
+                    "choose another --output_dir, or delete that folder to run it anew"
+                )
         return False
     place.mkdir(parents=True, exist_ok=True)
-    (place / "flags.json").write_text(json.dumps(list(extra)) + "\n", encoding="utf-8")
+    (place / "flags.json").write_text(json.dumps(asked) + "\n", encoding="utf-8")
     command = [sys.executable, str(RECIPES / f"{row.script}.py"), *row.command(), f"--seed={seed}"]
     # A process of its own: the window's memory is free when it ends.
     ended = subprocess.run([*command, f"--output_dir={place}", *extra], check=False)
@@ -84,9 +90,23 @@ def run(name: str, row: Row, seed: int, folder: Path, extra: Sequence[str]) -> b
     return True
 
 
-def _extra(place: Path) -> list[str]:
+def _settings(row: Row) -> dict[str, Any]:
+    command = row.command()
+    return {"command": command, "config": read_yaml(find_config(command[0]))}
+
+
+def _apart(settings: Any, others: Any) -> Any:
+    # Of a configuration, what differs.
+    if not isinstance(settings, dict) or not isinstance(others, dict):
+        return settings
+    return {key: settings.get(key) for key in sorted({*settings, *others}) if settings.get(key) != others.get(key)}
+
+
+def _flags(place: Path) -> dict[str, Any]:
+    """What `run` noted of a run: `command`, `config` and `extra`. An older version noted `extra` alone, as a list."""
     file = place / "flags.json"
-    return list(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else []
+    noted = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+    return {"extra": noted} if isinstance(noted, list) else dict(noted)
 
 
 def collect(folder: Path) -> str:
@@ -101,7 +121,7 @@ def collect(folder: Path) -> str:
     head = ("row", "metric", "published", "here", "runs", "difference", "in standard deviations")
     lines, remarks = [], []
     for name, row in ROWS.items():
-        values, changed = _measured(folder / name, row.metric)
+        values, changed = _measured(folder / name, row)
         here = _number(values)
         lines.append((
             name,
@@ -111,7 +131,7 @@ def collect(folder: Path) -> str:
             str(len(values)),
             *_difference(row.number, here),
         ))
-        remarks += [f"- {name}: not the published settings, but with {flags}" for flags in sorted(changed)]
+        remarks += [f"- {name}: not the published settings, but {what}" for what in sorted(changed)]
     return (
         "\n".join([
             "Percent on the validation split: mean ± sample standard deviation. Published numbers are as published, of "
@@ -128,17 +148,20 @@ def collect(folder: Path) -> str:
     )
 
 
-def _measured(folder: Path, metric: str) -> tuple[list[float], set[str]]:
+def _measured(folder: Path, row: Row) -> tuple[list[float], set[str]]:
     values, changed = [], set()
     for file in sorted(folder.glob("seed-*/metrics.json")):
-        value: Any = json.loads(file.read_text(encoding="utf-8"))["metrics"][metric]
+        value: Any = json.loads(file.read_text(encoding="utf-8"))["metrics"][row.metric]
         if value is None:  # diverged
-            changed.add(f"no number for {metric} in {file.parent.name}")
+            changed.add(f"no number for {row.metric} in {file.parent.name}")
             continue
         values.append(100.0 * float(value))
-        names = {flag.split("=")[0].removeprefix("--") for flag in _extra(file.parent) if flag.startswith("--")}
-        if names - _SAME_EXPERIMENT:
-            changed.add(" ".join(_extra(file.parent)))
+        flags = _flags(file.parent)
+        if set(filter(None, map(flag_name, flags["extra"]))) - _SAME_EXPERIMENT:
+            changed.add(f"with {' '.join(flags['extra'])}")
+        for what, wanted in _settings(row).items():
+            if flags.get(what, wanted) != wanted:
+                changed.add(f"with {_NAMES[what]} {_apart(flags[what], wanted)}")
     return values, changed
 
 

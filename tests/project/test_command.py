@@ -69,6 +69,7 @@ def test_every_config_is_found_by_name_and_starts_the_program_of_its_head(name, 
     [
         (["--train_file", "a.csv"], "run_glue"),
         (["--doc_stride=3"], "run_qa"),
+        (["--max-train-samples", "3"], "run_qa"),
         (["--image_folder", "a"], "run_image_classification"),
         (["mine.yaml"], "run_glue"),
         (["mine.yaml", "--n_best_size", "4"], "run_qa"),

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,8 @@ def test_wrong_comparisons_are_refused_before_anything_is_loaded(recipe, write_c
         ({}, ["--optim", "sgd"], "optim does not belong here"),
         ({"do_predict": True}, [], "do_predict does not belong here: use run_glue.py: no model is stored"),
         ({"optimizers": ["sgd"]}, [], "must have the key 'optimizers' with a mapping under it"),
+        ({}, ["--learning-rate", "1"], "learning_rate does not belong here: use learning_rates under optimizers"),
+        ({}, ["--save-strategy=epoch"], "save_strategy does not belong here: use run_glue.py"),
         ({"max_step": 1}, [], "unknown key 'max_step' in .*did you mean max_steps"),
     ],
 )
@@ -113,6 +116,11 @@ def test_misplaced_settings_end_with_a_message(recipe, write_config, capsys, cha
     with pytest.raises(SystemExit):
         recipe.plan.read_plan([write_config(**changes), *flags])
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_folder_may_have_the_name_of_a_flag(recipe, write_config):
+    plan = recipe.plan.read_plan([write_config(), "--output_dir", "seed"])
+    assert plan.output_dir == Path("seed")
 
 
 def test_a_label_that_is_there_twice_is_refused(recipe, write_config, capsys):
@@ -179,3 +187,42 @@ def test_the_key_holds_what_decides_the_result_and_nothing_else(recipe, write_co
     others.append(keys())
     assert all(other[0] != efcp for other in others)
     assert [other[1] == adamw for other in others] == [False, False, False, False, False, True, False]
+
+
+def test_other_weights_in_a_local_folder_are_another_run(recipe, write_config, tiny_model, tmp_path):
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+
+    def key():
+        plan = recipe.plan.read_plan([write_config(model_name_or_path=str(folder))])
+        bench = recipe.bench.Bench(plan, TASKS["sst2"])
+        keys = [bench.key(contender, 1e-3, 3) for contender in plan.contenders]
+        assert len({key["model_files"] for key in keys}) == 1
+        return keys[0]
+
+    seen = [key()]
+    (folder / "README.md").write_text("of no matter")
+    assert key() == seen[0]
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        (folder / name).write_bytes((folder / name).read_bytes() + b" ")
+        seen.append(key())
+        assert {**seen[-1], "model_files": None} == {**seen[0], "model_files": None}
+    assert len({key["model_files"] for key in seen}) == 4
+
+
+def test_the_files_of_a_model_are_read_once(recipe, write_config, monkeypatch):
+    plan = recipe.plan.read_plan([write_config()])
+    benches = [recipe.bench.Bench(plan, TASKS[name]) for name in ("sst2", "sst2")]
+    first = benches[0].key(plan.contenders[0], 1e-3, 3)["model_files"]
+    monkeypatch.setattr(recipe.plan.hashlib, "file_digest", lambda *_: pytest.fail("read again"))
+    assert benches[1].key(plan.contenders[1], 1e-3, 4)["model_files"] == first
+
+
+@pytest.mark.parametrize("name", ["ablations", "epochs", "peers", "protocol", "range", "relatives"])
+def test_the_keys_of_committed_runs_are_those_of_today(recipe, write_config, name):
+    lines = (ROOT / "recipes" / "results" / f"compare_{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    plan = recipe.plan.read_plan([write_config(model_name_or_path="packaged-minilm")])
+    today = recipe.bench.Bench(plan, TASKS["sst2"]).key(plan.contenders[0], 1e-3, 3)
+    for line in lines:
+        key = json.loads(line)["key"]
+        assert list(key) == list(today)
+        assert key["model"] == today["model"]

@@ -71,7 +71,7 @@ def put(folder, row, seed, value, metric="accuracy", flags=()):
     place = folder / row / f"seed-{seed}"
     place.mkdir(parents=True)
     (place / "metrics.json").write_text(json.dumps({"metrics": {metric: value}}))
-    (place / "flags.json").write_text(json.dumps(list(flags)))
+    (place / "flags.json").write_text(json.dumps(flags if isinstance(flags, dict) else {"extra": list(flags)}))
 
 
 def cells(text):
@@ -82,7 +82,7 @@ def cells(text):
 
 def test_the_table_has_differences_in_standard_deviations(published, tmp_path):
     for seed, value in ((42, 0.80), (7, 0.82), (1234, 0.84)):
-        put(tmp_path, "bert-tiny/qnli/mfac", seed, value, flags=["--data_dir", "GLUE"])
+        put(tmp_path, "bert-tiny/qnli/mfac", seed, value, flags=["--data-dir", "GLUE"])
     put(tmp_path, "bert-tiny/sst2/mfac", 42, 0.8286)
     put(tmp_path, "bert-mini/mrpc/adam", 42, 0.8421, "f1", ["--max_steps=20", "--data_dir=x"])
     put(tmp_path, "bert-mini/stsb/mfac", 42, None, "pearson")
@@ -146,3 +146,41 @@ def test_a_row_runs_once_for_each_seed(published, tmp_path, monkeypatch, capsys)
     main("--list")
     listed = capsys.readouterr().out
     assert "bert-base/squad_v2/efcp-topk: python recipes/run_qa.py published/efcp_bert_base_squad\n" in listed
+
+
+def test_a_run_of_other_settings_is_not_that_of_the_row(published, tmp_path, monkeypatch):
+    def train(command, check):
+        output = next(word for word in command if word.startswith("--output_dir=")).removeprefix("--output_dir=")
+        (tmp_path / output / "metrics.json").write_text('{"metrics": {"f1": 0.5}}')
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(published.subprocess, "run", train)
+    name = "bert-tiny/mrpc/mfac"
+    row = published.ROWS[name]
+    assert published.run(name, row, 42, tmp_path, [])
+    assert not published.run(name, row, 42, tmp_path, [])
+    assert "not the published settings" not in published.collect(tmp_path)
+
+    file = tmp_path / name / "seed-42" / "flags.json"
+    noted = json.loads(file.read_text())
+    assert noted["command"] == row.command()
+    assert noted["config"]["model_name_or_path"] == "google/bert_uncased_L-2_H-128_A-2"
+    command = ["published/mfac_bert_tiny", "--task_name=mrpc", "--optim_args=num_grads=8"]
+    other = {**noted["config"], "optim": "sparse_mfac"}
+    ask = "choose another --output_dir, or delete that folder to run it anew"
+    for changes, message, remark in (
+        ({"command": command}, rf"with the command \[.*=8'\], and not \[.*=none'\]: {ask}", "the command ['published/"),
+        (
+            {"config": other},
+            rf"with the configuration {{'optim': 'sparse_mfac'}}, and not {{'optim': 'dense_mfac'}}: {ask}",
+            "the configuration {'optim': 'sparse_mfac'}\n",
+        ),
+    ):
+        file.write_text(json.dumps({**noted, **changes}))
+        with pytest.raises(ValueError, match=message):
+            published.run(name, row, 42, tmp_path, [])
+        assert f"- {name}: not the published settings, but with {remark}" in published.collect(tmp_path)
+    file.write_text("[]")  # as it was before the command was noted
+    with pytest.raises(ValueError, match=f"with the command that an older version did not note, and not .*: {ask}"):
+        published.run(name, row, 42, tmp_path, [])
+    assert "not the published settings" not in published.collect(tmp_path)

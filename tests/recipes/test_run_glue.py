@@ -172,6 +172,41 @@ def test_a_run_resumes_from_its_checkpoint(recipe, tiny_model, data_dir, tmp_pat
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
     history = json.loads((output / "history.json").read_text())
     assert [row["step"] for row in history if "loss" in row] == [2, 4, 6]
+    recipe.run_glue.main([*argv, "--resume_from_checkpoint", "False"])
+    assert json.loads((output / "metrics.json").read_text())["resumed_from_step"] == 0
+
+
+@pytest.mark.parametrize("optim", ["sparse_mfac", "sgd"])
+def test_what_is_recorded_after_a_resume_is_what_trained(
+    recipe, tiny_model, data_dir, tmp_path, monkeypatch, capsys, optim
+):
+    output, asked = tmp_path / "out", {}
+    monkeypatch.setattr("plots.plot_training", lambda path, title, metric, runs: asked.update(legend=runs[0][0]))
+
+    def record(text, *flags):
+        texts = {"sparse_mfac": f"num_grads=4,exclude=classifier,{text}", "sgd": f"momentum={text.split('=')[-1]}"}
+        flags = ["--optim_args", texts[optim], "--max_steps", 6, *flags]
+        flags += ["--save_strategy", "steps", "--save_steps", 2, "--save_total_limit", 3]
+        recipe.run_glue.main(small_run(tiny_model, data_dir, output, "--optim", optim, *flags))
+        return json.loads((output / "metrics.json").read_text()), texts[optim]
+
+    first, text = record("exclude_lr=1e-4,trust_lr=1e-2", "--weight_decay", 0.25)
+    assert (first["learning_rate"], first["optim_args"], first["resumed_from_step"]) == (1e-2, text, 0)
+    own = first["optimizer_arguments"]
+    assert (own["lr"], own["weight_decay"]) == (1e-2, 0.25)
+    checkpoint = ["--resume_from_checkpoint", output / "checkpoint-2"]
+
+    # Only what decides shapes must be equal; of the others the checkpoint's win.
+    second, _ = record("exclude_lr=3e-4,trust_lr=.5", *checkpoint, "--learning_rate", 3e-3, "--weight_decay", 0.5)
+    assert (second["learning_rate"], second["optim_args"]) == (1e-2, None)
+    excluded = {"exclude_lr": 1e-4} if optim == "sparse_mfac" else {}
+    assert second["optimizer_arguments"] == {**own, **excluded}
+    assert asked["legend"] == f"{optim}, lr 0.01"
+    assert (second["steps"], second["resumed_from_step"]) == (6, 2)
+    assert re.search(rf"\({optim}, 6 steps, 4 of them in these \d+ s\)", capsys.readouterr().out)
+
+    third, text = record("exclude_lr=1e-4,trust_lr=1e-2", *checkpoint, "--weight_decay", 0.25)
+    assert (third["optim_args"], third["optimizer_arguments"]) == (text, {**own, **excluded})
 
 
 def test_wrong_names_end_a_run_before_anything_is_loaded(recipe, monkeypatch):

@@ -140,6 +140,11 @@ def test_the_log_says_what_is_preconditioned_and_at_which_rate(caplog):
         ({"exclude": "(0"}, ValueError, re.escape("'(0' is not a regular expression")),
         ({"exclude": ["^0", "^1"]}, ValueError, "matches every trainable parameter"),
         ({"exclude": "^0", "exclude_lr": -1.0}, ValueError, "lr must be a finite number of at least 0, got -1.0"),
+        (
+            {"exclude_lr": 5e-5},
+            ValueError,
+            "exclude_lr=5e-05 is .* exclude names none: give exclude, .* or leave exclude_lr",
+        ),
         ({"density": 2.0}, ValueError, "density"),
         ({"lr": float("nan")}, ValueError, "lr must be"),
     ],

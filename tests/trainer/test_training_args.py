@@ -86,7 +86,8 @@ def test_a_learning_rate_that_is_given_stays(optim, given, caplog):
         ("damp=1,relative_damp=1", "damp=1.0 and relative_damp=1.0 all choose the dampening"),
         ("metric=rms", "metric must be one of 'none', 'adam', 'factored', got 'rms'"),
         ("backend=fast", "backend"),
-        ("exclude_lr=-1", "lr must be a finite number"),
+        ("exclude=bias,exclude_lr=-1", "lr must be a finite number"),
+        ("exclude_lr=1e-3", "optim_args: exclude_lr=0.001 is the learning rate of excluded parameters"),
         ("value_dtype=int64", "int64"),
     ],
 )
