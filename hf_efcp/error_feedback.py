@@ -60,10 +60,7 @@ def _push_batch(slabs: list[_Slab], layout: Layout, kernels: Kernels, vectors: V
 
 
 def _batches(leaves: Iterable[tuple[Leaf, WindowPosition]], layout: Layout, vectors: Vectors) -> Iterator[list[_Slab]]:
-    """Slabs that are compressed together: as many as may be made at a time, or a larger one alone.
-
-    A gradient that is not contiguous is copied once for all slabs of its parameter, and is counted with the first.
-    """
+    """Slabs that are compressed together: as many as may be made at a time, or a larger one alone."""
     batch: list[_Slab] = []
     total = 0
     for leaf, now in leaves:
@@ -72,7 +69,9 @@ def _batches(leaves: Iterable[tuple[Leaf, WindowPosition]], layout: Layout, vect
         row = layout.window.row(leaf.state, leaf.shape, now.newest)
         gradient: Spans | None = None
         for place, part in layout.window.slabs(row, leaf.shape):
-            made = copies * (place.stop - place.start) + (copied(leaf) if gradient is None else 0)
+            made = copies * (place.stop - place.start)
+            if gradient is None:  # copied once for all slabs, and counted with the first
+                made += copied(leaf)
             if batch and total + made > _MADE:
                 yield batch
                 batch.clear()  # and so copies of gradients are gone before the next is made

@@ -137,7 +137,7 @@ class LowRank:
         pool.run_torch(sketch, len(A), step, A.device)
         with one_thread():
             basis = torch.linalg.qr(image).Q
-        height, width = tiles(*A.shape, len(start), _TILE)
+        height, width = tiles(len(A), A.shape[1], len(start), _TILE)
         heights, widths = cuts(len(A), height), cuts(A.shape[1], width)
         parts = torch.empty(len(heights), *start.shape, dtype=torch.float32, device=A.device)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 _SLAB = 1 << 20  # entries of a float64 temporary that exist at a time
-_SHARE = 8  # partial sums of a large product are at most this part of the matrix, and one result more
-_COLUMNS = 256  # least of a tile that is cut from rows
+_SHARE = 8  # large partial sums are at most the matrix divided by this, and one result more
+_COLUMNS = 256  # least width of a tile that is no whole rows
 
 
 def matrix(shape: torch.Size, rank: int) -> tuple[int, int] | None:
@@ -26,9 +26,9 @@ def matrix(shape: torch.Size, rank: int) -> tuple[int, int] | None:
 
 
 def tiles(rows: int, cols: int, rank: int, entries: int) -> tuple[int, int]:
-    """Height and width of the tiles of a matrix `A` whose products `P^T A`, `(rank, width)`, are summed over the heights.
+    """Height and width of the tiles of a matrix `A` whose products `P^T A` are partial sums, `(rank, width)`.
 
-    Whole rows, unless their partial sums would be too large: these are `rank / height` times as large as the matrix.
+    Tiles are whole rows unless their partial sums would be too large: `rank / height` times the matrix.
 
     Args:
         rows: Of the matrix.
@@ -37,7 +37,7 @@ def tiles(rows: int, cols: int, rank: int, entries: int) -> tuple[int, int]:
         entries: Of a tile, about; partial sums of fewer than `_SLAB` are never too large.
 
     Returns:
-        What does not depend on the machine, for the bits of the sums do on it.
+        Both, which never depend on the machine: the bits of the sums depend on them.
     """
     height = max(1, entries // cols)
     if -(-rows // height) * rank * cols <= max(_SLAB, rows * cols // _SHARE):
