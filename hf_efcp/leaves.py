@@ -51,7 +51,7 @@ def copied(leaf: Leaf) -> int:
 
 
 def spans_of_gradient(leaf: Leaf) -> Spans:
-    """What makes spans of the flat `gradient_of`. What is not contiguous is copied whole: call it once for all spans."""
+    """What makes spans of the flat `gradient_of`. What is not contiguous is copied whole: call it once for all."""
     gradient, *theta = (tensor.detach().contiguous().view(-1) for tensor in _summands(leaf))
     if not theta:
         return lambda span: gradient[span].to(torch.float32)
