@@ -10,7 +10,7 @@ import torch
 from .compressors import Job
 from .kernels import Kernels, pool
 from .layout import Layout
-from .leaves import Leaf
+from .leaves import Leaf, Spans, copied, spans_of_gradient
 from .preconditioners import WindowPosition
 from .vectors import Vectors
 
@@ -18,12 +18,13 @@ _MADE = 1 << 21  # entries of errors and gradients that are made to be compresse
 
 
 class _Slab(NamedTuple):
-    """What is compressed as one: whose, where in it, into what, and when."""
+    """What is compressed as one: whose, where in it, into what, when, and the gradient of all of the parameter."""
 
     leaf: Leaf
     place: slice
     row: Any
     now: WindowPosition
+    gradient: Spans
 
 
 def push(leaves: Sequence[tuple[Leaf, WindowPosition]], layout: Layout, kernels: Kernels, vectors: Vectors) -> None:
@@ -47,7 +48,7 @@ def _push_batch(slabs: list[_Slab], layout: Layout, kernels: Kernels, vectors: V
         jobs[index] = _job(slabs[index], layout, kernels, vectors)
 
     def keep(index: int, begin: int, end: int) -> None:
-        leaf, place, _, now = slabs[index]
+        leaf, place, _, now, _ = slabs[index]
         error = jobs[index].error
         assert error is not None  # what is lossless keeps none, and is not brought here
         layout.errors.save(leaf.state, error.view(-1), place, now.steps, leaf.ref.position, kernels)
@@ -66,12 +67,17 @@ def _batches(leaves: Iterable[tuple[Leaf, WindowPosition]], layout: Layout, vect
         takes_gradient = layout.compressor.lossless or layout.compressor.accumulates
         copies = (takes_gradient and vectors.is_made(leaf)) + (not layout.errors.in_place)
         row = layout.window.row(leaf.state, leaf.shape, now.newest)
+        gradient: Spans | None = None
         for place, part in layout.window.slabs(row, leaf.shape):
             made = copies * (place.stop - place.start)
+            if gradient is None:  # copied once for all slabs, and counted with the first
+                made += copied(leaf)
             if batch and total + made > _MADE:
                 yield batch
-                batch, total = [], 0
-            batch.append(_Slab(leaf, place, part, now))
+                batch.clear()  # and so copies of gradients are gone before the next is made
+                total = 0
+            gradient = gradient or spans_of_gradient(leaf)
+            batch.append(_Slab(leaf, place, part, now, gradient))
             total += made
     if batch:
         yield batch
@@ -79,15 +85,15 @@ def _batches(leaves: Iterable[tuple[Leaf, WindowPosition]], layout: Layout, vect
 
 def _job(slab: _Slab, layout: Layout, kernels: Kernels, vectors: Vectors) -> Job:
     """A slab with its error loaded, and its gradient beside it or in it."""
-    leaf, place, row, _ = slab
-    gradient = error = None
+    leaf, place, row, _, gradient = slab
+    entering = error = None
     if layout.compressor.lossless or layout.compressor.accumulates:
-        gradient = vectors.enter(leaf, place)
+        entering = vectors.enter(leaf, place, gradient)
     if not layout.compressor.lossless:
         error = layout.errors.load(leaf.state, place, kernels)
-        if gradient is None:
-            vectors.accumulate(leaf, place, error)
-    return Job(_shaped(gradient, leaf), _shaped(error, leaf), row, leaf.state)
+        if entering is None:
+            vectors.accumulate(leaf, place, gradient, error)
+    return Job(_shaped(entering, leaf), _shaped(error, leaf), row, leaf.state)
 
 
 def _shaped(part: torch.Tensor | None, leaf: Leaf) -> torch.Tensor | None:

@@ -10,6 +10,7 @@ import torch
 from .shards import local
 
 Group = dict[str, Any]
+Spans = Callable[[slice], torch.Tensor]  # what makes a span of a flat vector, `(n,)`, float32, contiguous
 
 
 class ParamRef(NamedTuple):
@@ -40,17 +41,27 @@ def gradient_of(leaf: Leaf) -> torch.Tensor:
 
 def is_float32(leaf: Leaf) -> bool:
     """Whether `gradient_of` is the gradient as it is, if that is contiguous."""
-    _, group, param = leaf.ref
-    assert param.grad is not None
-    return param.grad.dtype == torch.float32 and (not group["weight_decay"] or group["decoupled_weight_decay"])
+    gradient, *theta = _summands(leaf)
+    return gradient.dtype == torch.float32 and not theta
 
 
-def spans_of_gradient(leaf: Leaf) -> Callable[[slice], torch.Tensor]:
-    """What makes a span of the flattened `gradient_of`, so that no copy of it exists unless it is not contiguous."""
-    _, group, param = leaf.ref
-    assert param.grad is not None
-    gradient = local(param.grad).detach().contiguous().view(-1)
-    if not group["weight_decay"] or group["decoupled_weight_decay"]:
+def copied(leaf: Leaf) -> int:
+    """Entries of the copies that what `spans_of_gradient` returns holds."""
+    return sum(tensor.numel() for tensor in _summands(leaf) if not tensor.is_contiguous())
+
+
+def spans_of_gradient(leaf: Leaf) -> Spans:
+    """What makes spans of the flat `gradient_of`. What is not contiguous is copied whole: call it once for all."""
+    gradient, *theta = (tensor.detach().contiguous().view(-1) for tensor in _summands(leaf))
+    if not theta:
         return lambda span: gradient[span].to(torch.float32)
-    theta, decay = local(param).detach().contiguous().view(-1), group["weight_decay"]
-    return lambda span: gradient[span].to(torch.float32).add(theta[span].to(torch.float32), alpha=decay)
+    decay = leaf.ref.group["weight_decay"]
+    return lambda span: gradient[span].to(torch.float32).add(theta[0][span].to(torch.float32), alpha=decay)
+
+
+def _summands(leaf: Leaf) -> list[torch.Tensor]:
+    """The gradient, and the parameter where L2 regularisation adds it, as they are kept."""
+    _, group, param = leaf.ref
+    assert param.grad is not None
+    decays = group["weight_decay"] and not group["decoupled_weight_decay"]
+    return [local(tensor) for tensor in ((param.grad, param) if decays else (param.grad,))]

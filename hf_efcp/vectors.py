@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 
 from .compressors import span_length
 from .kernels import Kernels, pool
-from .leaves import Leaf, gradient_of, is_float32, spans_of_gradient
+from .leaves import Leaf, Spans, gradient_of, is_float32, spans_of_gradient
 from .metric import Metric
 from .shards import local
 
@@ -51,36 +51,38 @@ class Vectors:
         pool.run_torch(work, len(factored), 1, leaves[0].ref.param.device)
 
     def is_made(self, leaf: Leaf) -> bool:
-        """Whether what enters the window is no view of the gradient."""
+        """Whether what enters the window is no view of the gradient, or of a copy of it that is contiguous."""
         return self.metric is not None or not is_float32(leaf)
 
-    def enter(self, leaf: Leaf, place: slice) -> torch.Tensor:
+    def enter(self, leaf: Leaf, place: slice, gradient: Spans) -> torch.Tensor:
         """What enters the window of a slab, once a step.
 
         Args:
             leaf: The parameter.
             place: The slab, whole buckets.
+            gradient: From `spans_of_gradient`, one for all slabs of a parameter.
 
         Returns:
             `D^-1/2 g`, `(n,)`, float32, contiguous.
         """
         if self.metric is None:
-            return spans_of_gradient(leaf)(place)
+            return gradient(place)
         length, device = place.stop - place.start, local(leaf.ref.param).device
-        return self.accumulate(leaf, place, torch.zeros(length, dtype=torch.float32, device=device))
+        return self.accumulate(leaf, place, gradient, torch.zeros(length, dtype=torch.float32, device=device))
 
-    def accumulate(self, leaf: Leaf, place: slice, accumulator: torch.Tensor) -> torch.Tensor:
+    def accumulate(self, leaf: Leaf, place: slice, gradient: Spans, accumulator: torch.Tensor) -> torch.Tensor:
         """The same, added to an error; moments take the gradient, once a step. Threads share a large slab.
 
         Args:
             leaf: The parameter.
             place: The slab, whole buckets.
+            gradient: As in `enter`.
             accumulator: `(n,)`, float32, contiguous; updated.
 
         Returns:
             The accumulator.
         """
-        gradient, position = spans_of_gradient(leaf), leaf.ref.position
+        position = leaf.ref.position
 
         def work(_: int, begin: int, end: int) -> None:
             span, out = slice(place.start + begin, place.start + end), accumulator[begin:end]
@@ -93,7 +95,7 @@ class Vectors:
         pool.run_torch(work, len(accumulator), span_length(accumulator.device), accumulator.device)
         return accumulator
 
-    def preconditioned(self, leaf: Leaf) -> Callable[[slice], torch.Tensor]:
+    def preconditioned(self, leaf: Leaf) -> Spans:
         """The dense vector `x` that is preconditioned, `D^-1/2 m_hat`, or `D^-1/2 g` without momentum.
 
         Args:

@@ -14,7 +14,7 @@ from ..kernels import Kernels, dtype_of_sums, pool, widest
 from ..threads import one_thread
 from .base import Held, Job, State, span_length, stacked
 from .dense import DenseWindow
-from .matrices import cuts, inner, matrix
+from .matrices import cuts, inner, matrix, tiles
 
 # A row of a window: views of `P^T` and `Q^T`, or of the flat row of a parameter that is kept whole.
 Row = tuple[torch.Tensor, torch.Tensor] | torch.Tensor
@@ -137,12 +137,16 @@ class LowRank:
         pool.run_torch(sketch, len(A), step, A.device)
         with one_thread():
             basis = torch.linalg.qr(image).Q
-        parts = torch.empty(-(-len(A) // step), *start.shape, dtype=torch.float32, device=A.device)
+        height, width = tiles(len(A), A.shape[1], len(start), _TILE)
+        heights, widths = cuts(len(A), height), cuts(A.shape[1], width)
+        parts = torch.empty(len(heights), *start.shape, dtype=torch.float32, device=A.device)
 
         def project(index: int, begin: int, end: int) -> None:
-            torch.mm(basis[begin:end].T, A[begin:end], out=parts[index])
+            place, some = divmod(index, len(widths))
+            rows, columns = heights[place], widths[some]
+            torch.mm(basis[rows].T, A[rows, columns], out=parts[place, :, columns])
 
-        pool.run_torch(project, len(A), step, A.device)
+        pool.run_torch(project, len(heights) * len(widths), 1, A.device)
         projection = parts.sum(dim=0)
         left.copy_(basis.T)
         right.copy_(projection)
