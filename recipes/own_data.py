@@ -58,8 +58,8 @@ def load_files(files: FileArguments, predict: bool = False) -> tuple[GlueTask, d
 
     Raises:
         FileNotFoundError: if a file is not there.
-        ValueError: if a file is missing on the command line, or does not hold what it should; if columns of text are
-            not named, and one of them has a text for each label and nothing else.
+        ValueError: if a file is missing on the command line, or does not hold what it should; if two columns of text
+            are not named, and one of them has a text for each label and nothing else.
     """
     paths = {name: getattr(files, f"{name}_file") for name in ("train", "validation", "test")}
     if not predict:
@@ -88,7 +88,7 @@ def load_files(files: FileArguments, predict: bool = False) -> tuple[GlueTask, d
         if name != "test":
             numbers = _numbers(split, files.label_column, classes, kind, paths[name])
             taken[name] = taken[name].add_column("label", numbers)
-    if not files.text_column:
+    if len(texts) > 1 and not files.text_column:  # a single one is the text, whatever it holds
         _check_leaks(taken["train"], texts, bool(classes), paths["train"])
     return task, taken
 

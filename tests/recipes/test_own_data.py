@@ -121,6 +121,8 @@ def test_a_column_that_spells_the_label_is_refused_unless_it_is_named(recipe, fi
         assert (task.text_columns, splits["train"].column_names) == (tuple(texts), [*texts, "label"])
     for other in (["pos", "pos", "pos"], ["neg", "pos", "good"]):  # says nothing; says more than the label
         assert recipe.own_data.load_files(files({**columns, "label_text": other}))[0].text_columns[1] == "label_text"
+    alone = {"label": columns["label"], "text": columns["label_text"]}  # it has to be what the model sees
+    assert recipe.own_data.load_files(files(alone))[0].text_columns == ("text",)
     rated = {**columns, "label": [0.5, 1.5, 1.5], "label_text": ["low", "high", "high"]}
     assert recipe.own_data.load_files(files(rated))[0].regression  # it may be a row that is there twice
     rated = {name: 2 * cells for name, cells in rated.items()}
