@@ -11,6 +11,7 @@ import torch
 from torch.optim.adamw import adamw
 
 from .compressors import span_length
+from .compressors.matrices import cuts
 from .leaves import ParamRef
 from .shards import local
 
@@ -179,6 +180,5 @@ def _pieces(part: _Part) -> Iterator[_Part]:
         yield part._replace(steps=part.steps.clone())
         return
     rows = max(_ROWS, most * len(part.theta) // entries // _ROWS * _ROWS)
-    for begin in range(0, len(part.theta), rows):
-        cut = slice(begin, begin + rows)
+    for cut in cuts(len(part.theta), rows):
         yield _Part(part.theta[cut], part.gradient[cut], part.m[cut], part.v[cut], part.steps.clone(), part.large)

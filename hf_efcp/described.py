@@ -60,7 +60,9 @@ def refusal(layout: Layout, preconditioner: Preconditioner, precondition: str, r
         return f"a parameter of {_LONGEST} entries or more"
     if isinstance(compressor, LowRank):
         most = _LONGEST // max(_VECTORS, compressor.rank)
-        if any(max(matrix(ref.param.shape, compressor.rank) or (0,)) >= most for ref in refs):
+        # This is asked in every step, and hardly ever is one as large.
+        large = (ref.param.shape for ref in refs if ref.param.numel() >= most)
+        if any(max(matrix(shape, compressor.rank) or (0,)) >= most for shape in large):
             return f"a matrix with a side of {most} or more"
     buckets = isinstance(layout.errors, BucketErrors)
     if isinstance(compressor, TopK) and buckets and compressor.block_size % BUCKET:

@@ -41,6 +41,17 @@ def set_gradients(params, gradients):
         param.grad = None if gradient is None else gradient.detach().to(param.dtype).clone()
 
 
+def step_beside(params, optimizer, twins, twin, gradients):
+    """Step parameters, and float32 copies of them with another optimizer, by the same gradients; both end alike."""
+    with torch.no_grad():
+        for param, other in zip(params, twins, strict=True):
+            other.copy_(param)
+    for targets, stepped in ((params, optimizer), (twins, twin)):
+        set_gradients(targets, gradients)
+        stepped.step()
+    assert all(torch.equal(p, other.to(p.dtype)) for p, other in zip(params, twins, strict=True))
+
+
 def flat(tensors):
     """All tensors as one float64 vector."""
     return torch.cat([tensor.detach().to(torch.float64).reshape(-1) for tensor in tensors])

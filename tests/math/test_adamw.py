@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from problems import flat, set_gradients
+from problems import flat, set_gradients, step_beside
 from states import assert_same, through_a_file
 
 from hf_efcp import GaLore, LowRankMFAC, adamw, estimate_memory
@@ -97,14 +97,8 @@ def test_low_precision_is_float32_steps_rounded_once(make, dtype, at_a_time, mon
     start = flat(params)
     optimizer, twin = (make(some, lr=0.02, weight_decay=0.1) for some in (params, twins))
     for step in range(5):
-        grads = gradients(dtype, step, shapes=shapes)
-        with torch.no_grad():
-            for param, other in zip(params, twins, strict=True):
-                other.copy_(param)
-        for some, stepped in ((params, optimizer), (twins, twin)):
-            set_gradients(some, grads)
-            stepped.step()
-        assert all(torch.equal(p, other.to(dtype)) for p, other in zip(params, twins, strict=True))
+        step_beside(params, optimizer, twins, twin, gradients(dtype, step, shapes=shapes))
+    assert {param.dtype for param in params} == {dtype}
     assert (flat(params) - start).norm() > 0.5
     for param, other in zip(params, twins, strict=True):
         assert_same(optimizer.state[param], twin.state[other])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from number_cases import errors, pushed, rows
-from problems import Regression, distance, flat, set_gradients
+from problems import Regression, distance, flat, step_beside
 from states import assert_same, snapshot
 from variants import build, exact, names, papers_names, taken
 
@@ -89,14 +89,7 @@ def test_parameters_in_low_precision_are_float32_steps_rounded_once(name, dtype,
     params, twins = problem.parameters(dtype), problem.parameters()
     optimizer, twin = (build(name, targets, **taken(name, **decay)) for targets in (params, twins))
     for step in range(12):
-        gradients = problem.gradients(params, step)
-        with torch.no_grad():
-            for param, other in zip(params, twins, strict=True):
-                other.copy_(param)
-        for targets, stepped in ((params, optimizer), (twins, twin)):
-            set_gradients(targets, gradients)
-            stepped.step()
-        assert all(torch.equal(p, other.to(dtype)) for p, other in zip(params, twins, strict=True))
+        step_beside(params, optimizer, twins, twin, problem.gradients(params, step))
     assert {param.dtype for param in params} == {dtype}
     assert_same(optimizer.state_dict()["state"], twin.state_dict()["state"])
     assert all((p != start.to(dtype)).any() for p, start in zip(params, problem.start, strict=True))
